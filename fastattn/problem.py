@@ -1,0 +1,119 @@
+"""The narrow waist: one plain description of an attention call, understood by every backend.
+
+Public mask, bias and rotary objects lower to a `Problem`; a backend never sees anything else.  The
+pipeline is fixed and every stage is optional:
+
+    rotate q, k -> scale -> softcap -> + bias -> mask -> softmax (+ sink) -> dropout -> times V
+
+Positions.  Query ``i`` of batch ``b`` sits at position ``i + offset(b)`` among the keys, where
+``offset`` is `query_offset`, or `query_offsets[b]` when that tensor is given.  Masks, biases and
+rotation all use it; ``distance(i, j) = j - (i + offset)``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Problem:
+    """One attention call.  Every tensor but `dropout_seed` has a leading batch dimension of B or 1.
+
+    Field order is the argument order of the native operators (`fastattn.ops`) and of the C++ struct in
+    ``csrc/common/problem.h``: change all three together.
+    """
+
+    query: Tensor  # (B, Hq, Sq, D), last dimension dense
+    key: Tensor  # (B, Hk, Sk, D), Hq % Hk == 0
+    value: Tensor  # (B, Hk, Sk, Dv)
+    scale: float  # multiplies q.k; any finite number
+    softcap: float = 0.0  # c * tanh(s / c) after the scale; 0 = off
+    # rotary: query i uses row offset + i of query_cos, key j row j of key_cos
+    query_cos: Tensor | None = None  # (B|1, P, R/2) float32 (float64 for float64 problems), R <= D
+    query_sin: Tensor | None = None
+    key_cos: Tensor | None = None  # the same tensors as query_cos/query_sin unless the scheme is xPos-like
+    key_sin: Tensor | None = None
+    interleaved: bool = False  # pairs (2k, 2k+1) instead of (k, k + R/2)
+    # interval mask: query at position p sees keys j with
+    #   p - window_left <= j                       when window_left >= 0
+    #   j <= p + window_right                      when window_right >= 0 (causal is window_right = 0);
+    #                                              with prefix_lengths: j <= max(p + window_right, prefix - 1)
+    #   j < key_lengths[b]                         when given
+    query_offset: int = 0
+    query_offsets: Tensor | None = None  # (B|1,) int64, overrides query_offset
+    window_left: int = -1  # -1 = unbounded
+    window_right: int = -1
+    key_lengths: Tensor | None = None  # (B|1,) int64
+    prefix_lengths: Tensor | None = None  # (B|1,) int64; needs window_right >= 0
+    query_ids: Tensor | None = None  # (B|1, Sq) int64: sees keys whose id is equal
+    key_ids: Tensor | None = None  # (B|1, Sk) int64
+    dense_mask: Tensor | None = None  # bool (B|1, Hq|1, Sq|1, Sk|1), True = may attend
+    # biases, all added to the scaled (and capped) scores
+    slopes: Tensor | None = None  # (B|1, Hq): -slope * |distance|
+    table: Tensor | None = None  # (B|1, Hq, T): table[clamp(distance, -table_left, T-1-table_left) + table_left]
+    table_left: int = 0
+    dense_bias: Tensor | None = None  # floating (B|1, Hq|1, Sq|1, Sk|1)
+    sink: Tensor | None = None  # (B|1, Hq): an extra logit in the softmax denominator
+    # dropout: element (b, h, i, j) is kept iff philox(seed; b, h, i, j) >= dropout_p (see fastattn/philox.py)
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None  # (2,) int64 (key, counter offset) when dropout_p > 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def query_length(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def key_length(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Dtype of tables, slopes, sinks, rotary tables and lse: float64 for float64 problems, else float32."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    def arguments(self) -> tuple[object, ...]:
+        """All fields, in order: the argument tuple of the operators."""
+        return tuple([getattr(self, name) for name in FIELD_NAMES])
+
+    def features(self) -> list[str]:
+        """Names of the optional stages this problem uses, for `explain` and for refusals."""
+        used = []
+        if self.query_cos is not None:
+            used.append("rotary")
+        if self.softcap:
+            used.append("softcap")
+        if self.window_left >= 0 or self.window_right >= 0:
+            used.append("causal" if (self.window_left, self.window_right) == (-1, 0) else "window")
+        for name in ("key_lengths", "prefix_lengths", "query_ids", "dense_mask", "slopes", "table", "dense_bias", "sink"):
+            if getattr(self, name) is not None:
+                used.append("documents" if name == "query_ids" else name)
+        if self.dropout_p > 0:
+            used.append("dropout")
+        return used
+
+
+FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Problem))
+TENSOR_FIELDS: frozenset[str] = frozenset(f.name for f in fields(Problem) if "Tensor" in str(f.type))
+# Fields a backend returns a gradient for, in the order of the backward operator's outputs.
+GRADIENT_FIELDS: tuple[str, ...] = ("query", "key", "value", "slopes", "table", "dense_bias", "sink")
+
+
+def default_scale(head_dim: int) -> float:
+    """1 / sqrt(D), the scale of Vaswani et al. (2017); 1 for an empty head dimension."""
+    return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
