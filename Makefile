@@ -1,0 +1,65 @@
+# make demo | test | lint | format | wheel | bench | gpu | clean          (variables: PYTHON, TORCH, TRITON, PIP_ARGS, PYTEST_ARGS)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+PIP_ARGS ?= --quiet
+PYTEST_ARGS ?= -n auto
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# absolute, so that no `pip` or `ninja` of another Python on PATH is taken by the build
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format wheel bench gpu install clean
+
+demo: install
+	$(PY) -m fastattn demo
+
+test: install
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+
+format: install
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(VENV)/bin/clang-format -i
+
+# no isolation: an isolated build would download a second torch to link against
+wheel: install
+	rm -rf dist
+	$(PY) -m pip wheel $(PIP_ARGS) --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist
+
+bench: install
+	$(PY) -m fastattn bench
+
+# the machine's own Python and torch, no virtual environment, no network: see bench/gpu.sh
+gpu:
+	PYTHON=$(PYTHON) bash bench/gpu.sh
+
+install: $(VENV)/.installed
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastattn needs Python 3.10 or newer")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(PIP_ARGS) --upgrade 'pip>=25' 'setuptools>=77' wheel ninja
+	$(PY) -m pip install $(PIP_ARGS) '$(TORCH)' '$(TRITON)'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
+	$(PY) -m pip install $(PIP_ARGS) --no-build-isolation --editable '.[demo,test,bench,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist .pytest_cache .hypothesis .ruff_cache .benchmarks *.egg-info fastattn/lib
+	find . -name __pycache__ -not -path './$(VENV)*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.installed
