@@ -40,15 +40,15 @@ class Problem:
     interleaved: bool = False  # pairs (2k, 2k+1) instead of (k, k + R/2)
     # interval mask: query at position p sees keys j with
     #   p - window_left <= j                       when window_left >= 0
-    #   j <= p + window_right                      when window_right >= 0 (causal is window_right = 0);
-    #                                              with prefix_lengths: j <= max(p + window_right, prefix - 1)
+    #   j <= p + window_right                      when window_right >= 0 (causal is window_right = 0)
+    #   j <= max(p, prefix_lengths[b] - 1)         when given (prefix-LM is this bound alone)
     #   j < key_lengths[b]                         when given
     query_offset: int = 0
     query_offsets: Tensor | None = None  # (B|1,) int64, overrides query_offset
     window_left: int = -1  # -1 = unbounded
     window_right: int = -1
     key_lengths: Tensor | None = None  # (B|1,) int64
-    prefix_lengths: Tensor | None = None  # (B|1,) int64; needs window_right >= 0
+    prefix_lengths: Tensor | None = None  # (B|1,) int64
     query_ids: Tensor | None = None  # (B|1, Sq) int64: sees keys whose id is equal
     key_ids: Tensor | None = None  # (B|1, Sk) int64
     dense_mask: Tensor | None = None  # bool (B|1, Hq|1, Sq|1, Sk|1), True = may attend
@@ -100,7 +100,16 @@ class Problem:
             used.append("softcap")
         if self.window_left >= 0 or self.window_right >= 0:
             used.append("causal" if (self.window_left, self.window_right) == (-1, 0) else "window")
-        for name in ("key_lengths", "prefix_lengths", "query_ids", "dense_mask", "slopes", "table", "dense_bias", "sink"):
+        for name in (
+            "key_lengths",
+            "prefix_lengths",
+            "query_ids",
+            "dense_mask",
+            "slopes",
+            "table",
+            "dense_bias",
+            "sink",
+        ):
             if getattr(self, name) is not None:
                 used.append("documents" if name == "query_ids" else name)
         if self.dropout_p > 0:

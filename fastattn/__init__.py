@@ -1,0 +1,42 @@
+"""fastattn: attention for PyTorch with any positional encoding and any mask, at flash speed, on any machine."""
+
+from fastattn.biases import ALiBi, Bias, DenseBias, DistanceTable, T5Bias, alibi_slopes
+from fastattn.dispatch import Explanation, UnsupportedError
+from fastattn.functional import attention, backends, explain, last_call
+from fastattn.masks import BoolMask, Causal, Documents, KeyLengths, Mask, PrefixLM, SlidingWindow
+from fastattn.rotary import Rotary
+from fastattn.sdpa import scaled_dot_product_attention
+
+__all__ = [
+    "ALiBi",
+    "Bias",
+    "BoolMask",
+    "Causal",
+    "DenseBias",
+    "DistanceTable",
+    "Documents",
+    "Explanation",
+    "KeyLengths",
+    "Mask",
+    "PrefixLM",
+    "Rotary",
+    "SlidingWindow",
+    "T5Bias",
+    "UnsupportedError",
+    "__version__",
+    "alibi_slopes",
+    "attention",
+    "backends",
+    "explain",
+    "last_call",
+    "scaled_dot_product_attention",
+]
+
+
+def __getattr__(name: str) -> str:
+    # Read on demand: importlib.metadata costs more than the rest of this import.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fastattn")
+    raise AttributeError(f"module 'fastattn' has no attribute {name!r}")

@@ -1,0 +1,148 @@
+"""The autograd boundary of the fused backends: one Function over the flat arguments of a `Problem`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, TENSOR_FIELDS
+
+_IS_TENSOR = tuple(name in TENSOR_FIELDS for name in FIELD_NAMES)
+# For each gradient, the place of its field among the arguments.
+_GRADIENT_PLACES = tuple(FIELD_NAMES.index(name) for name in GRADIENT_FIELDS)
+# Fields without a batch dimension.
+_UNBATCHED = frozenset({"dropout_seed"})
+
+
+class FusedAttention(torch.autograd.Function):
+    """out, lse = FusedAttention.apply(backend, *problem.arguments())."""
+
+    @staticmethod
+    def forward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
+        return getattr(torch.ops.fastattn, f"{backend}_forward")(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        backend, *args = inputs
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        ctx.scalars = [None if is_tensor else arg for is_tensor, arg in zip(_IS_TENSOR, args, strict=True)]
+        ctx.save_for_backward(*output, *[arg for is_tensor, arg in zip(_IS_TENSOR, args, strict=True) if is_tensor])
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        none: list[Tensor | None] = [None] * (1 + len(FIELD_NAMES))
+        needs = sum(1 << bit for bit, place in enumerate(_GRADIENT_PLACES) if ctx.needs_input_grad[1 + place])
+        if not needs or (grad_out is None and grad_lse is None):
+            return tuple(none)
+        out, lse, *tensors = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        remaining = iter(tensors)
+        args = [
+            next(remaining) if is_tensor else scalar for is_tensor, scalar in zip(_IS_TENSOR, ctx.scalars, strict=True)
+        ]
+        if _may_be_transformed():
+            grads = FusedBackward.apply(ctx.backend, needs, grad_out, grad_lse, out, lse, *args)
+        else:
+            grads = FusedBackward.forward(ctx.backend, needs, grad_out, grad_lse, out, lse, *args)
+        for bit, place in enumerate(_GRADIENT_PLACES):
+            if needs >> bit & 1:
+                none[1 + place] = grads[bit]
+        return tuple(none)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *args: Any) -> tuple[Any, Any]:
+        batch = args[0].shape[_batch_axis(in_dims[1])]
+        folded = _fold_all(info.batch_size, batch, args, in_dims[1:], FIELD_NAMES)
+        out, lse = FusedAttention.apply(backend, *folded)
+        return (_unfold(out, info.batch_size), _unfold(lse, info.batch_size)), (0, 0)
+
+
+def _may_be_transformed() -> bool:
+    """Whether anything may differentiate or map the backward pass: create_graph=True or a functorch transform."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class FusedBackward(torch.autograd.Function):
+    """The backward operator.  Has no derivative of its own, and says so."""
+
+    @staticmethod
+    def forward(
+        backend: str, needs: int, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+    ) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.fastattn, f"{backend}_backward")(grad_out, grad_lse, out, lse, needs, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            f"fastattn: the {ctx.backend} backend has no second derivative; use backend='reference' for double backward"
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], backend: str, needs: int, *tensors_and_args: Any
+    ) -> tuple[Any, Any]:
+        names = ("grad_out", "grad_lse", "out", "lse", *FIELD_NAMES)
+        dims = in_dims[2:]
+        query = names.index("query")
+        batch = tensors_and_args[query].shape[_batch_axis(dims[query])]
+        # Parameters shared by all samples still get one gradient per sample, so each is given its own copy.
+        size = info.batch_size
+        folded = _fold_all(size, batch, tensors_and_args, dims, names, own_copy=frozenset(GRADIENT_FIELDS))
+        grads = FusedBackward.apply(backend, needs, *folded)
+        out: list[Tensor] = []
+        for bit, (name, grad) in enumerate(zip(GRADIENT_FIELDS, grads, strict=True)):
+            if not needs >> bit & 1:
+                out.append(grad.new_empty((size, 0)))
+                continue
+            place = names.index(name)
+            unfolded = _unfold(grad, size)
+            axis = _batch_axis(dims[place])
+            if tensors_and_args[place].shape[axis] == 1 and batch != 1:
+                unfolded = unfolded.sum(dim=1, keepdim=True)
+            out.append(unfolded)
+        return tuple(out), (0,) * len(out)
+
+
+def _batch_axis(dim: int | None) -> int:
+    """Where the batch axis of an argument is, given its vmapped axis."""
+    return 1 if dim == 0 else 0
+
+
+def _fold_all(
+    size: int,
+    batch: int,
+    args: tuple[Any, ...],
+    in_dims: tuple[int | None, ...],
+    names: tuple[str, ...],
+    own_copy: frozenset[str] = frozenset(),
+) -> list[Any]:
+    """Fold the mapped axis of every tensor into its batch axis: `size` calls of batch B become one of size * B."""
+    folded = []
+    for name, arg, dim in zip(names, args, in_dims, strict=True):
+        if not isinstance(arg, Tensor):
+            folded.append(arg)
+        elif name in _UNBATCHED:
+            # The mask is a function of the batch index too, so one seed gives every sample its own.
+            folded.append(arg if dim is None else arg.select(dim, 0))
+        elif dim is None and arg.shape[0] == 1 and batch != 1 and name not in own_copy:
+            folded.append(arg)  # broadcasts over the folded batch as it did over B
+        else:
+            moved = arg.movedim(dim, 0) if dim is not None else arg.expand(size, *arg.shape)
+            if moved.shape[1] != batch:
+                moved = moved.expand(size, batch, *moved.shape[2:])
+            folded.append(moved.flatten(0, 1))
+    return folded
+
+
+def _unfold(x: Tensor, size: int) -> Tensor:
+    return x.unflatten(0, (size, -1))

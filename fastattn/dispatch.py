@@ -1,0 +1,124 @@
+"""Which backend runs a problem, and why each other one does not."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.base import Backend
+from fastattn.backends.cpu import CpuBackend
+from fastattn.backends.reference import ReferenceBackend
+from fastattn.problem import Problem
+
+# Asked in this order.
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+_local = threading.local()
+
+
+class UnsupportedError(NotImplementedError):
+    """No backend, or not the one asked for, can run this call; the message lists every reason."""
+
+
+def backends() -> list[Backend]:
+    """Every backend, in the order of preference, with `.name`, `.available` and `.reason`."""
+    return list(_BACKENDS.values())
+
+
+def _refusals(backend: Backend, problem: Problem) -> list[str]:
+    reason = backend.reason
+    return [reason] if reason is not None else backend.unsupported_reasons(problem)
+
+
+def choose(problem: Problem, name: str | None) -> tuple[Backend, dict[str, list[str]]]:
+    """The backend that runs `problem` and the refusals of those asked before it.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        UnsupportedError: the named backend refuses; or FASTATTN_STRICT=1 is set and only `reference` is left.
+    """
+    refusals: dict[str, list[str]] = {}
+    if name is not None:
+        if name not in _BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)} or None, got {name!r}")
+        reasons = _refusals(_BACKENDS[name], problem)
+        if reasons:
+            raise UnsupportedError(f"backend {name!r} cannot run this call: {'; '.join(reasons)}")
+        return _BACKENDS[name], refusals
+    for backend in _BACKENDS.values():
+        reasons = _refusals(backend, problem)
+        if reasons:
+            refusals[backend.name] = reasons
+            continue
+        if backend.name == "reference" and os.environ.get("FASTATTN_STRICT", "0") == "1":
+            listing = "; ".join(f"{other}: {', '.join(why)}" for other, why in refusals.items())
+            raise UnsupportedError(f"FASTATTN_STRICT=1 forbids the fallback to reference, and {listing}")
+        return backend, refusals
+    raise AssertionError("the reference backend refuses nothing")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs for a call and why.
+
+    Attributes:
+        backend: name of the backend.
+        kernel: the kernel it runs.
+        features: the optional stages the call uses.
+        plan: tiles and other choices, as the backend gives them.
+        refusals: for each backend that does not run it, the reasons.
+    """
+
+    backend: str
+    kernel: str
+    features: list[str]
+    plan: dict[str, object] = field(default_factory=dict)
+    refusals: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.kernel}", f"  features: {', '.join(self.features) or 'plain'}"]
+        lines += [f"  {key}: {value}" for key, value in self.plan.items()]
+        lines += [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.refusals.items()]
+        return "\n".join(lines)
+
+
+def explain(problem: Problem, name: str | None) -> Explanation:
+    chosen, refusals = choose(problem, name)
+    for other in _BACKENDS.values():
+        if other is not chosen and other.name not in refusals:
+            why = f"backend={chosen.name!r} was asked for" if name else f"{chosen.name} comes first"
+            refusals[other.name] = _refusals(other, problem) or [why]
+    return Explanation(chosen.name, chosen.kernel(problem), problem.features(), chosen.plan(problem), refusals)
+
+
+def run(problem: Problem, name: str | None) -> tuple[Tensor, Tensor]:
+    """Run the problem on the chosen backend."""
+    backend, refusals = choose(problem, name)
+    if not torch.compiler.is_compiling():
+        _local.last = (backend.name, backend.kernel(problem), problem.features(), refusals)
+        if refusals and backend.name == "reference":
+            _warn_fallback(tuple((other, *why) for other, why in refusals.items()))
+    return backend.run(problem)
+
+
+def last_call() -> Explanation | None:
+    last = getattr(_local, "last", None)
+    if last is None:
+        return None
+    backend, kernel, features, refusals = last
+    return Explanation(backend, kernel, features, refusals=refusals)
+
+
+_warned: set[tuple[tuple[str, ...], ...]] = set()
+
+
+def _warn_fallback(refusals: tuple[tuple[str, ...], ...]) -> None:
+    """Nothing falls back silently: say it once per set of reasons."""
+    if refusals not in _warned:
+        _warned.add(refusals)
+        listing = "; ".join(f"{other}: {', '.join(why)}" for other, *why in refusals)
+        warnings.warn(f"fastattn runs the slow reference formula ({listing})", RuntimeWarning, stacklevel=4)

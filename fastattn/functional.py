@@ -1,0 +1,288 @@
+"""The public functions: `attention`, `explain`, `backends`, `last_call`."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch
+from fastattn.biases import Bias
+from fastattn.dispatch import Explanation, backends
+from fastattn.lowering import Draft
+from fastattn.masks import Mask
+from fastattn.problem import Problem, default_scale
+from fastattn.rotary import Rotary
+from fastattn.validation import (
+    check_device,
+    check_floating,
+    check_index,
+    check_integer,
+    check_number,
+    check_shape,
+    fail,
+)
+
+__all__ = ["attention", "backends", "explain", "last_call"]
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    query_offset: int | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    query_offset: int | Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    query_offset: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention with any mask, bias and rotation, fused, with gradients for all of it.
+
+    Computes, for each batch and query head (Vaswani et al., 2017, with the optional stages in this order)::
+
+        q, k   = rotate(query), rotate(key)                  # rotary
+        s      = scale * q k^T                               # scale
+        s      = softcap * tanh(s / softcap)                 # softcap (Gemma-2)
+        s      = s + bias, -inf where masked                 # bias, mask
+        p      = exp(s) / (sum exp(s) + exp(sink))           # sink (gpt-oss)
+        out    = dropout(p) value
+
+    Args:
+        query: (B, Hq, Sq, D), float32, float64, bfloat16 or float16.  Any strides; no copy where the last dimension
+            is dense.
+        key: (B, Hk, Sk, D), same dtype and device.  Hq must be a multiple of Hk: query head h reads head
+            h // (Hq / Hk), which is grouped-query attention (Hk = 1: multi-query).
+        value: (B, Hk, Sk, Dv); Dv may differ from D.
+        mask: what each query may see, masks joined with ``&``.  A query that sees nothing gives 0, with gradient 0.
+        bias: added to the scores, biases joined with ``+``.
+        rotary: rotation of queries and keys by position.
+        scale: finite number, default 1/sqrt(D).  T5 uses 1.0.
+        softcap: finite number > 0.
+        sink: (Hq,) or (B, Hq) floating: an extra logit that only enlarges the denominator.
+        dropout_p: probability in [0, 1] that a weight is dropped; applied whenever it is > 0.
+        query_offset: position of the first query among the keys, an int or an integer tensor (B,); masks, biases and
+            rotation all use it.  None means Sk - Sq: the last query sits on the last key, as in decoding with a
+            cache::
+
+                         key 0 1 2 3 4                       key 0 1 2 3 4
+                query 0      # # # . .               query 0     # . . . .
+                query 1      # # # # .               query 1     # # . . .
+                query 2      # # # # #               query 2     # # # . .
+                query_offset=None (= 5 - 3), Causal()        query_offset=0, Causal()
+
+            `torch.nn.functional.scaled_dot_product_attention(is_causal=True)` is the right-hand picture.
+        return_lse: also return the log of the softmax denominator (natural logarithm), differentiable.
+        backend: name of the backend to use; None picks the first that can (see `explain`).
+
+    Under autocast, float32 (and mixed half precision) inputs are cast to the autocast dtype, as for torch's own SDPA.
+
+    Returns:
+        out (B, Hq, Sq, Dv) in the query's dtype, laid out in memory as (B, Sq, Hq, Dv) when the query is; with
+        return_lse also lse (B, Hq, Sq) in float32 (float64 for float64), +inf for a query that sees nothing.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what was expected and what came.  Values
+            inside GPU tensors are not inspected (that would wait for the device); kernels clamp them instead.
+        fastattn.UnsupportedError: the backend asked for cannot run this call, with its reasons.
+    """
+    problem = lower(
+        query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
+        dropout_p=dropout_p, query_offset=query_offset,
+    )  # fmt: skip
+    out, lse = dispatch.run(problem, backend)
+    if dropout_p == 1.0:
+        out = out * 0.0  # everything is dropped; lowering ran the call without dropout
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    query_offset: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """Which kernel `attention` would run for these arguments, with which tiles, and why each other one would not.
+
+    Takes the arguments of `attention`, checks them the same way and raises the same errors, and runs nothing.
+    """
+    problem = lower(
+        query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
+        dropout_p=dropout_p, query_offset=query_offset,
+    )  # fmt: skip
+    return dispatch.explain(problem, backend)
+
+
+def last_call() -> Explanation | None:
+    """What ran for the last eager call of `attention` in this thread; None before the first.
+
+    Calls inside a torch.compile graph are not recorded.
+    """
+    return dispatch.last_call()
+
+
+def lower(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    query_offset: int | Tensor | None = None,
+) -> Problem:
+    """Check the arguments of `attention` and lower them to a `Problem`."""
+    query, key, value = _autocast(
+        check_floating("query", query), check_floating("key", key), check_floating("value", value)
+    )
+    _check_operands(query, key, value)
+    batch, heads, query_length, head_dim = query.shape
+    key_length = key.shape[2]
+    parameter_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    fields: dict[str, object] = {}
+    if query_offset is None:
+        offset: int | Tensor = key_length - query_length
+    elif isinstance(query_offset, Tensor):
+        offset = check_integer("query_offset", query_offset).long()
+        check_device("query_offset", offset, query.device)
+        check_shape("query_offset", offset, (batch,))
+    else:
+        offset = check_index("query_offset", query_offset)
+    if isinstance(offset, Tensor):
+        fields["query_offsets"] = offset
+    else:
+        fields["query_offset"] = offset
+    if mask is not None or bias is not None or rotary is not None:
+        draft = Draft(
+            batch, heads, query_length, key_length, head_dim, query.device, parameter_dtype, offset, fields
+        )  # fmt: skip
+        query, key = _lower_objects(draft, query, key, mask, bias, rotary)
+    if softcap is not None:
+        fields["softcap"] = check_number("softcap", softcap)
+        if fields["softcap"] <= 0:  # type: ignore[operator]
+            fail(ValueError, "softcap", "a number > 0 or None", softcap)
+    if sink is not None:
+        check_floating("sink", sink)
+        check_device("sink", sink, query.device)
+        check_shape("sink", sink, (heads,), (batch, heads))
+        sink = sink.to(parameter_dtype)
+        fields["sink"] = sink if sink.dim() == 2 else sink[None]
+    if dropout_p != 0.0:
+        dropout_p = check_number("dropout_p", dropout_p)
+        if not 0.0 <= dropout_p <= 1.0:
+            fail(ValueError, "dropout_p", "a probability in [0, 1]", dropout_p)
+        if dropout_p < 1.0:
+            fields["dropout_p"] = dropout_p
+            fields["dropout_seed"] = torch.randint(-(2**63), 2**63 - 1, (2,), device=query.device)
+    scale = default_scale(head_dim) if scale is None else check_number("scale", scale)
+    return Problem(query=query, key=key, value=value, scale=scale, **fields)  # type: ignore[arg-type]
+
+
+def _lower_objects(
+    draft: Draft, query: Tensor, key: Tensor, mask: Mask | None, bias: Bias | None, rotary: Rotary | None
+) -> tuple[Tensor, Tensor]:
+    if mask is not None:
+        if not isinstance(mask, Mask):
+            fail(TypeError, "mask", "a fastattn mask (BoolMask(tensor) for a bool tensor, True = may attend)", mask)
+        mask.lower(draft)
+    if bias is not None:
+        if not isinstance(bias, Bias):
+            fail(TypeError, "bias", "a fastattn bias (DenseBias(tensor) for a tensor)", bias)
+        bias.lower(draft)
+    if rotary is not None:
+        if not isinstance(rotary, Rotary):
+            fail(TypeError, "rotary", "a fastattn.Rotary", rotary)
+        rotary.check(draft)
+        if rotary.requires_grad and torch.is_grad_enabled():
+            return rotary.rotate_outside(query, key, draft)
+        rotary.lower(draft)
+    return query, key
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    device_type = query.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device_type)
+    # float64 is left alone, as autocast leaves it.
+    if any(x.dtype == torch.float64 for x in (query, key, value)):
+        return query, key, value
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Rank, dtype, device and sizes of query, key and value."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            fail(ValueError, name, "four dimensions (batch, heads, length, head_dim)", x)
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            fail(TypeError, name, f"dtype {query.dtype} like query", str(x.dtype))
+        check_device(name, x, query.device)
+        if x.shape[0] != query.shape[0]:
+            fail(ValueError, name, f"batch size {query.shape[0]} like query", x)
+    if key.shape[3] != query.shape[3]:
+        fail(ValueError, "key", f"head dimension {query.shape[3]} like query", key)
+    if value.shape[1:3] != key.shape[1:3]:
+        fail(ValueError, "value", f"heads and length {tuple(key.shape[1:3])} like key", value)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if (heads % kv_heads != 0) if kv_heads else heads != 0:
+        fail(ValueError, "query", f"a number of heads that is a multiple of key's {kv_heads}", query)

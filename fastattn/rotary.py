@@ -1,0 +1,132 @@
+"""Rotary position embedding as an argument of `fastattn.attention`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.lowering import Draft
+from fastattn.validation import check_device, check_floating, check_range, check_shape, fail, is_readable
+
+
+class Rotary:
+    """Rotates queries and keys by their positions (Su et al., "RoFormer", 2021): query i by row i + query_offset of
+    the tables, key j by row j.
+
+    The leading R = 2 * cos.shape[-1] dimensions of each head rotate; the rest passes.  A pair (x0, x1) becomes
+    (x0 cos - x1 sin, x1 cos + x0 sin), computed in float32 from float32 tables (float64 for float64 queries).  An
+    amplitude folded into cos and sin (YaRN, LongRoPE, xPos) is honoured forward and backward.
+
+    Args:
+        cos, sin: (P, R/2) or (B, P, R/2) floating tensors, P positions.  When they require a gradient (learned
+            frequencies) the rotation runs outside the fused kernel.
+        interleaved: pairs are (2k, 2k + 1) as in GPT-J instead of (k, k + R/2) as in Llama and GPT-NeoX.
+        key_cos, key_sin: tables for the keys where they differ (xPos).
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device; R > D; a position outside the tables (clamped on a GPU
+            when the offsets are a tensor).
+    """
+
+    def __init__(
+        self,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool = False,
+        *,
+        key_cos: Tensor | None = None,
+        key_sin: Tensor | None = None,
+    ) -> None:
+        self.cos, self.sin = _table("Rotary.cos", cos), _table("Rotary.sin", sin)
+        if (key_cos is None) != (key_sin is None):
+            fail(ValueError, "Rotary.key_cos, key_sin", "both or neither", "one of them")
+        self.key_cos = self.cos if key_cos is None else _table("Rotary.key_cos", key_cos)
+        self.key_sin = self.sin if key_sin is None else _table("Rotary.key_sin", key_sin)
+        check_shape("Rotary.sin", self.sin, tuple(self.cos.shape))
+        check_shape("Rotary.key_sin", self.key_sin, tuple(self.key_cos.shape))
+        if self.key_cos.shape[-1] != self.cos.shape[-1]:
+            fail(ValueError, "Rotary.key_cos", f"{self.cos.shape[-1]} columns like cos", self.key_cos)
+        if not isinstance(interleaved, bool):
+            fail(TypeError, "Rotary.interleaved", "a bool", interleaved)
+        self.interleaved = interleaved
+
+    def __repr__(self) -> str:
+        pairing = ", interleaved=True" if self.interleaved else ""
+        return f"Rotary(positions={self.cos.shape[1]}, width={2 * self.cos.shape[-1]}{pairing})"
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(t.requires_grad for t in (self.cos, self.sin, self.key_cos, self.key_sin))
+
+    def materialize(
+        self, query_length: int, key_length: int, query_offset: int | Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The table rows of each query and key: query cos and sin (B|1, Sq, R/2), key cos and sin (B|1, Sk, R/2)."""
+        offset = key_length - query_length if query_offset is None else query_offset
+        rows = torch.arange(query_length, device=self.cos.device)
+        rows = rows[None] + (offset[:, None] if isinstance(offset, Tensor) else offset)
+        rows = rows.clamp(0, self.cos.shape[1] - 1)
+        batch = torch.arange(rows.shape[0], device=rows.device)[:, None] if self.cos.shape[0] > 1 else 0
+        return (
+            self.cos[batch, rows],
+            self.sin[batch, rows],
+            self.key_cos[:, :key_length],
+            self.key_sin[:, :key_length],
+        )
+
+    def check(self, draft: Draft) -> None:
+        """Raise unless the tables fit the call and hold every position it needs."""
+        width = 2 * self.cos.shape[-1]
+        if width > draft.head_dim:
+            fail(ValueError, "Rotary.cos", f"at most D/2 = {draft.head_dim // 2} columns", self.cos)
+        for name, table in (("cos", self.cos), ("sin", self.sin), ("key_cos", self.key_cos), ("key_sin", self.key_sin)):
+            check_device(f"Rotary.{name}", table, draft.device)
+            if table.shape[0] not in (1, draft.batch):
+                fail(ValueError, f"Rotary.{name}", f"batch dimension 1 or B = {draft.batch}", table)
+        if draft.key_length > self.key_cos.shape[1]:
+            fail(ValueError, "Rotary.key_cos", f"a row for each of Sk = {draft.key_length} key positions", self.key_cos)
+        if not draft.query_length:
+            return
+        offset, last = draft.query_offset, self.cos.shape[1] - draft.query_length
+        what = (
+            f"positions query_offset ... query_offset + Sq - 1 within the {self.cos.shape[1]} rows of the rotary "
+            f"tables, so query_offset in [0, {last}]"
+        )
+        if not isinstance(offset, Tensor):
+            if offset < 0 or offset > last:
+                fail(ValueError, "query_offset", what, offset)
+        elif is_readable(offset):
+            check_range("query_offset", offset, 0, last, what)
+
+    def lower(self, draft: Draft) -> None:
+        """Write the tables into the draft."""
+        dtype = draft.parameter_dtype
+        cos, sin = self.cos.to(dtype), self.sin.to(dtype)
+        draft.fields.update(
+            query_cos=cos,
+            query_sin=sin,
+            key_cos=cos if self.key_cos is self.cos else self.key_cos.to(dtype),
+            key_sin=sin if self.key_sin is self.sin else self.key_sin.to(dtype),
+            interleaved=self.interleaved,
+        )
+
+    def rotate_outside(self, query: Tensor, key: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
+        """Rotated copies of query and key in plain torch, differentiable in the tables."""
+        dtype = draft.parameter_dtype
+        rows = torch.arange(query.shape[2], device=query.device)
+        offset = draft.query_offset
+        rows = rows[None] + (offset[:, None] if isinstance(offset, Tensor) else offset)
+        cols = torch.arange(key.shape[2], device=key.device)[None]
+        turned_query = reference.rotate(query.to(dtype), self.cos.to(dtype), self.sin.to(dtype), rows, self.interleaved)
+        turned_key = reference.rotate(
+            key.to(dtype), self.key_cos.to(dtype), self.key_sin.to(dtype), cols, self.interleaved
+        )
+        return turned_query.to(query.dtype), turned_key.to(key.dtype)
+
+
+def _table(name: str, table: object) -> Tensor:
+    table = check_floating(name, table)
+    if table.dim() not in (2, 3):
+        fail(ValueError, name, "shape (P, R/2) or (B, P, R/2)", table)
+    return table if table.dim() == 3 else table[None]
