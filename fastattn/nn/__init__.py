@@ -1,0 +1,6 @@
+"""Modules and model surgery."""
+
+from fastattn.nn.multihead_attention import MultiheadAttention
+from fastattn.nn.replace import ReplacementReport, replace_attention, restore_attention
+
+__all__ = ["MultiheadAttention", "ReplacementReport", "replace_attention", "restore_attention"]

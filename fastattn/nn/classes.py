@@ -1,0 +1,47 @@
+"""Giving an attention module another class while its state stays what it is."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch.nn.utils.parametrize import is_parametrized
+
+Attention = TypeVar("Attention", bound=torch.nn.MultiheadAttention)
+
+# What a class body gets from `type` itself and cannot be given.
+_IMPLICIT = frozenset({"__dict__", "__weakref__"})
+_STRUCTURE = ("_parameters", "_buffers", "_modules")
+
+
+def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """The module's class; under the class that `torch.nn.utils.parametrize` has slipped in, if it has."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def class_like(module: torch.nn.Module, base: type[Attention]) -> type[Attention]:
+    """`base`, or for a parametrized module a class over `base` with the module's parametrized properties."""
+    if not is_parametrized(module):
+        return base
+    namespace = {name: value for name, value in vars(type(module)).items() if name not in _IMPLICIT}
+    return type(f"Parametrized{base.__name__}", (base,), namespace)
+
+
+def share_state(module: torch.nn.MultiheadAttention, base: type[Attention]) -> Attention:
+    """A new module of class `base` with the parameters, buffers, submodules and hooks of `module`.
+
+    Raises:
+        TypeError: `module` is not exactly a `torch.nn.MultiheadAttention` (parametrized or not).
+    """
+    if not isinstance(module, torch.nn.MultiheadAttention) or plain_class(module) is not torch.nn.MultiheadAttention:
+        raise TypeError(
+            f"mha: expected a torch.nn.MultiheadAttention, not a subclass of it, got {type(module).__name__}"
+        )
+    cls = class_like(module, base)
+    twin = cls.__new__(cls)
+    twin.__dict__.update(module.__dict__)
+    # Own dictionaries over the same objects, so that pruning or parametrizing one module leaves the other whole.  The
+    # hooks' dictionaries stay shared: a handle removes its hook from the one it was registered in.
+    for name in _STRUCTURE:
+        twin.__dict__[name] = module.__dict__[name].copy()
+    return twin

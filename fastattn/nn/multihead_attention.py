@@ -1,0 +1,148 @@
+"""A drop-in `torch.nn.MultiheadAttention`."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from fastattn.nn.classes import share_state
+from fastattn.nn.core import multi_head_attention
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    r"""`torch.nn.MultiheadAttention` computed by fastattn: same arguments, same parameters, same results.
+
+    A subclass, so `isinstance` checks, the order of initialisation (same seed, same weights), ``state_dict`` keys in
+    both directions, attributes, ``deepcopy`` and ``pickle`` are torch's own.  Only ``forward`` differs.  Weights are
+    read as attributes at every call and nothing is cached, so parametrizations, pruning, weight sharing and
+    `torch.func.functional_call` work.
+
+    Args:
+        embed_dim: E, the model dimension.
+        num_heads: H; must divide E.
+        dropout: probability of dropping an attention weight while training.
+        bias: whether the projections have biases.
+        add_bias_kv: one learned key and value more for every sequence.
+        add_zero_attn: one zero key and value more for every sequence.
+        kdim, vdim: features of keys and values; default E.
+        batch_first: inputs and outputs are (N, L, E) instead of (L, N, E).
+        device, dtype: of the parameters: float32, float64, bfloat16 or float16.
+
+    Where it differs from torch, on purpose:
+
+    * A query whose keys are all masked (bool masks or -inf) attends to nothing: its attention is 0, so its output is
+      ``out_proj.bias``, its weights are 0, its gradients 0.  torch returns NaN for it or 0, depending on the path it
+      takes.  ``finfo.min`` is a number, not a mask: a row full of it is the uniform average, as in torch.
+    * ``is_causal=True`` without ``attn_mask`` is a causal mask (query i sees keys j <= i), alone or on top of
+      ``key_padding_mask``.  torch raises an error, or ignores it on its inference fast path.  With ``attn_mask`` it
+      is the hint torch documents: trusted when neither weights nor a padding mask are in play, otherwise the mask
+      counts.  With ``add_bias_kv`` or ``add_zero_attn`` the mask counts always, so the added keys stay visible.
+    * bool and float masks may be mixed without a warning; a float32 mask is taken for every dtype of the query.
+    * Dropout draws from Philox keyed on the place of each weight; seeds do not reproduce torch's masks.  The weights
+      returned are those of the very call, after dropout, as in torch.
+    * ``out_proj`` is called, not only read, so its hooks run.
+    * The output is always contiguous; torch's may be a transposed view.
+    * It is not scriptable by `torch.jit.script`; use `torch.compile` or `torch.export`.
+    * `torch.nn.TransformerEncoderLayer` bypasses any ``self_attn`` in inference by a fused operator that only takes
+      its weights.  `fastattn.replace_attention` turns that off; a module assigned by hand warns when it is bypassed.
+
+    No derivative of a derivative and no forward-mode derivative exists for the fused kernels; both raise an error.
+    Nested tensors go through torch's own implementation, which takes some in inference and refuses the rest.
+
+    Shapes and formula: Vaswani et al., "Attention is all you need", 2017, and the documentation of
+    `torch.nn.MultiheadAttention`.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of queries over keys and values.
+
+        Args:
+            query: (L, N, E), (N, L, E) with batch_first, or (L, E) without a batch.
+            key: (S, N, kdim), (N, S, kdim) or (S, kdim).
+            value: (S, N, vdim), (N, S, vdim) or (S, vdim).
+            key_padding_mask: (N, S) or (S).  bool: True = ignore this key.  Floating (float32 or the query's dtype):
+                added to the scores; may require a gradient.
+            need_weights: also return the attention weights.  They are computed on top of the fused kernel, in the
+                memory of the returned tensor; pass False where they are not used.
+            attn_mask: (L, S) or (N * H, L, S), index n * H + h; bool with True = may not attend, or floating.
+            average_attn_weights: average the returned weights over the heads.
+            is_causal: see the class.
+
+        Returns:
+            Output in the query's layout, and the weights (N, L, S), or (N, H, L, S) without averaging, without N for
+            unbatched input; None without need_weights.  S counts the added bias and zero keys, which come last.
+
+        Raises:
+            AssertionError, RuntimeError: ranks, sizes or dtypes that do not fit, with torch's messages.
+            ValueError: `dropout` is not a probability.
+            NotImplementedError: on second or forward-mode derivatives, when they are asked for.
+        """
+        if query.is_nested or key.is_nested or value.is_nested or _overrides_torch(query, key, value):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        return multi_head_attention(
+            self,
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+
+    def merge_masks(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor
+    ) -> tuple[Tensor | None, int | None]:
+        """torch's method of this name, which only its fused inference paths call.
+
+        When it is not this module that is running, the caller is about to bypass it, so say so.
+        """
+        if not query.is_nested:
+            warnings.warn(
+                "a fused inference path of torch is about to bypass fastattn.nn.MultiheadAttention and use its weights "
+                "directly; call fastattn.replace_attention(model) to turn that path off",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return super().merge_masks(attn_mask, key_padding_mask, query)
+
+    @classmethod
+    def from_torch(cls, mha: torch.nn.MultiheadAttention) -> MultiheadAttention:
+        """A fastattn module to put in the place of `mha`.
+
+        Parameters, buffers, submodules (also parametrizations) and hooks are the same objects, not copies, so
+        optimizers, tied weights and hook handles stay valid; the training flag and plain attributes are taken over as
+        they are now.  `mha` itself is left as it is.
+
+        Raises:
+            TypeError: `mha` is not a `torch.nn.MultiheadAttention`, or of a subclass, which may compute something else.
+        """
+        return share_state(mha, cls)
+
+
+def _overrides_torch(*tensors: Tensor) -> bool:
+    """Whether a tensor type handles torch functions by itself, so that torch's function must be the one it sees."""
+    for x in tensors:
+        if type(x) is torch.Tensor or type(x) is torch.nn.Parameter:
+            continue
+        handler = getattr(type(x), "__torch_function__", None)
+        if handler is None or handler is torch._C._disabled_torch_function_impl:
+            continue
+        if getattr(handler, "__func__", None) is not torch.Tensor.__torch_function__.__func__:
+            return True
+    return False

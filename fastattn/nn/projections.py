@@ -1,0 +1,94 @@
+"""The projections around attention: x -> heads, extra keys, heads -> output layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastattn.nn.multihead_attention import MultiheadAttention
+
+
+def project(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The in-projections, in the layout of the inputs.
+
+    One product where inputs are the same object, as in torch: all three for self-attention, key and value for
+    attention over a memory.  The results may be slices of one packed tensor.
+
+    Raises:
+        AssertionError: separate weights whose shapes do not fit the inputs.
+    """
+    bias, dim = module.in_proj_bias, module.embed_dim
+    if module._qkv_same_embed_dim:
+        weight = module.in_proj_weight
+        if weight is None:
+            raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
+        if query is key and key is value:
+            q, k, v = F.linear(query, weight, bias).split(dim, dim=-1)
+            return q, k, v
+        if key is value:
+            query_weight, memory_weight = weight.split((dim, 2 * dim))
+            query_bias, memory_bias = (None, None) if bias is None else bias.split((dim, 2 * dim))
+            k, v = F.linear(key, memory_weight, memory_bias).split(dim, dim=-1)
+            return F.linear(query, query_weight, query_bias), k, v
+        weights = weight.split(dim)
+    else:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        for name, x, w in zip(("query", "key", "value"), (query, key, value), weights, strict=True):
+            if w is None:
+                raise AssertionError(f"use_separate_proj_weight is True but {name[0]}_proj_weight is None")
+            expected = (dim, x.shape[-1])
+            if w.shape != expected:
+                raise AssertionError(f"expecting {name} weights shape of {expected}, but got {w.shape}")
+    biases = (None, None, None) if bias is None else bias.split(dim)
+    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    return q, k, v
+
+
+def split_heads(x: Tensor, num_heads: int, *, batched: bool, batch_first: bool) -> Tensor:
+    """A projected (N, L, E), (L, N, E) or (L, E) tensor as (N, H, L, D): a view."""
+    heads = x.unflatten(-1, (num_heads, x.shape[-1] // num_heads))
+    if not batched:
+        return heads.unsqueeze(0).transpose(1, 2)
+    return heads.transpose(1, 2) if batch_first else heads.permute(1, 2, 0, 3)
+
+
+def join_heads(x: Tensor, *, batched: bool, batch_first: bool) -> Tensor:
+    """The inverse of `split_heads`; the result is contiguous."""
+    if not batched:
+        return x.squeeze(0).transpose(0, 1).flatten(-2)
+    return x.transpose(1, 2).flatten(-2) if batch_first else x.permute(2, 0, 1, 3).flatten(-2)
+
+
+def count_extra_keys(module: MultiheadAttention) -> int:
+    """How many keys the module adds to the caller's.
+
+    Raises:
+        AssertionError: only one of bias_k and bias_v.
+    """
+    if (module.bias_k is None) != (module.bias_v is None):
+        has, lacks = ("bias_v", "bias_k") if module.bias_k is None else ("bias_k", "bias_v")
+        raise AssertionError(f"{has} is set but {lacks} is None")
+    return (module.bias_k is not None) + bool(module.add_zero_attn)
+
+
+def prepend_extra_keys(module: MultiheadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v (N, H, S, D) with the bias key and the zero key in front.
+
+    torch appends them.  Attention does not care, and in front every query sees them under a causal mask that is
+    shifted by their number, without any mask tensor.
+    """
+    batch, heads, _, dim = k.shape
+
+    def extended(x: Tensor, bias: Tensor | None) -> Tensor:
+        parts = [x]
+        if module.add_zero_attn:
+            parts.insert(0, x.new_zeros((batch, heads, 1, dim)))
+        if bias is not None:
+            parts.insert(0, bias.view(1, heads, 1, dim).expand(batch, -1, -1, -1).to(x.dtype))
+        return torch.cat(parts, dim=2)
+
+    return extended(k, module.bias_k), extended(v, module.bias_v)
