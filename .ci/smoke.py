@@ -14,7 +14,9 @@ torch.manual_seed(0)
 query, key, value = (torch.randn(2, 4, 65, 32, requires_grad=True) for _ in range(3))
 slopes = fastattn.alibi_slopes(4).requires_grad_()
 out = fastattn.attention(query, key, value, mask=fastattn.Causal(), bias=fastattn.ALiBi(slopes))
-assert fastattn.last_call().backend == "cpu", f"ran on {fastattn.last_call().backend}: the wheel's native library did not"
+assert fastattn.last_call().backend == "cpu", (
+    f"ran on {fastattn.last_call().backend}: the wheel's native library did not"
+)
 out.sum().backward()
 
 distance = torch.arange(65)[None, :] - torch.arange(65)[:, None]
@@ -24,4 +26,6 @@ error = (out - exact).abs().max().item()
 assert error < 1e-5, f"max abs error {error}"
 (expected,) = torch.autograd.grad(exact.sum(), slopes)
 assert torch.allclose(slopes.grad, expected.float(), rtol=1e-4, atol=1e-4)
-print(f"fastattn {fastattn.__version__} from the wheel: max abs error {error:.1e}, backend {fastattn.last_call().backend}")
+print(
+    f"fastattn {fastattn.__version__} from the wheel: max abs error {error:.1e}, backend {fastattn.last_call().backend}"
+)

@@ -1,0 +1,53 @@
+"""How fast could it be: the machine's own matrix product and copy, measured in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastattn.bench.timing import Clock, Spread, make_clock
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Medians: matrix product in FLOP/s, device-to-device copy in bytes read plus written per second."""
+
+    matmul_flops: float
+    matmul_size: int
+    matmul_dtype: str
+    copy_bytes: float
+
+
+def measure(device: str, *, seconds: float = 1.0, size: int | None = None) -> Ceilings:
+    """8192^3 in bf16 on a GPU; on a CPU 2048^3 in float32.  Random data: zeros run faster than anyone's numbers."""
+    size = size or (8192 if device == "cuda" else 2048)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    elements = (1 << 30) if device == "cuda" else (1 << 26)
+    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.randn(elements, device=device, dtype=torch.float32)
+    target = torch.empty_like(source)
+    clock = make_clock(device)
+    matmul = _median(lambda: torch.mm(a, b), clock, seconds)
+    copy = _median(lambda: target.copy_(source), clock, seconds)
+    return Ceilings(
+        matmul_flops=2.0 * size**3 / matmul,
+        matmul_size=size,
+        matmul_dtype=str(dtype).removeprefix("torch."),
+        copy_bytes=2.0 * source.nbytes / copy,
+    )
+
+
+def _median(call: Callable[[], object], clock: Clock, seconds: float) -> float:
+    samples: list[float] = []
+    for turn in range(200):
+        clock.start()
+        call()
+        clock.mark()
+        (elapsed,) = clock.stop()
+        if turn >= 3:  # warm-up
+            samples.append(elapsed)
+        if len(samples) >= 5 and sum(samples) > seconds:
+            break
+    return Spread.of(samples).median

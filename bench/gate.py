@@ -1,0 +1,175 @@
+"""Is it right: every variant is held against the naive formula in float64 before it is timed or reported.
+
+Budget (the rule of the FlashAttention tests): twice the error that the naive formula makes in the case's own
+precision, plus the rounding of the result itself.  No tolerance is chosen by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastattn.bench.modules import ModuleInputs, module_oracle
+from fastattn.bench.peers import Prepared, prepare
+from fastattn.bench.scenarios import SCENARIOS, Inputs, dense_terms, naive_attention
+
+BUDGET = 2.0
+ALL = slice(None)
+
+
+class WrongResultError(Exception):
+    """A variant computed something else than the formula."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One compared tensor: `error` and `budget` are maxima of absolute differences."""
+
+    name: str
+    error: float
+    budget: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget  # False for NaN
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Output and gradients by the formula in float64, with the budget of each."""
+
+    values: dict[str, Tensor]
+    budgets: dict[str, float]
+    heads: slice = field(default_factory=lambda: ALL)
+    kv_heads: slice = field(default_factory=lambda: ALL)
+
+
+def _restricted(inputs: Inputs, dtype: torch.dtype, heads: slice, kv_heads: slice) -> Inputs:
+    """The same case for some of its heads, in another dtype, with leaves of its own."""
+    extras = {
+        name: (tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
+        for name, tensor in inputs.extras.items()
+    }
+    for name in SCENARIOS[inputs.case.scenario].parameters:
+        extras[name].requires_grad_()
+
+    def part(tensor: Tensor, which: slice) -> Tensor:
+        return tensor.detach()[:, which].to(dtype)
+
+    return Inputs(
+        replace(inputs.case, dtype=dtype),
+        part(inputs.query, heads).requires_grad_(),
+        part(inputs.key, kv_heads).requires_grad_(),
+        part(inputs.value, kv_heads).requires_grad_(),
+        part(inputs.grad_out, heads),
+        extras,
+    )
+
+
+def _of_heads(name: str, tensor: Tensor, inputs: Inputs, heads: slice, kv_heads: slice) -> Tensor:
+    """The part of an output or gradient that belongs to the heads."""
+    if name in ("out", "query"):
+        return tensor[:, heads]
+    if name in ("key", "value"):
+        return tensor[:, kv_heads]
+    index = [ALL] * tensor.dim()
+    index[SCENARIOS[inputs.case.scenario].parameters[name]] = heads
+    return tensor[tuple(index)]
+
+
+def _formula(inputs: Inputs, dtype: torch.dtype, heads: slice, kv_heads: slice, gradients: bool) -> dict[str, Tensor]:
+    part = _restricted(inputs, dtype, heads, kv_heads)
+    with torch.set_grad_enabled(gradients):
+        mask, bias = dense_terms(part, heads)
+        out = naive_attention(part, mask=mask, bias=bias, dropout=False, heads=heads)
+    values = {"out": out.detach()}
+    if gradients:
+        leaves = part.leaves()
+        found = torch.autograd.grad(out, list(leaves.values()), part.grad_out)
+        for name, gradient in zip(leaves, found, strict=True):
+            own = gradient if name in ("query", "key", "value") else _of_heads(name, gradient, inputs, heads, kv_heads)
+            values[name] = own
+    return values
+
+
+def _budgets(exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+    budgets = {}
+    for name, value in exact.items():
+        if value.numel() == 0:
+            budgets[name] = 0.0
+            continue
+        rounding = torch.finfo(dtype).eps * value.abs().max().item()
+        budgets[name] = BUDGET * (same[name].double() - value).abs().max().item() + rounding
+    return budgets
+
+
+def expect(inputs: Inputs | ModuleInputs, *, gradients: bool, kv_head: int | None = None) -> Expected:
+    """What the case should give.  `kv_head` restricts the check to one KV head and its queries, over the whole batch:
+    heads are independent, and the formula at full size would not fit into memory for long sequences."""
+    if isinstance(inputs, ModuleInputs):
+        exact, exact_gradients = module_oracle(inputs, torch.float64)
+        same, same_gradients = module_oracle(inputs, inputs.case.dtype)
+        values = {"out": exact} | (exact_gradients if gradients else {})
+        return Expected(values, _budgets(values, {"out": same} | same_gradients, inputs.case.dtype))
+    heads = kv_heads = ALL
+    if kv_head is not None:
+        group = inputs.case.shape.heads // inputs.case.shape.kv_heads
+        heads, kv_heads = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
+    exact = _formula(inputs, torch.float64, heads, kv_heads, gradients)
+    same = _formula(inputs, inputs.case.dtype, heads, kv_heads, gradients)
+    return Expected(exact, _budgets(exact, same, inputs.case.dtype), heads, kv_heads)
+
+
+def compare(inputs: Inputs | ModuleInputs, expected: Expected, values: dict[str, Tensor]) -> list[Check]:
+    """Every expected tensor against what a variant returned under the same name."""
+    checks = []
+    for name, exact in expected.values.items():
+        got = values[name].detach()
+        if isinstance(inputs, Inputs):
+            got = _of_heads(name, got, inputs, expected.heads, expected.kv_heads)
+        error = (got.double() - exact).abs().max().item() if exact.numel() else 0.0
+        checks.append(Check(name, error, expected.budgets[name]))
+    return checks
+
+
+def evaluate(prepared: Prepared, *, gradients: bool) -> dict[str, Tensor]:
+    """Output, and with `gradients` the gradient of every leaf, of one run."""
+    with torch.set_grad_enabled(gradients):
+        out = prepared.forward()
+    values = {"out": out.detach()}
+    if gradients:
+        values |= dict(zip(prepared.leaves, prepared.gradients(out), strict=True))
+    return values
+
+
+def check_dropout(peer: str, inputs: Inputs) -> list[Check]:
+    """Dropout draws its own mask, so its mean is held: with V = 1 every row sums the kept, rescaled weights.
+
+    Over n outputs the mean of 1 has a standard deviation far below 1/sqrt(n); 0.02 is generous, and a missing rescale
+    (0.9 for p = 0.1) or a mask that is never drawn (no spread at all) is not.
+    """
+    ones = replace(inputs, value=torch.ones_like(inputs.value).requires_grad_())
+    with torch.no_grad():
+        out = prepare(peer, ones).forward().double()
+    spread = 0.0 if out.std().item() > 1e-4 else 1.0
+    return [Check("mean", abs(out.mean().item() - 1.0), 0.02), Check("drawn", spread, 0.5)]
+
+
+def gate(peer: str, inputs: Inputs | ModuleInputs, prepared: Prepared, expected: Expected, *, gradients: bool) -> float:
+    """Largest error of the variant as a multiple of its budget.
+
+    Raises:
+        WrongResultError: some tensor is outside its budget, NaN included.
+    """
+    if isinstance(inputs, Inputs) and SCENARIOS[inputs.case.scenario].dropout_p:
+        checks = check_dropout(peer, inputs)
+        if gradients:
+            prepared.step()  # a peer that cannot differentiate says so here
+    else:
+        checks = compare(inputs, expected, evaluate(prepared, gradients=gradients))
+    wrong = [f"{c.name} is off by {c.error:.2e}, budget {c.budget:.2e}" for c in checks if not c.passed]
+    if wrong:
+        raise WrongResultError("; ".join(wrong))
+    return max((c.error / c.budget for c in checks if c.budget), default=0.0)

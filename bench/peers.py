@@ -1,0 +1,251 @@
+"""By whom: every implementation of attention we compare with, through its public interface.
+
+A peer prepares a case once (masks that are constants of a training run are built here, outside the clock, which
+favours the peers that need them) and returns a closure for one forward pass.  What a step of training must redo,
+such as gathering a bias from a learned table, happens inside the closure.  A peer that cannot do a case raises: the
+message is shown in its row.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastattn
+from fastattn.bench.modules import ModuleInputs, prepare_module
+from fastattn.bench.scenarios import SCENARIOS, Inputs, dense_terms, naive_attention, rotate
+
+
+class CannotError(Exception):
+    """This peer has no way to compute this case."""
+
+
+@dataclass
+class Prepared:
+    """One variant, ready to run: `forward()` gives the output whose gradient is taken against `leaves`."""
+
+    forward: Callable[[], Tensor]
+    leaves: dict[str, Tensor]
+    grad_out: Tensor
+    last_call: str = field(default="", compare=False)  # which kernel ran, where the peer can tell
+
+    def step(self) -> tuple[Tensor, ...]:
+        """One training step's share: forward and the gradient of every leaf."""
+        return self.gradients(self.forward())
+
+    def gradients(self, out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    title: str
+    prepare: Callable[[Inputs], Callable[[], Tensor]]
+
+
+def _fastattn(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor]:
+    shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
+
+    def forward() -> Tensor:
+        return fastattn.attention(
+            inputs.query, inputs.key, inputs.value, backend=backend, **scenario.arguments(shape, inputs.extras)
+        )
+
+    return forward
+
+
+def _sdpa_terms(inputs: Inputs) -> tuple[Callable[[], Tensor | None], bool]:
+    """How SDPA is told mask and bias: a closure for attn_mask, and the is_causal flag."""
+    shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
+    if scenario.softcap or scenario.sink:
+        raise CannotError("scaled_dot_product_attention has no softcap and no sink")
+    if scenario.causal and shape.offset == 0 and not scenario.dense_bias:
+        return lambda: None, True
+
+    def build() -> Tensor | None:
+        mask, bias = dense_terms(inputs)
+        if bias is None:
+            return mask
+        if mask is not None:
+            bias = bias.masked_fill(~mask, float("-inf"))
+        bias = bias.to(inputs.query.dtype)
+        if not torch.is_grad_enabled():
+            bias = bias.detach()  # SDPA goes by requires_grad even without a graph, and would take the math backend
+        return bias[None] if bias.dim() == 3 else bias  # a 3-D mask would take the math backend as well
+
+    if scenario.dense_bias and scenario.parameters:
+        return build, False  # the bias changes with its parameters: gathered anew in every step
+    with torch.no_grad():
+        constant = build()
+    return lambda: constant, False
+
+
+def _sdpa(
+    inputs: Inputs,
+    backend: SDPBackend | None = None,
+    function: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> Callable[[], Tensor]:
+    shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
+    attn_mask, is_causal = _sdpa_terms(inputs)
+    cos, sin = inputs.extras.get("cos"), inputs.extras.get("sin")
+
+    def forward() -> Tensor:
+        query, key = inputs.query, inputs.key
+        if scenario.rotary:
+            query, key = rotate(query, cos[shape.offset :], sin[shape.offset :]), rotate(key, cos, sin)
+            query, key = query.to(inputs.query.dtype), key.to(inputs.key.dtype)
+        with sdpa_kernel(backend) if backend is not None else nullcontext():
+            return function(
+                query,
+                key,
+                inputs.value,
+                attn_mask=attn_mask(),
+                dropout_p=scenario.dropout_p,
+                is_causal=is_causal,
+                enable_gqa=shape.kv_heads != shape.heads,
+            )
+
+    return forward
+
+
+def _naive(inputs: Inputs) -> Callable[[], Tensor]:
+    with torch.no_grad():
+        mask, bias = dense_terms(inputs)
+    learned = SCENARIOS[inputs.case.scenario].dense_bias and SCENARIOS[inputs.case.scenario].parameters
+
+    def forward() -> Tensor:
+        current = dense_terms(inputs)[1] if learned else bias
+        current = None if current is None else current.to(inputs.query.dtype)
+        return naive_attention(inputs, mask=mask, bias=current)
+
+    return forward
+
+
+def _naive_compiled(inputs: Inputs) -> Callable[[], Tensor]:
+    return torch.compile(_naive(inputs), dynamic=False)
+
+
+def _flex(inputs: Inputs) -> Callable[[], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
+    if scenario.dropout_p or scenario.sink:
+        raise CannotError("flex_attention has no dropout, and a sink only as arithmetic on its lse")
+    block_mask = None
+    if scenario.mask_mod is not None:
+        mod = scenario.mask_mod(shape, inputs.extras)
+        per_batch = shape.batch if set(inputs.extras) & {"lengths", "prefix", "query_ids", "mask"} else None
+        block_mask = create_block_mask(
+            mod, per_batch, None, shape.query_length, shape.key_length, device=str(inputs.query.device)
+        )
+    score_mod = scenario.score_mod(shape, inputs.extras) if scenario.score_mod is not None else None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    cos, sin = inputs.extras.get("cos"), inputs.extras.get("sin")
+
+    def forward() -> Tensor:
+        query, key = inputs.query, inputs.key
+        if scenario.rotary:
+            query, key = rotate(query, cos[shape.offset :], sin[shape.offset :]), rotate(key, cos, sin)
+            query, key = query.to(inputs.query.dtype), key.to(inputs.key.dtype)
+        return compiled(
+            query,
+            key,
+            inputs.value,
+            score_mod=score_mod,
+            block_mask=block_mask,
+            enable_gqa=shape.kv_heads != shape.heads,
+        )
+
+    return forward
+
+
+def _flash_attn(inputs: Inputs) -> Callable[[], Tensor]:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise CannotError("flash-attn is not installed")
+    from flash_attn import flash_attn_func
+
+    scenario = SCENARIOS[inputs.case.scenario]
+    if scenario.name not in ("plain", "causal", "window", "alibi", "softcap", "dropout"):
+        raise CannotError(f"flash_attn_func has no argument for {scenario.title}")
+    slopes = inputs.extras.get("slopes")
+    window = (255, 0) if scenario.name == "window" else (-1, -1)
+
+    def forward() -> Tensor:
+        out = flash_attn_func(
+            *(t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value)),
+            dropout_p=scenario.dropout_p,
+            causal=scenario.dense_mask is not None,
+            window_size=window,
+            softcap=scenario.softcap,
+            alibi_slopes=slopes,
+        )
+        return out.transpose(1, 2)
+
+    return forward
+
+
+def _xformers(inputs: Inputs) -> Callable[[], Tensor]:
+    if importlib.util.find_spec("xformers") is None:
+        raise CannotError("xformers is not installed")
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    scenario = SCENARIOS[inputs.case.scenario]
+    if scenario.name not in ("plain", "causal") or inputs.case.shape.kv_heads != inputs.case.shape.heads:
+        raise CannotError(f"not compared: {scenario.title}")
+    attn_bias = LowerTriangularMask() if scenario.causal else None
+
+    def forward() -> Tensor:
+        query, key, value = (t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
+        return memory_efficient_attention(query, key, value, attn_bias=attn_bias).transpose(1, 2)
+
+    return forward
+
+
+def _module_only(inputs: Inputs) -> Callable[[], Tensor]:
+    raise CannotError("compares modules, not functions")
+
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("fastattn", "fastattn.attention", _fastattn),
+        Peer(
+            "fastattn-sdpa",
+            "fastattn.scaled_dot_product_attention",
+            functools.partial(_sdpa, function=fastattn.scaled_dot_product_attention),
+        ),
+        Peer("sdpa", "torch SDPA, its own choice", _sdpa),
+        Peer("sdpa-flash", "torch SDPA, flash", functools.partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION)),
+        Peer(
+            "sdpa-efficient",
+            "torch SDPA, memory-efficient",
+            functools.partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+        ),
+        Peer("sdpa-cudnn", "torch SDPA, cuDNN", functools.partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION)),
+        Peer("sdpa-math", "torch SDPA, math", functools.partial(_sdpa, backend=SDPBackend.MATH)),
+        Peer("flex", "FlexAttention, compiled", _flex),
+        Peer("naive", "the naive formula", _naive),
+        Peer("naive-compiled", "the naive formula under torch.compile", _naive_compiled),
+        Peer("flash-attn", "flash-attn", _flash_attn),
+        Peer("xformers", "xformers", _xformers),
+        Peer("fastattn-mha", "fastattn.nn.MultiheadAttention", _module_only),
+        Peer("nn-mha", "torch.nn.MultiheadAttention", _module_only),
+    )
+}
+
+
+def prepare(peer: str, inputs: Inputs | ModuleInputs) -> Prepared:
+    """The peer's closure for the case.  Raises whatever the peer raises for a case it cannot do."""
+    if isinstance(inputs, ModuleInputs):
+        forward, leaves = prepare_module(peer, inputs)
+        return Prepared(forward, leaves, inputs.grad_out)
+    return Prepared(PEERS[peer].prepare(inputs), inputs.leaves(), inputs.grad_out)

@@ -1,0 +1,171 @@
+"""At which sizes: named lists of cases, one builder per suite, chosen by the device they run on.
+
+Sizes keep the number of tokens (batch times length) constant over a sweep, as the field does, so that a plot against
+length shows the quadratic part alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastattn.bench.scenarios import Case, Shape
+
+# FlexAttention is compiled anew for every case, tens of seconds on a small CPU: there, suites name it where it counts.
+CPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-math", "naive")
+GPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "naive")
+COMPILED_PEERS = ("flex", "naive-compiled")
+LIBRARY_PEERS = ("flash-attn", "xformers")
+MODULE_SCENARIOS = ("self", "padding", "weights")  # of the module suite, see modules.py
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases, and who runs them.  `baseline` is the peer that ratios are taken against."""
+
+    name: str
+    title: str
+    cases: tuple[Case, ...]
+    peers: tuple[str, ...]
+    baseline: str = "sdpa"
+    per_call: bool = False  # microseconds per call are the point: time many calls per sample
+
+
+def _sweep(
+    suite: str,
+    scenarios: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    lengths: tuple[int, ...],
+    *,
+    tokens: int,
+    heads: int,
+    dim: int,
+    **sizes: int,
+) -> list[Case]:
+    return [
+        Case(suite, scenario, Shape(max(1, tokens // length), heads, length, length, dim, **sizes), dtype)
+        for dtype in dtypes
+        for scenario in scenarios
+        for length in lengths
+    ]
+
+
+def _peers(device: str, *, compiled: bool = True) -> tuple[str, ...]:
+    if device == "cpu":
+        return (*CPU_PEERS, *(("flex",) if compiled else ()))
+    return (*GPU_PEERS, *(COMPILED_PEERS if compiled else ()), *LIBRARY_PEERS)
+
+
+def _one_length(device: str, quick: bool) -> tuple[Shape, torch.dtype]:
+    """Size and dtype of the suites that compare features instead of lengths."""
+    if device == "cpu":
+        return Shape(2, 8, 512 if quick else 2048, 512 if quick else 2048, 64), torch.float32
+    return Shape(4, 16, 1024 if quick else 4096, 1024 if quick else 4096, 128), torch.bfloat16
+
+
+def attention(device: str, quick: bool) -> Suite:
+    """Plain and causal attention against length."""
+    if device == "cpu":
+        lengths = (256, 1024) if quick else (256, 512, 1024, 2048, 4096)
+        dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16)
+        tokens = 2048 if quick else 4096
+        cases = _sweep("attention", ("plain", "causal"), dtypes, lengths, tokens=tokens, heads=8, dim=64)
+    else:
+        lengths = (1024, 4096) if quick else (512, 1024, 2048, 4096, 8192, 16384)
+        cases = []
+        for dim, heads in ((128, 16),) if quick else ((128, 16), (64, 32), (256, 8)):
+            cases += _sweep(
+                "attention", ("plain", "causal"), (torch.bfloat16,), lengths, tokens=16384, heads=heads, dim=dim
+            )
+    return Suite("attention", "plain and causal attention", tuple(cases), _peers(device, compiled=device != "cpu"))
+
+
+def mask(device: str, quick: bool) -> Suite:
+    """Structured and arbitrary masks, GQA, at one length."""
+    shape, dtype = _one_length(device, quick)
+    names = ("causal", "window", "lengths", "prefix", "documents", "bool-mask")
+    cases = [Case("mask", name, shape, dtype) for name in names]
+    cases.append(Case("mask", "causal", replace(shape, kv_heads=shape.heads // 4), dtype))
+    return Suite("mask", "masks", tuple(cases), _peers(device, compiled=not quick))
+
+
+def bias(device: str, quick: bool) -> Suite:
+    """Biases with the gradients of their parameters, rotation, softcap, sink, dropout, at one length."""
+    shape, dtype = _one_length(device, quick)
+    names = ("alibi", "alibi-learned", "t5", "table", "dense-bias", "rotary", "softcap", "sink", "dropout")
+    cases = [Case("bias", name, shape, dtype) for name in names]
+    return Suite("bias", "biases, rotation, dropout", tuple(cases), _peers(device, compiled=not quick))
+
+
+def sweep(device: str, quick: bool) -> Suite:
+    """The two cases a fused kernel exists for, a T5 bias and ALiBi, against length."""
+    lengths: tuple[int, ...] = (256, 1024) if quick else (256, 512, 1024, 2048, 4096)
+    if device == "cpu":
+        cases = _sweep("sweep", ("t5", "alibi"), (torch.float32,), lengths, tokens=4096, heads=8, dim=64)
+    else:
+        cases = _sweep("sweep", ("t5", "alibi"), (torch.bfloat16,), lengths, tokens=16384, heads=16, dim=128)
+    return Suite("sweep", "T5 bias and ALiBi against length", tuple(cases), _peers(device, compiled=False))
+
+
+def module(device: str, quick: bool) -> Suite:
+    """nn.MultiheadAttention against its replacement: self-attention, with padding, with returned weights."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    lengths = (128, 512) if quick else (128, 512, 2048)
+    tokens = 4096 if device == "cpu" else 16384
+    cases = _sweep("module", MODULE_SCENARIOS, (dtype,), lengths, tokens=tokens, heads=8, dim=64)
+    return Suite("module", "multi-head attention modules", tuple(cases), ("fastattn-mha", "nn-mha"), baseline="nn-mha")
+
+
+def decode(device: str, quick: bool) -> Suite:
+    """One new query against a long cache, with and without GQA."""
+    lengths = (1024,) if quick else (1024, 4096, 16384)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    cases = [
+        Case("decode", "plain", Shape(4, 16, 1, length, 64, kv_heads=kv_heads), dtype, ("forward",))
+        for kv_heads in (16, 4)
+        for length in lengths
+    ]
+    return Suite("decode", "one query against a cache", tuple(cases), _peers(device, compiled=False))
+
+
+def overhead(device: str, quick: bool) -> Suite:
+    """Microseconds per call where there is nothing to compute: what the call itself costs."""
+    shape = Shape(1, 2, 8, 8, 16)
+    cases = tuple(Case("overhead", name, shape) for name in ("plain", "causal", "alibi"))
+    peers = ("fastattn", "fastattn-sdpa", "sdpa", "naive")
+    return Suite("overhead", "host overhead on a tiny call", cases, peers, per_call=True)
+
+
+SUITES: dict[str, Callable[[str, bool], Suite]] = {
+    "attention": attention,
+    "sweep": sweep,
+    "mask": mask,
+    "bias": bias,
+    "module": module,
+    "decode": decode,
+    "overhead": overhead,
+}
+# groups: names that stand for several suites
+GROUPS: dict[str, tuple[str, ...]] = {
+    "all": tuple(SUITES),
+    "cpu": ("attention", "sweep", "mask", "bias", "module", "decode", "overhead"),
+    "gpu": ("attention", "bias", "mask", "module", "overhead"),
+}
+
+
+def resolve(names: list[str]) -> list[str]:
+    """Suite names with groups spelled out, in order, once each.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    chosen: list[str] = []
+    for name in names:
+        if name not in SUITES and name not in GROUPS:
+            raise ValueError(f"unknown suite {name!r}; choose from {', '.join((*SUITES, *GROUPS))}")
+        for member in GROUPS.get(name, (name,)):
+            if member not in chosen:
+                chosen.append(member)
+    return chosen

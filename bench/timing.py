@@ -1,0 +1,126 @@
+"""How fast: variants take turns in one process, so that drift of clocks and neighbours hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fastattn.bench.peers import Prepared
+
+Sample = Callable[[], dict[str, float]]  # one measurement: direction -> seconds
+FLUSH_BYTES = 256 << 20  # more than any GPU's L2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and 20/80 quantiles of a list of seconds."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Spread:
+        ordered = sorted(seconds)
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+
+
+class CpuClock:
+    """Wall-clock seconds between marks."""
+
+    def start(self) -> None:
+        self._marks = [time.perf_counter()]
+
+    def mark(self) -> None:
+        self._marks.append(time.perf_counter())
+
+    def stop(self) -> list[float]:
+        return [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+
+class CudaClock:
+    """Device seconds between events, after the L2 cache has been overwritten."""
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def start(self) -> None:
+        self._flush.zero_()
+        self._marks = []
+        self.mark()
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def stop(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) * 1e-3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+
+Clock = CpuClock | CudaClock
+
+
+def make_clock(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else CpuClock()
+
+
+def forward_sample(prepared: Prepared, clock: Clock, calls: int = 1) -> Sample:
+    """Inference: no graph is recorded."""
+
+    def sample() -> dict[str, float]:
+        with torch.no_grad():
+            clock.start()
+            for _ in range(calls):
+                prepared.forward()
+            clock.mark()
+        return {"forward": clock.stop()[0] / calls}
+
+    return sample
+
+
+def training_sample(prepared: Prepared, clock: Clock, calls: int = 1) -> Sample:
+    """Forward with a graph, then backward; `both` is their sum, each timed in the same pass."""
+
+    def sample() -> dict[str, float]:
+        forward = backward = 0.0
+        for _ in range(calls):
+            clock.start()
+            out = prepared.forward()
+            clock.mark()
+            prepared.gradients(out)
+            clock.mark()
+            first, second = clock.stop()
+            forward, backward = forward + first, backward + second
+        return {"backward": backward / calls, "both": (forward + backward) / calls}
+
+    return sample
+
+
+def interleave(
+    samples: Mapping[str, Sample], *, budget: float, least: int = 5, most: int = 60
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds per variant and direction, one sample of each variant per round.
+
+    Rounds are as many as fit into `budget` seconds, between `least` and `most`; the order is reversed every other
+    round, so that no variant always runs in the cache that another one left.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in samples}
+    began = time.perf_counter()
+    for sample in samples.values():
+        sample()  # warm-up: caches, thread pools, compilation
+    once = max(time.perf_counter() - began, 1e-9)
+    rounds = max(least, min(most, int(budget / once)))
+    order = list(samples)
+    for turn in range(rounds):
+        for name in order if turn % 2 == 0 else reversed(order):
+            for direction, value in samples[name]().items():
+                seconds[name].setdefault(direction, []).append(value)
+    return seconds

@@ -1,0 +1,95 @@
+"""``python -m fastattn bench``: who is how fast, in a table, in CSV rows and in plots."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import torch
+
+import fastattn
+from fastattn.cli.console import Console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", action="append", help="a suite or group, may be repeated (default: cpu or gpu)")
+    parser.add_argument("--quick", action="store_true", help="small shapes, short samples: a smoke test, not a result")
+    parser.add_argument("--out", type=Path, help="folder of the CSV and the plots (default: bench/results)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--peers", help="comma-separated: only these of each suite's peers")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds of timing per case and kind of sample")
+    parser.add_argument("--deadline", type=float, help="seconds after which no further case begins")
+    parser.add_argument("--no-plots", action="store_true", help="rows and table only")
+    parser.add_argument("--list", action="store_true", help="print suites, peers and cases, and run nothing")
+
+
+def default_folder() -> Path:
+    """bench/results of the checkout, or a folder here when the package is not run from one."""
+    inside = Path(fastattn.__file__).resolve().parents[1] / "bench"
+    return inside / "results" if (inside / "runner.py").exists() else Path("fastattn-bench")
+
+
+def main(options: argparse.Namespace) -> int:
+    from fastattn.bench import report, results, runner
+    from fastattn.bench.peers import PEERS
+    from fastattn.bench.suites import GROUPS, SUITES, resolve
+
+    console = Console()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        names = resolve(options.suite or ["gpu" if device == "cuda" else "cpu"])
+        peers = options.peers.split(",") if options.peers else None
+        unknown = [peer for peer in peers or [] if peer not in PEERS]
+        if unknown:
+            raise ValueError(f"unknown peer {unknown[0]!r}; choose from {', '.join(PEERS)}")
+    except ValueError as error:
+        console.print(f"[red]error:[/red] {error}")
+        return 2
+    if options.list:
+        for name in names:
+            suite = SUITES[name](device, options.quick)
+            console.heading(f"{name}: {suite.title}")
+            console.print("  peers: " + ", ".join(suite.peers))
+            for case in suite.cases:
+                console.print(f"  {case.name:<16} {str(case.dtype).removeprefix('torch.'):<9} {case.shape}")
+        console.print("\ngroups: " + "; ".join(f"{name} = {', '.join(members)}" for name, members in GROUPS.items()))
+        return 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    where = results.environment(device)
+    console.print(
+        f"fastattn {where.fastattn} ({where.commit or 'no commit'}), torch {where.torch}, {where.device}, "
+        f"{where.isa or 'no native kernels'}, {where.threads} threads"
+    )
+    with console.progress() as step:
+        rows = runner.run(
+            runner.Options(
+                suites=names,
+                device=device,
+                quick=options.quick,
+                peers=peers,
+                budget=options.budget,
+                deadline=options.deadline,
+                progress=step,
+            )
+        )
+    report.print_report(rows, console)
+    folder = options.out or default_folder()
+    # quick rows are no measurements: they never mix with those that are
+    path = folder / ("quick.csv" if options.quick else f"{device}.csv")
+    results.write(path, rows)
+    console.print(f"\n{len(rows)} rows in {path}")
+    if not options.no_plots:
+        if importlib.util.find_spec("matplotlib") is None:
+            console.print("[yellow]no plots:[/yellow] pip install matplotlib")
+        else:
+            from fastattn.bench import plots
+
+            files = plots.draw(rows, folder / "plots")
+            console.print(f"{len(files)} plots in {folder / 'plots'}")
+    wrong = [row for row in rows if row.status == "wrong" and row.variant.startswith("fastattn")]
+    if wrong:
+        console.print(f"[bold red]{len(wrong)} of fastattn's own results are wrong[/bold red]")
+    return 1 if wrong else 0
