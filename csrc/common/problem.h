@@ -1,0 +1,90 @@
+// One attention call as plain data: the C++ twin of fastattn/problem.py (same names, same meaning).
+//
+// Every tensor is a view of up to four dimensions with strides in elements.  A dimension of size one has
+// stride zero, so kernels index (b, h, i, j) without asking which dimensions are broadcast.  Absent = null.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+using i64 = int64_t;
+
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt64 };
+
+inline i64 element_size(DType type) {
+  switch (type) {
+    case DType::kFloat64:
+    case DType::kInt64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+      return 2;
+    case DType::kBool:
+      return 1;
+  }
+  return 1;
+}
+
+struct View {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  i64 size[4] = {1, 1, 1, 1};
+  i64 stride[4] = {0, 0, 0, 0};
+
+  explicit operator bool() const { return data != nullptr; }
+
+  const char* at(i64 a, i64 b = 0, i64 c = 0, i64 d = 0) const {
+    return static_cast<const char*>(data) +
+           (a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]) * element_size(dtype);
+  }
+  char* mutable_at(i64 a, i64 b = 0, i64 c = 0, i64 d = 0) const { return const_cast<char*>(at(a, b, c, d)); }
+};
+
+struct Problem {
+  i64 batch = 0, query_heads = 0, kv_heads = 0, query_length = 0, key_length = 0, head_dim = 0, value_dim = 0;
+  View query, key, value;  // (B, H, S, D)
+  double scale = 1, softcap = 0;
+  View query_cos, query_sin, key_cos, key_sin;  // (B|1, P, R/2)
+  bool interleaved = false;
+  i64 query_offset = 0;
+  View query_offsets;                        // (B|1,)
+  i64 window_left = -1, window_right = -1;   // -1 = unbounded
+  View key_lengths, prefix_lengths;          // (B|1,)
+  View query_ids, key_ids;                   // (B|1, S)
+  View dense_mask;                           // (B|1, Hq|1, Sq|1, Sk|1)
+  View slopes;                               // (B|1, Hq)
+  View table;                                // (B|1, Hq, T)
+  i64 table_left = 0;
+  View dense_bias;  // (B|1, Hq|1, Sq|1, Sk|1)
+  View sink;        // (B|1, Hq)
+  double dropout_p = 0;
+  uint64_t dropout_seed = 0;    // Philox key
+  uint32_t dropout_offset = 0;  // last word of the Philox counter
+
+  i64 group() const { return kv_heads ? query_heads / kv_heads : 1; }
+};
+
+struct ForwardOutput {
+  View out;  // (B, Hq, Sq, Dv)
+  View lse;  // (B, Hq, Sq)
+};
+
+// Null views are gradients nobody asked for.  Parameter gradients have the shape of their parameter.
+struct BackwardOutput {
+  View dquery, dkey, dvalue, dslopes, dtable, ddense_bias, dsink;
+};
+
+struct BackwardInput {
+  View grad_out, grad_lse, out, lse;
+};
+
+// How a kernel gets at the threads: run(context, i) for every i in [0, count), in any order, on any thread.
+struct Parallel {
+  i64 threads = 1;
+  void (*run)(i64 count, void (*item)(void* context, i64 index), void* context) = nullptr;
+};
+
+}  // namespace fastattn

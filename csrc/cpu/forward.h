@@ -1,0 +1,315 @@
+// Tiled attention with an online softmax.
+//
+// A work item is a block of query rows of one (batch, key head): rows of one query head, or, for short queries, of
+// several heads of the group, which then share every packed tile.  It walks over the tiles of keys its rows can
+// see; each tile is packed once and meets the rows in strips whose scores stay in cache:
+//     S = Q K^T -> score pipeline -> P = exp(S - max), rescale -> acc += P V.
+// Row results do not depend on how rows are grouped into items: tile borders are multiples of the tile width.
+#pragma once
+
+#include "arena.h"
+#include "scores.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+template <class Mode>
+class Forward {
+ public:
+  using Acc = typename Mode::Acc;
+  using A = typename Mode::A;
+  using B = typename Mode::B;
+
+  Forward(const Problem& problem, const ForwardOutput& output, i64 threads) : p(problem), o(output) {
+    tile = smaller(round_up(larger(p.key_length, i64{1}), kTileStep), kMaxTile);
+    depth = round_up(p.head_dim, Mode::kDepthMultiple);
+    width = round_up(larger(depth, i64{1}), kBlock);
+    value_width = round_up(larger(p.value_dim, i64{1}), Mode::kPanel);
+    choose_blocks(threads);
+  }
+
+  i64 items() const { return p.batch * p.kv_heads * head_blocks * row_blocks; }
+
+  static void run_item(void* self, i64 index) { static_cast<const Forward*>(self)->run(index); }
+
+ private:
+  static constexpr i64 kLane = kLanes<Acc>;
+  static constexpr i64 kBlock = kLanes<B> * Mode::kPair;  // transposed block of pack_transposed
+  static constexpr i64 kTileStep = Mode::kPair == 2 ? 32 : (Mode::kPanel > 16 ? Mode::kPanel / 2 : Mode::kPanel);
+  static constexpr i64 kMaxTile = Mode::kPair == 2 ? 256 : 192;
+  static constexpr i64 kStrip = Mode::kPair == 2 ? 64 : 48;
+  static constexpr i64 kMaxHeads = 16;
+
+  const Problem& p;
+  const ForwardOutput& o;
+  i64 tile, depth, width, value_width;
+  i64 rows_per_block = 1, row_blocks = 1, heads_per_block = 1, head_blocks = 1;
+
+  // Large blocks amortise packing; small ones balance threads.
+  void choose_blocks(i64 threads) {
+    const i64 group = p.group();
+    const i64 queries = larger(p.query_length, i64{1});
+    const i64 units = larger(p.batch * p.kv_heads, i64{1});
+    rows_per_block = smaller(queries, i64{1024});
+    const auto count = [&] { return units * group * ceil_div(queries, rows_per_block); };
+    while (rows_per_block > 64 && count() < 4 * threads) rows_per_block = round_up(rows_per_block / 2, 16);
+    row_blocks = ceil_div(queries, rows_per_block);
+    if (row_blocks == 1)
+      while (heads_per_block < group && heads_per_block < kMaxHeads && heads_per_block * queries < 256 &&
+             units * ceil_div(group, heads_per_block + 1) >= smaller(threads, units * group))
+        ++heads_per_block;
+    head_blocks = ceil_div(group, heads_per_block);
+  }
+
+  struct Scratch {
+    A* query;
+    Acc *accumulator, *maximum, *sum, *scores, *staging, *temp;
+    A* weights;
+    B *keys, *values;
+    uint8_t *query_bad, *key_bad, *value_bad;
+  };
+
+  Scratch layout(Arena& arena) const {
+    const i64 rows = round_up(rows_per_block * heads_per_block, kStrip);
+    Scratch s;
+    s.query = arena.take<A>(rows * larger(depth, i64{1}));
+    s.accumulator = arena.take<Acc>(rows * value_width);
+    s.maximum = arena.take<Acc>(rows);
+    s.sum = arena.take<Acc>(rows);
+    s.scores = arena.take<Acc>(kStrip * tile);
+    s.weights = Mode::kPair == 2 ? arena.take<A>(kStrip * tile) : nullptr;
+    s.keys = arena.take<B>(round_up(tile, Mode::kPanel) * larger(depth / Mode::kPair, i64{1}));
+    s.values = arena.take<B>(value_width * tile / Mode::kPair);
+    const i64 staging_row = larger(larger(width, value_width), tile);
+    s.staging = arena.take<Acc>((kLanes<B> + 1) * staging_row);
+    s.temp = arena.take<Acc>(2 * staging_row);
+    s.query_bad = arena.take<uint8_t>(rows);
+    s.key_bad = arena.take<uint8_t>(tile);
+    s.value_bad = arena.take<uint8_t>(tile);
+    return s;
+  }
+
+  struct Block {  // the rows of one item: `heads` times `rows`, head-major
+    i64 b, kv_head, head, heads, first, rows;
+    i64 count() const { return heads * rows; }
+    i64 head_of(i64 r) const { return r / rows; }
+    i64 query_of(i64 r) const { return first + r % rows; }
+  };
+
+  Block block(i64 index) const {
+    // Later rows first: under a causal mask they are the long ones.
+    const i64 units = p.batch * p.kv_heads * head_blocks;
+    const i64 row_block = row_blocks - 1 - index / units;
+    index %= units;
+    Block block;
+    const i64 head_block = index % head_blocks;
+    block.kv_head = index / head_blocks % p.kv_heads;
+    block.b = index / head_blocks / p.kv_heads;
+    block.head = block.kv_head * p.group() + head_block * heads_per_block;
+    block.heads = smaller(heads_per_block, p.group() - head_block * heads_per_block);
+    block.first = row_block * rows_per_block;
+    block.rows = smaller(rows_per_block, p.query_length - block.first);
+    return block;
+  }
+
+  RowSource<Acc> query_source(const Block& block, i64 head, const BatchGeometry& geometry) const {
+    return RowSource<Acc>(p.query, block.b, head)
+        .rotated(p.query_cos, p.query_sin, geometry.offset, p.interleaved);
+  }
+
+  void run(i64 index) const {
+    const Block item = block(index);
+    Arena measure(nullptr);
+    layout(measure);
+    Arena arena(thread_scratch(measure.used()));
+    const Scratch s = layout(arena);
+    TileScope tiles;
+
+    Scorer<Acc> scorers[kMaxHeads];
+    for (i64 g = 0; g < item.heads; ++g) {
+      scorers[g] = Scorer<Acc>(p, item.b, item.head + g);
+      pack_rows<Mode>(query_source(item, item.head + g, scorers[g].geometry), item.first, item.rows, depth, s.staging,
+                      s.query + g * item.rows * depth, s.query_bad + g * item.rows);
+    }
+    const BatchGeometry& geometry = scorers[0].geometry;
+    const i64 count = item.count();
+    std::memset(s.accumulator, 0, count * value_width * sizeof(Acc));
+    for (i64 r = 0; r < count; ++r) s.maximum[r] = -kInfinity<Acc>, s.sum[r] = 0;
+
+    const RowSource<Acc> key_rows = RowSource<Acc>(p.key, item.b, item.kv_head)
+                                        .rotated(p.key_cos, p.key_sin, 0, p.interleaved);
+    const RowSource<Acc> value_rows(p.value, item.b, item.kv_head);
+    const i64 low = geometry.visible(item.first).low, high = geometry.visible(item.first + item.rows - 1).high;
+    for (i64 origin = round_down(low, tile); origin < high; origin += tile) {
+      const i64 keys = smaller(tile, high - origin);
+      const i64 padded = round_up(keys, kTileStep);
+      if (!documents_meet(item, origin, keys)) continue;
+      const bool bad_keys = pack_transposed<Mode>(key_rows, origin, keys, padded, depth, width, s.staging, s.keys,
+                                                  s.key_bad);
+      const bool bad_values = pack_depth<Mode>(value_rows, origin, keys, padded, value_width, s.staging, s.values,
+                                               s.value_bad);
+      for (i64 r = 0; r < count; r += kStrip)
+        strip(item, scorers, s, r, smaller(kStrip, count - r), origin, keys, padded, bad_keys ? &key_rows : nullptr,
+              bad_values ? &value_rows : nullptr);
+    }
+    for (i64 r = 0; r < count; ++r) finish(item, s, r);
+  }
+
+  // Documents usually come in runs: tiles whose ids do not overlap those of the rows are skipped.
+  bool documents_meet(const Block& item, i64 origin, i64 keys) const {
+    if (!p.query_ids) return true;
+    const auto id = [&](const View& v, i64 i) { return *reinterpret_cast<const i64*>(v.at(item.b, i)); };
+    i64 low = id(p.query_ids, item.first), high = low;
+    for (i64 i = 1; i < item.rows; ++i) {
+      low = smaller(low, id(p.query_ids, item.first + i));
+      high = larger(high, id(p.query_ids, item.first + i));
+    }
+    for (i64 j = 0; j < keys; ++j) {
+      const i64 x = id(p.key_ids, origin + j);
+      if (x >= low && x <= high) return true;
+    }
+    return false;
+  }
+
+  // One strip of rows against one packed tile.  Non-null sources say that the tile has flagged rows.
+  void strip(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
+             i64 keys, i64 padded, const RowSource<Acc>* bad_keys, const RowSource<Acc>* bad_values) const {
+    // The columns any row of the strip sees, in whole panels.
+    const BatchGeometry& geometry = scorers[0].geometry;
+    const bool one_head = item.head_of(first_row) == item.head_of(first_row + rows - 1);
+    const i64 i0 = one_head ? item.query_of(first_row) : item.first;
+    const i64 i1 = one_head ? item.query_of(first_row + rows - 1) : item.first + item.rows - 1;
+    const i64 low = larger(geometry.visible(i0).low - origin, i64{0});
+    const i64 high = smaller(geometry.visible(i1).high - origin, keys);
+    if (low >= high) return;
+    const i64 begin = round_down(low, Mode::kPanel);
+    const i64 end = smaller(round_up(high, kTileStep), padded);
+
+    const A* query = s.query + first_row * depth;
+    const i64 steps = depth / Mode::kPair;
+    gemm<Mode>(rows, end - begin, depth, query, depth, 1, s.keys + begin * steps, Mode::kPanel, Mode::kPanel * steps,
+               s.scores + begin, tile, false);
+    if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, smaller(end, keys), *bad_keys);
+
+    A* const weights = Mode::kPair == 2 ? s.weights : reinterpret_cast<A*>(s.scores);
+    for (i64 r = 0; r < rows; ++r) {
+      const i64 row = first_row + r;
+      const Scorer<Acc>& scorer = scorers[item.head_of(row)];
+      Acc* const score = s.scores + r * tile;
+      scorer.apply(item.query_of(row), origin, begin, end, score, s.temp, nullptr);
+      softmax_step(scorer, item.query_of(row), s, row, origin, begin, end, score, weights + r * tile);
+    }
+    const i64 value_panel = padded / Mode::kPair * Mode::kPanel;
+    gemm<Mode>(rows, round_up(p.value_dim, kLane), end - begin, weights + begin, tile, 1,
+               s.values + begin / Mode::kPair * Mode::kPanel, Mode::kPanel, value_panel,
+               s.accumulator + first_row * value_width, value_width, true);
+    if (bad_values)
+      fix_values(item, scorers, s, first_row, rows, origin, begin, smaller(end, keys), weights, *bad_values);
+  }
+
+  void softmax_step(const Scorer<Acc>& scorer, i64 i, const Scratch& s, i64 row, i64 origin, i64 begin, i64 end,
+                    Acc* score, A* weight) const {
+    const Acc before = s.maximum[row];
+    const Acc now = larger(before, row_max(score, begin, end));
+    const Acc reference = now == -kInfinity<Acc> ? Acc(0) : now;
+    const Acc factor = scorer.factor;
+    if (now != before) {
+      s.maximum[row] = now;
+      if (before != -kInfinity<Acc>) {
+        const Acc shrink = exp2(splat((before - now) * factor))[0];
+        s.sum[row] *= shrink;
+        Acc* const acc = s.accumulator + row * value_width;
+        for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * shrink);
+      }
+    }
+    if (p.dropout_p > 0) {
+      s.sum[row] += scorer.plain ? row_exp<true>(score, begin, end, reference, factor)
+                                 : row_exp<false>(score, begin, end, reference, factor);
+      scorer.dropout_factors(i, origin, begin, end, s.temp);
+      for (i64 j = begin; j < end; ++j) score[j] *= s.temp[j];
+      to_operand_row(score, begin, end, weight);
+      return;
+    }
+#if defined(FASTATTN_BF16_OPERANDS)
+    if constexpr (Mode::kPair == 2) {
+      s.sum[row] += scorer.plain ? row_exp_bf16<true>(score, begin, end, reference, factor, weight)
+                                 : row_exp_bf16<false>(score, begin, end, reference, factor, weight);
+      return;
+    }
+#endif
+    s.sum[row] += scorer.plain ? row_exp<true>(score, begin, end, reference, factor)
+                               : row_exp<false>(score, begin, end, reference, factor);
+  }
+
+  // Scores of visible pairs with a flagged key, from the original numbers.
+  void fix_scores(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows,
+                  i64 origin, i64 keys, const RowSource<Acc>& source) const {
+    Acc* const key = s.temp;
+    Acc* const query = s.staging;
+    for (i64 j = 0; j < keys; ++j) {
+      if (!s.key_bad[j]) continue;
+      source.load(origin + j, key);
+      for (i64 r = 0; r < rows; ++r) {
+        const i64 i = item.query_of(first_row + r), g = item.head_of(first_row + r);
+        if (!scorers[g].visible(i, origin + j)) continue;
+        query_source(item, item.head + g, scorers[g].geometry).load(i, query);
+        s.scores[r * tile + j] = dot(query, key, p.head_dim);
+      }
+    }
+  }
+
+  void fix_values(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows,
+                  i64 origin, i64 begin, i64 keys, const A* weights, const RowSource<Acc>& source) const {
+    Acc* const value = s.temp;
+    for (i64 j = begin; j < keys; ++j) {
+      if (!s.value_bad[j]) continue;
+      source.load(origin + j, value);
+      for (i64 r = 0; r < rows; ++r) {
+        const i64 row = first_row + r;
+        if (!scorers[item.head_of(row)].visible(item.query_of(row), origin + j)) continue;
+        Acc weight;
+        if constexpr (Mode::kPair == 2)
+          weight = bf16_to_float(weights[r * tile + j]);
+        else
+          weight = weights[r * tile + j];
+        Acc* const acc = s.accumulator + row * value_width;
+        for (i64 d = 0; d < p.value_dim; ++d) acc[d] += weight * value[d];
+      }
+    }
+  }
+
+  // The sink joins the denominator here, in double: a large one cannot overflow, a small one costs no rescaling.
+  void finish(const Block& item, const Scratch& s, i64 row) const {
+    const i64 h = item.head + item.head_of(row), i = item.query_of(row);
+    const Scorer<Acc> scorer(p, item.b, h);
+    double sum = s.sum[row], factor = 0, lse = __builtin_inf();
+    const double factor_log2 = scorer.plain ? p.scale * kLog2E : kLog2E;
+    double top = s.maximum[row] * factor_log2;  // log2 domain
+    const double sink = p.sink ? kLog2E * *reinterpret_cast<const Acc*>(p.sink.at(item.b, h)) : -__builtin_inf();
+    if (sum != 0 || sink > -__builtin_inf()) {
+      if (sum == 0) top = -__builtin_inf();
+      double shrink = 1;
+      if (sink > top) {
+        shrink = __builtin_exp2(top - sink);
+        sum = sum == 0 ? 1 : sum * shrink + 1;
+        top = sink;
+      } else if (sink > -__builtin_inf()) {
+        sum += __builtin_exp2(sink - top);
+      }
+      factor = shrink / sum;
+      lse = top * kLn2 + __builtin_log(sum);
+    }
+    *reinterpret_cast<Acc*>(o.lse.mutable_at(item.b, h, i)) = static_cast<Acc>(lse);
+    Acc* const acc = s.accumulator + row * value_width;
+    const Acc scale = static_cast<Acc>(factor);
+    for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * scale);
+    store_row(o.out.dtype, acc, p.value_dim, o.out.mutable_at(item.b, h, i));
+  }
+};
+
+template <class Mode>
+inline void forward(const Problem& problem, const ForwardOutput& output, const Parallel& parallel) {
+  Forward<Mode> kernel(problem, output, parallel.threads);
+  parallel.run(kernel.items(), &Forward<Mode>::run_item, &kernel);
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

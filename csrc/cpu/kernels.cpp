@@ -1,0 +1,45 @@
+// The one source of the CPU kernels: compiled once per instruction set with its own flags and
+// -DFASTATTN_ISA=<name>, which names the namespace everything lives in.
+#include "kernels.h"
+
+#include "backward.h"
+#include "forward.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+#if defined(FASTATTN_BF16_OPERANDS)
+using ModeOfBFloat16 = BFloat16Mode;
+#else
+using ModeOfBFloat16 = Float32Mode;
+#endif
+
+static void run_forward(const Problem& problem, const ForwardOutput& output, const Parallel& parallel) {
+  switch (problem.query.dtype) {
+    case DType::kFloat64:
+      return forward<Float64Mode>(problem, output, parallel);
+    case DType::kBFloat16:
+      return forward<ModeOfBFloat16>(problem, output, parallel);
+    default:
+      return forward<Float32Mode>(problem, output, parallel);
+  }
+}
+
+static void run_backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
+                         const Parallel& parallel) {
+  switch (problem.query.dtype) {
+    case DType::kFloat64:
+      return backward<Float64Mode>(problem, input, output, parallel);
+    case DType::kBFloat16:
+      return backward<ModeOfBFloat16>(problem, input, output, parallel);
+    default:
+      return backward<Float32Mode>(problem, input, output, parallel);
+  }
+}
+
+#define FASTATTN_STRING2(x) #x
+#define FASTATTN_STRING(x) FASTATTN_STRING2(x)
+
+extern const Kernels kernels;
+const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA), run_forward, run_backward};
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,0 +1,14 @@
+// What one instruction set offers; kernels.cpp is compiled once per set and defines one of these.
+#pragma once
+
+#include "../common/problem.h"
+
+namespace fastattn::cpu {
+
+struct Kernels {
+  const char* isa;
+  void (*forward)(const Problem&, const ForwardOutput&, const Parallel&);
+  void (*backward)(const Problem&, const BackwardInput&, const BackwardOutput&, const Parallel&);
+};
+
+}  // namespace fastattn::cpu

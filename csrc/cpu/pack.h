@@ -1,0 +1,176 @@
+// From strided tensors of any dtype to the operands of gemm: conversion, rotation, zero padding, and a flag on every
+// row that holds a NaN or an infinity.  Flagged rows are packed as zeros, so that 0 * NaN can never carry a masked
+// row into a result; the pairs that do see such a row are put right one by one (see fixups in the kernels).
+#pragma once
+
+#include <cstring>
+
+#include "gemm.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+// Rows of one (batch, head) of query, key, value or an output gradient, rotated if the view says so.
+template <class T>
+struct RowSource {
+  const char* data = nullptr;
+  DType dtype = DType::kFloat32;
+  i64 row_stride = 0, column_stride = 1, columns = 0;  // strides in elements
+  const View* cosine = nullptr;
+  const View* sine = nullptr;
+  i64 batch = 0, position = 0;  // row r is rotated by row position + r of the tables
+  bool interleaved = false;
+
+  RowSource() = default;
+  RowSource(const View& view, i64 b, i64 h)
+      : data(view.at(b, h)), dtype(view.dtype), row_stride(view.stride[2]), column_stride(view.stride[3]),
+        columns(view.size[3]), batch(b) {}
+
+  RowSource& rotated(const View& c, const View& s, i64 first_position, bool pairs) {
+    if (c) cosine = &c, sine = &s, position = first_position, interleaved = pairs;
+    return *this;
+  }
+
+  // (x0, x1) -> (x0 c - x1 s, x1 c + x0 s); the transpose for gradients.
+  void rotate(i64 row, T* x, bool transposed) const {
+    const i64 half = cosine->size[2];
+    if (half == 0 || cosine->size[1] == 0) return;
+    const i64 at = larger(i64{0}, smaller(position + row, cosine->size[1] - 1));
+    const T* c = reinterpret_cast<const T*>(cosine->at(batch, at));
+    const T* s = reinterpret_cast<const T*>(sine->at(batch, at));
+    const i64 cs = cosine->stride[2], ss = sine->stride[2];
+    const T sign = transposed ? T(-1) : T(1);
+    if (interleaved) {
+      for (i64 k = 0; k < half; ++k) {
+        const T x0 = x[2 * k], x1 = x[2 * k + 1], sk = sign * s[k * ss], ck = c[k * cs];
+        x[2 * k] = x0 * ck - x1 * sk;
+        x[2 * k + 1] = x1 * ck + x0 * sk;
+      }
+    } else {
+      for (i64 k = 0; k < half; ++k) {
+        const T x0 = x[k], x1 = x[k + half], sk = sign * s[k * ss], ck = c[k * cs];
+        x[k] = x0 * ck - x1 * sk;
+        x[k + half] = x1 * ck + x0 * sk;
+      }
+    }
+  }
+
+  void load(i64 row, T* out) const {
+    load_row<T>(dtype, data + row * row_stride * element_size(dtype), column_stride, columns, out);
+    if (cosine) rotate(row, out, false);
+  }
+};
+
+// A row as packed: zeros if it is not finite (and then *bad is set).
+template <class T>
+inline void load_clean(const RowSource<T>& source, i64 row, T* out, uint8_t* bad) {
+  source.load(row, out);
+  *bad = !all_finite(out, source.columns);
+  if (*bad) std::memset(out, 0, source.columns * sizeof(T));
+}
+
+template <class T>
+inline void to_operand(const T* row, i64 n, T* out) {
+  std::memcpy(out, row, n * sizeof(T));
+}
+inline void to_operand(const float* row, i64 n, bf16* out) { round_to_bf16(row, n, out); }
+
+// A operand: rows [first, first + rows) one after the other, `width` elements apart, padded with zero columns.
+// Returns whether any row was flagged.
+template <class Mode>
+inline bool pack_rows(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 width,
+                      typename Mode::Acc* staging, typename Mode::A* out, uint8_t* bad) {
+  bool any = false;
+  std::memset(staging, 0, width * sizeof(*staging));
+  for (i64 r = 0; r < rows; ++r) {
+    load_clean(source, first + r, staging, bad + r);
+    any |= bad[r];
+    to_operand(staging, width, out + r * width);
+  }
+  return any;
+}
+
+// B operand with the rows of the tensor as columns (K^T, V^T): panels of [depth / kPair][kPanel].  `staging` holds
+// lanes + 1 rows of `width` numbers, where width is the depth rounded up to whole transposed blocks.
+template <class Mode>
+inline bool pack_transposed(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 padded_rows,
+                            i64 depth, i64 width, typename Mode::Acc* staging, typename Mode::B* out, uint8_t* bad) {
+  using Acc = typename Mode::Acc;
+  using B = typename Mode::B;
+  constexpr int lanes = kLanes<B>;
+  const i64 steps = depth / Mode::kPair;
+  const i64 stride = width / Mode::kPair;
+  Acc* const row = staging + lanes * width;
+  B* const block = reinterpret_cast<B*>(staging);
+  std::memset(static_cast<void*>(row), 0, width * sizeof(Acc));
+  bool any = false;
+  for (i64 r = 0; r < padded_rows; r += lanes) {
+    for (i64 i = 0; i < lanes; ++i) {
+      if (r + i < rows) {
+        load_clean(source, first + r + i, row, bad + r + i);
+        any |= bad[r + i];
+        to_operand(row, width, reinterpret_cast<typename Mode::A*>(block + i * stride));
+      } else {
+        std::memset(static_cast<void*>(block + i * stride), 0, stride * sizeof(B));
+      }
+    }
+    B* const panel = out + r / Mode::kPanel * (steps * Mode::kPanel) + r % Mode::kPanel;
+    for (i64 k = 0; k < steps; k += lanes) {
+      Vec<B> v[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) v[i] = load(block + i * stride + k);
+      transpose<B>(v);
+      const i64 count = smaller(i64{lanes}, steps - k);
+      for (i64 i = 0; i < count; ++i) store(panel + (k + i) * Mode::kPanel, v[i]);
+    }
+  }
+  return any;
+}
+
+// Two rows of bf16 as one row of pairs (low half = first row).
+inline void interleave_pairs(const bf16* low, const bf16* high, i64 n, uint32_t* out) {
+  for (i64 i = 0; i < n; ++i) out[i] = static_cast<uint32_t>(low[i]) | static_cast<uint32_t>(high[i]) << 16;
+}
+
+// B operand with the rows of the tensor as depth (V, K): panels of [padded_rows / kPair][kPanel] over the columns.
+// `staging` holds two rows of `width` numbers, where width is the columns rounded up to whole panels.
+template <class Mode>
+inline bool pack_depth(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 padded_rows, i64 width,
+                       typename Mode::Acc* staging, typename Mode::B* out, uint8_t* bad) {
+  using Acc = typename Mode::Acc;
+  const i64 panel_size = padded_rows / Mode::kPair * Mode::kPanel;
+  bool any = false;
+  std::memset(staging, 0, 2 * width * sizeof(Acc));
+  for (i64 r = 0; r < padded_rows; r += Mode::kPair) {
+    for (i64 i = 0; i < Mode::kPair; ++i) {
+      Acc* const row = staging + i * width;
+      if (r + i < rows) {
+        load_clean(source, first + r + i, row, bad + r + i);
+        any |= bad[r + i];
+      } else {
+        std::memset(row, 0, width * sizeof(Acc));
+      }
+    }
+    typename Mode::B* const target = out + r / Mode::kPair * Mode::kPanel;
+    for (i64 n = 0; n < width; n += Mode::kPanel) {
+      typename Mode::B* const cell = target + n / Mode::kPanel * panel_size;
+      if constexpr (Mode::kPair == 1) {
+        std::memcpy(cell, staging + n, Mode::kPanel * sizeof(Acc));
+      } else {
+        bf16 low[Mode::kPanel], high[Mode::kPanel];
+        round_to_bf16(staging + n, Mode::kPanel, low);
+        round_to_bf16(staging + width + n, Mode::kPanel, high);
+        interleave_pairs(low, high, Mode::kPanel, cell);
+      }
+    }
+  }
+  return any;
+}
+
+template <class T>
+inline T dot(const T* a, const T* b, i64 n) {
+  T sum = 0;
+  for (i64 k = 0; k < n; ++k) sum += a[k] * b[k];
+  return sum;
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,0 +1,227 @@
+// The score pipeline of one row of one tile, shared by forward and backward:
+//     scale -> softcap -> + biases -> masks.
+// Rows without softcap and bias stay in units of q.k ("plain"): the scale is folded into the exponent, one fused
+// multiply-add per element.  Masked scores are exactly -inf and nothing else is.
+#pragma once
+
+#include "../common/philox.h"
+#include "geometry.h"
+#include "math.h"
+#include "pack.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+template <class T>
+struct Scorer {
+  const Problem* problem = nullptr;
+  BatchGeometry geometry;
+  i64 b = 0, h = 0;
+  bool plain = true;
+  bool masked_by_element = false;  // ids, dense mask or dense bias: some keys inside the interval may be hidden
+  T scale = 1, cap = 0, slope = 0;
+  T factor = 1;  // p = 2^(factor * (s - reference))
+  const T* table = nullptr;
+  i64 table_stride = 1, table_size = 0, table_left = 0;
+
+  Scorer() = default;
+  Scorer(const Problem& p, i64 batch, i64 head) : problem(&p), geometry(p, batch), b(batch), h(head) {
+    scale = static_cast<T>(p.scale);
+    cap = static_cast<T>(p.softcap);
+    plain = !(p.softcap || p.slopes || p.table || p.dense_bias) && p.scale > 0;
+    masked_by_element = p.query_ids || p.dense_mask || p.dense_bias;
+    factor = static_cast<T>(plain ? p.scale * kLog2E : kLog2E);
+    if (p.slopes) slope = *reinterpret_cast<const T*>(p.slopes.at(b, h));
+    if (p.table && p.table.size[2] > 0) {
+      table = reinterpret_cast<const T*>(p.table.at(b, h));
+      table_stride = p.table.stride[2];
+      table_size = p.table.size[2];
+      table_left = larger(i64{0}, smaller(p.table_left, table_size - 1));
+    }
+  }
+
+  bool visible(i64 i, i64 j) const { return pair_visible(*problem, geometry, b, h, i, j); }
+
+  // Columns [begin, end) of the tile whose first column is key `origin`, clipped to those row i may see.
+  Interval clip(i64 i, i64 origin, i64 begin, i64 end) const {
+    const Interval range = geometry.visible(i);
+    const i64 low = smaller(larger(range.low - origin, begin), end);
+    return {low, larger(low, smaller(range.high - origin, end))};
+  }
+
+  // s[begin, end) holds q.k and becomes the masked score.  begin and end are multiples of the vector length; temp
+  // has room for a tile row.  With `cap_gradient`, the derivative of the softcap is left there.
+  void apply(i64 i, i64 origin, i64 begin, i64 end, T* s, T* temp, T* cap_gradient) const {
+    if (!plain) {
+      if (cap != 0)
+        soften(begin, end, s, cap_gradient);
+      else
+        for (i64 j = begin; j < end; ++j) s[j] *= scale;
+    }
+    const Interval seen = clip(i, origin, begin, end);
+    if (!plain) {
+      if (problem->slopes) add_slope(i, origin, seen, s);
+      if (table) add_table(i, origin, seen, s);
+      if (problem->dense_bias) add_dense(i, origin, seen, s, temp);
+    }
+    if (problem->query_ids) hide_other_documents(i, origin, seen, s);
+    if (problem->dense_mask) hide_masked(i, origin, seen, s);
+    for (i64 j = begin; j < seen.low; ++j) s[j] = -kInfinity<T>;
+    for (i64 j = seen.high; j < end; ++j) s[j] = -kInfinity<T>;
+  }
+
+  void soften(i64 begin, i64 end, T* s, T* cap_gradient) const {
+    const T inner = static_cast<T>(problem->scale / problem->softcap);
+    for (i64 j = begin; j < end; j += kLanes<T>) {
+      const Vec<T> t = tanh(load(s + j) * inner);
+      store(s + j, t * cap);
+      if (cap_gradient) store(cap_gradient + j, T(1) - t * t);
+    }
+  }
+
+  void add_slope(i64 i, i64 origin, Interval seen, T* s) const {
+    const i64 first = origin - geometry.position(i);  // distance of column 0
+    constexpr i64 kExact = i64{1} << 23;
+    if (first > -kExact && first < kExact) {  // small integers: exact in floating point
+      const T base = static_cast<T>(first);
+      for (int j = static_cast<int>(seen.low); j < static_cast<int>(seen.high); ++j) {
+        const T distance = base + static_cast<T>(j);
+        s[j] -= slope * (distance < 0 ? -distance : distance);
+      }
+    } else {
+      for (i64 j = seen.low; j < seen.high; ++j) {
+        const i64 distance = first + j;
+        s[j] -= slope * static_cast<T>(distance < 0 ? -distance : distance);
+      }
+    }
+  }
+
+  // Columns [near.low, near.high) index the table one by one, those before and after use its end values.
+  Interval table_span(i64 i, i64 origin, Interval seen, i64* shift) const {
+    *shift = origin - geometry.position(i) + table_left;  // column j uses entry j + shift
+    const i64 low = larger(seen.low, smaller(-*shift, seen.high));
+    return {low, larger(low, smaller(seen.high, table_size - *shift))};
+  }
+
+  void add_table(i64 i, i64 origin, Interval seen, T* s) const {
+    i64 shift;
+    const Interval near = table_span(i, origin, seen, &shift);
+    const T before = table[0], after = table[(table_size - 1) * table_stride];
+    for (i64 j = seen.low; j < near.low; ++j) s[j] += before;
+    if (table_stride == 1) {
+      for (i64 j = near.low; j < near.high; ++j) s[j] += table[j + shift];
+    } else {
+      for (i64 j = near.low; j < near.high; ++j) s[j] += table[(j + shift) * table_stride];
+    }
+    for (i64 j = near.high; j < seen.high; ++j) s[j] += after;
+  }
+
+  void add_dense(i64 i, i64 origin, Interval seen, T* s, T* temp) const {
+    const View& bias = problem->dense_bias;
+    const i64 count = seen.high - seen.low;
+    if (count <= 0) return;
+    const char* source = bias.at(b, h, i, origin + seen.low);
+    const T* values = temp;
+    constexpr DType own = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
+    if (bias.dtype == own && bias.stride[3] == 1)
+      values = reinterpret_cast<const T*>(source);
+    else
+      load_row(bias.dtype, source, bias.stride[3], count, temp);
+    T* row = s + seen.low;
+    for (i64 j = 0; j < count; ++j) row[j] = values[j] == -kInfinity<T> ? -kInfinity<T> : row[j] + values[j];
+  }
+
+  void hide_other_documents(i64 i, i64 origin, Interval seen, T* s) const {
+    const i64 mine = *reinterpret_cast<const i64*>(problem->query_ids.at(b, i));
+    const i64* ids = reinterpret_cast<const i64*>(problem->key_ids.at(b, origin));
+    const i64 stride = problem->key_ids.stride[1];
+    if (stride == 1) {
+      for (i64 j = seen.low; j < seen.high; ++j) s[j] = ids[j] == mine ? s[j] : -kInfinity<T>;
+    } else {
+      for (i64 j = seen.low; j < seen.high; ++j) s[j] = ids[j * stride] == mine ? s[j] : -kInfinity<T>;
+    }
+  }
+
+  void hide_masked(i64 i, i64 origin, Interval seen, T* s) const {
+    const uint8_t* mask = reinterpret_cast<const uint8_t*>(problem->dense_mask.at(b, h, i, origin));
+    const i64 stride = problem->dense_mask.stride[3];
+    if (stride == 1) {
+      for (i64 j = seen.low; j < seen.high; ++j) s[j] = mask[j] ? s[j] : -kInfinity<T>;
+    } else {
+      for (i64 j = seen.low; j < seen.high; ++j) s[j] = mask[j * stride] ? s[j] : -kInfinity<T>;
+    }
+  }
+
+  // out[j] = 0 or 1 / (1 - p) for the columns [begin, end); begin + origin is a multiple of four.
+  void dropout_factors(i64 i, i64 origin, i64 begin, i64 end, T* out) const {
+    const double p = problem->dropout_p;
+    const uint64_t threshold = p >= 1 ? uint64_t{1} << 32 : static_cast<uint64_t>(p * 4294967296.0);
+    const T kept = p < 1 ? static_cast<T>(1 / (1 - p)) : T(0);
+    const uint32_t row = static_cast<uint32_t>(i);
+    const uint32_t head = static_cast<uint32_t>(b * problem->query_heads + h);
+    const uint32_t key0 = static_cast<uint32_t>(problem->dropout_seed);
+    const uint32_t key1 = static_cast<uint32_t>(problem->dropout_seed >> 32);
+    for (i64 j = begin; j < end; j += 4) {
+      const Philox in{{key0, key1},
+                      {static_cast<uint32_t>((origin + j) >> 2), row, head, problem->dropout_offset}};
+      uint32_t word[4];
+      philox4x32_10(in, word);
+      for (int k = 0; k < 4; ++k) out[j + k] = word[k] >= threshold ? kept : T(0);
+    }
+  }
+};
+
+template <class T>
+inline T row_max(const T* s, i64 begin, i64 end) {
+  Vec<T> a = splat(-kInfinity<T>), b = a;
+  i64 j = begin;
+  for (; j + 2 * kLanes<T> <= end; j += 2 * kLanes<T>) {
+    a = vmax(load(s + j), a);
+    b = vmax(load(s + j + kLanes<T>), b);
+  }
+  if (j < end) a = vmax(load(s + j), a);
+  return reduce_max<T>(vmax(a, b));
+}
+
+// The exponent of the softmax, x in 2^x: fused for plain rows, in two steps otherwise (finfo.min * log2(e) would be
+// -inf, so the difference comes first).
+template <bool kPlain, class T>
+FASTATTN_INLINE Vec<T> exponent(Vec<T> s, T reference, T factor) {
+  if constexpr (kPlain) return s * factor - reference * factor;
+  return (s - reference) * factor;
+}
+
+template <class T>
+inline void to_operand_row(const T* row, i64 begin, i64 end, T* out) {
+  if (row != out) std::memcpy(out + begin, row + begin, (end - begin) * sizeof(T));
+}
+inline void to_operand_row(const float* row, i64 begin, i64 end, bf16* out) {
+  round_to_bf16(row + begin, end - begin, out + begin);
+}
+
+// p = 2^(factor * (s - reference)) over [begin, end) as numbers, in place; returns the sum.
+template <bool kPlain, class T>
+inline T row_exp(T* s, i64 begin, i64 end, T reference, T factor) {
+  Vec<T> sum = {};
+  for (i64 j = begin; j < end; j += kLanes<T>) {
+    const Vec<T> p = exp2(exponent<kPlain>(load(s + j), reference, factor));
+    sum += p;
+    store(s + j, p);
+  }
+  return reduce_add<T>(sum);
+}
+
+#if defined(FASTATTN_BF16_OPERANDS)
+// The same, straight into a bfloat16 operand row.
+template <bool kPlain>
+inline float row_exp_bf16(const float* s, i64 begin, i64 end, float reference, float factor, bf16* out) {
+  Vec<float> sum = {};
+  for (i64 j = begin; j < end; j += 16) {
+    const Vec<float> p = exp2(exponent<kPlain>(load(s + j), reference, factor));
+    sum += p;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), (__m256i)_mm512_cvtneps_pbh((__m512)p));
+  }
+  return reduce_add<float>(sum);
+}
+#endif
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

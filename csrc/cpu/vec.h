@@ -1,0 +1,129 @@
+// A thin vector type over GCC vector extensions.  The width follows the instruction set the file is compiled
+// for; intrinsics appear only where the extension cannot say the operation.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "../common/problem.h"
+
+#ifndef FASTATTN_ISA
+#error "compile with -DFASTATTN_ISA=<name>: each instruction set lives in its own namespace"
+#endif
+
+#define FASTATTN_INLINE __attribute__((always_inline)) inline
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kVectorRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kVectorRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kVectorRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kVectorRegisters = 16;
+#endif
+
+template <class T>
+struct VectorTypes {
+  typedef T aligned __attribute__((vector_size(kVectorBytes)));
+  typedef T loose __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+};
+
+template <class T>
+using Vec = typename VectorTypes<T>::aligned;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+// min/max/rounding of our own: std:: templates compiled here with wide instructions could be the copy the linker
+// keeps for the whole library.
+template <class T>
+FASTATTN_INLINE T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+FASTATTN_INLINE T larger(T a, T b) {
+  return a < b ? b : a;
+}
+FASTATTN_INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+FASTATTN_INLINE i64 round_up(i64 a, i64 b) { return (a + b - 1) / b * b; }
+FASTATTN_INLINE i64 round_down(i64 a, i64 b) { return a / b * b; }
+
+template <class T>
+FASTATTN_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorTypes<T>::loose*>(p);
+}
+template <class T>
+FASTATTN_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorTypes<T>::loose*>(p) = v;
+}
+template <class T>
+FASTATTN_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // x - 0 is x for every x, so this folds into a broadcast
+}
+
+// vmax(a, b): b where either is NaN, as the machine instruction does.
+FASTATTN_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Vec<float>)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FASTATTN_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+
+template <class T>
+FASTATTN_INLINE T reduce_max(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps((__m512)v);
+#endif
+  T best = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) best = larger(best, T{v[i]});
+  return best;
+}
+
+template <class T>
+FASTATTN_INLINE T reduce_add(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)v);
+#endif
+  T parts[kLanes<T>];
+  store(parts, v);
+  for (int width = kLanes<T> / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  return parts[0];
+}
+
+// In-register transpose of a square block: log2(lanes) stages that swap off-diagonal halves.
+template <class T, int kStage, int... kLane>
+FASTATTN_INLINE void transpose_stage(Vec<T>* rows, std::integer_sequence<int, kLane...>) {
+  using Index = Vec<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+  constexpr int n = kLanes<T>;
+  const Index low = {((kLane & kStage) ? n + kLane - kStage : kLane)...};
+  const Index high = {((kLane & kStage) ? n + kLane : kLane + kStage)...};
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (i & kStage) continue;
+    const Vec<T> a = rows[i], b = rows[i + kStage];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + kStage] = __builtin_shuffle(a, b, high);
+  }
+}
+
+template <class T, int kStage = kLanes<T> / 2>
+FASTATTN_INLINE void transpose(Vec<T>* rows) {
+  transpose_stage<T, kStage>(rows, std::make_integer_sequence<int, kLanes<T>>{});
+  if constexpr (kStage > 1) transpose<T, kStage / 2>(rows);
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,0 +1,145 @@
+"""The native build: one shared library, `fastattn/lib/libfastattn_cpu.so`, loaded with `torch.ops.load_library`.
+
+`csrc/cpu/kernels.cpp` is compiled once per instruction set with that set's flags; which one runs is decided at run
+time, so a binary built anywhere runs everywhere (never -march=native).  The library has no Python symbol in it and
+touches libtorch through its stable ABI only: the wheel is tagged `py3-none-<platform>`.  Metadata is in
+pyproject.toml.
+
+Environment: CXX (the compiler), MAX_JOBS (parallel compilations), FASTATTN_CXXFLAGS (extra flags, e.g. sanitizers),
+FASTATTN_SKIP_NATIVE=1 (pure Python: every call takes the reference backend).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).parent
+LIBRARY = Path("fastattn", "lib", "libfastattn_cpu.so")
+
+# No -ffast-math: NaN and infinity have meaning here.  Contraction into fused multiply-adds is wanted.
+CXX_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fno-semantic-interposition"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes"),
+    # GCC 12's own intrinsics headers set these off (`__m512 __Y = __Y`)
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+X86_ISAS = {
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
+    "avx2": AVX2,
+}
+
+
+def isa_flags() -> dict[str, list[str]]:
+    """Instruction sets to compile for this architecture, the slowest to compile first."""
+    isas = dict(X86_ISAS) if platform.machine() in ("x86_64", "AMD64") else {}
+    return {**isas, "baseline": []}
+
+
+class BuildNative(build_ext):
+    """Compiles each (source, instruction set) with its own flags, in parallel, and links them."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(LIBRARY)
+
+    def get_ext_fullpath(self, ext_name: str) -> str:
+        return str(Path(self.build_lib) / LIBRARY)
+
+    def copy_extensions_to_source(self) -> None:
+        """For editable installs.  Moved into place, so that a process that has the old library mapped keeps it."""
+        target = ROOT / LIBRARY
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_suffix(".so.new")
+        shutil.copyfile(self.get_ext_fullpath(LIBRARY.stem), fresh)
+        os.replace(fresh, target)
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch.utils.cpp_extension as cpp_extension
+
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+        if compiler is None:
+            raise RuntimeError("fastattn needs a C++20 compiler: install g++ (>= 12), or set CXX")
+        includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+        flags = [*CXX_FLAGS, *os.environ.get("FASTATTN_CXXFLAGS", "").split()]
+        objects = Path(self.build_temp)
+        objects.mkdir(parents=True, exist_ok=True)
+        csrc = ROOT / "csrc"
+        headers = [path.stat().st_mtime for pattern in ("**/*.h", "../setup.py") for path in csrc.glob(pattern)]
+
+        commands: list[tuple[Path, Path, list[str]]] = []
+        for isa, isa_options in isa_flags().items():
+            source, target = csrc / "cpu" / "kernels.cpp", objects / f"kernels_{isa}.o"
+            commands.append((source, target, [*flags, *isa_options, f"-DFASTATTN_ISA={isa}"]))
+        commands.append((csrc / "ops.cpp", objects / "ops.o", [*flags, *includes]))
+        commands.append((csrc / "cpu" / "dispatch.cpp", objects / "dispatch.o", flags))
+
+        def compile_one(command: tuple[Path, Path, list[str]]) -> None:
+            source, target, options = command
+            stamp = target.with_suffix(".flags")
+            line = [compiler, *options, "-c", str(source), "-o", str(target)]
+            newest = max([source.stat().st_mtime, *headers])
+            if target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == str(line):
+                return
+            result = subprocess.run(line, capture_output=True, text=True)
+            if result.stderr:
+                print(result.stderr, file=sys.stderr)
+            if result.returncode:
+                raise RuntimeError(f"compiling {source.name} for {target.stem} failed:\n{result.stderr[-4000:]}")
+            stamp.write_text(str(line))
+
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(compile_one, commands))
+
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        library_paths = [f"-L{path}" for path in cpp_extension.library_paths()]
+        link = [compiler, "-shared", *flags, *(str(target) for _, target, _ in commands), "-o", str(output)]
+        subprocess.run([*link, *library_paths, "-Wl,--as-needed", "-ltorch_cpu", "-lc10"], check=True)
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for any Python of one platform: the library is not tied to an interpreter."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform_tag = super().get_tag()
+        return "py3", "none", platform_tag
+
+
+def packages() -> tuple[list[str], dict[str, str]]:
+    """Packages of the wheel and where they lie; `triton_kernels` and `bench` live at the top of the checkout."""
+    outside = {"fastattn.triton_kernels": "triton_kernels", "fastattn.bench": "bench"}
+    directories = {name: folder for name, folder in outside.items() if (ROOT / folder / "__init__.py").exists()}
+    names = [".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("fastattn/**/__init__.py")]
+    for name, folder in directories.items():
+        inner = [path.parent.relative_to(ROOT / folder).parts for path in (ROOT / folder).glob("**/__init__.py")]
+        names += [".".join([name, *parts]) for parts in inner]
+    return sorted(names), directories
+
+
+names, directories = packages()
+native = os.environ.get("FASTATTN_SKIP_NATIVE") != "1"
+setup(
+    packages=names,
+    package_dir=directories,
+    package_data={"fastattn": ["py.typed"]},
+    include_package_data=False,
+    # The source list only tells setuptools that there is something to build.
+    ext_modules=[Extension("fastattn.lib.libfastattn_cpu", ["csrc/ops.cpp"])] if native else [],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+)
