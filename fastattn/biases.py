@@ -113,7 +113,11 @@ class DenseBias(Bias):
 
     def lower(self, draft: Draft) -> None:
         check_device("DenseBias.tensor", self.tensor, draft.device)
-        _add(draft, "dense_bias", check_broadcast("DenseBias.tensor", self.tensor, draft.score_shape))
+        tensor = check_broadcast("DenseBias.tensor", self.tensor, draft.score_shape)
+        have = draft.fields.get("dense_bias")
+        if have is not None:  # a sum of half precision biases is not rounded before it meets the scores
+            tensor = tensor.to(draft.parameter_dtype) + have.to(draft.parameter_dtype)  # type: ignore[attr-defined]
+        draft.fields["dense_bias"] = tensor
 
 
 class ALiBi(Bias):
