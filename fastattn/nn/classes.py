@@ -40,7 +40,7 @@ def share_state(module: torch.nn.MultiheadAttention, base: type[Attention]) -> A
     cls = class_like(module, base)
     twin = cls.__new__(cls)
     twin.__dict__.update(module.__dict__)
-    # Own dictionaries over the same objects, so that pruning or parametrizing one module leaves the other whole.  The
+    # Own dictionaries over the same objects, so that parametrizing one module leaves the other whole.  The
     # hooks' dictionaries stay shared: a handle removes its hook from the one it was registered in.
     for name in _STRUCTURE:
         twin.__dict__[name] = module.__dict__[name].copy()

@@ -87,12 +87,11 @@ def _attend_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """The output (N, H, L, D) and the weights (N, L, S) or (N, H, L, S) of one and the same call."""
     problem = lower(q, k, v, **_objects(masks), dropout_p=dropout_p, query_offset=extra_keys)  # type: ignore[arg-type]
-    out, lse = dispatch.run(problem, None)
+    out, _ = dispatch.run(problem, None)
     weights = attention_weights(
         WeightArguments(
             query=problem.query,
             key=problem.key,
-            lse=lse,
             dense_mask=problem.dense_mask,
             dense_bias=problem.dense_bias,
             dropout_seed=problem.dropout_seed,

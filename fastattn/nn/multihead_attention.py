@@ -89,6 +89,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             ValueError: `dropout` is not a probability.
             NotImplementedError: on second or forward-mode derivatives, when they are asked for.
         """
+        if isinstance(query, torch.fx.Proxy):
+            # Like torch's module, a leaf of a symbolic trace.
+            call = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return query.tracer.create_proxy("call_module", query.tracer.path_of_module(self), call, {})  # type: ignore[return-value]
         if query.is_nested or key.is_nested or value.is_nested or _overrides_torch(query, key, value):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -127,7 +131,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         Parameters, buffers, submodules (also parametrizations) and hooks are the same objects, not copies, so
         optimizers, tied weights and hook handles stay valid; the training flag and plain attributes are taken over as
-        they are now.  `mha` itself is left as it is.
+        they are now.  `mha` itself is left as it is.  A hook registered on either later runs for both.
 
         Raises:
             TypeError: `mha` is not a `torch.nn.MultiheadAttention`, or of a subclass, which may compute something else.

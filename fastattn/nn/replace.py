@@ -17,6 +17,8 @@ _SAVED_SWITCHES = "_fastattn_saved_switches"
 
 # What `MultiheadAttention.forward` reads.  The weights are looked at apart.
 _READ = ("embed_dim", "num_heads", "dropout", "batch_first", "bias_k", "bias_v", "add_zero_attn", "in_proj_bias")
+_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_TORCH_STATE = frozenset((*_WEIGHTS, "in_proj_bias", "bias_k", "bias_v", "out_proj", "parametrizations"))
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def replace_attention(
             selected; subclasses are left, with the reason in the report, since they may compute something else.
         strict: whether a module that is selected but cannot be replaced is an error, raised before anything has
             changed; otherwise it is left, with the reason in the report.  A module cannot be replaced when it is
-            compiled by TorchScript, when ``forward`` is overridden on the instance, or when it lacks torch's
-            parameters.  Modules that nothing selects, and modules that are fastattn's already, are no error.
+            compiled by TorchScript, when ``forward`` is overridden on the instance, or when its parameters are not
+            torch's.  Modules that nothing selects, and modules that are fastattn's already, are no error.
 
     Returns:
         A `ReplacementReport`; ``print`` it.
@@ -90,7 +92,8 @@ def replace_attention(
     if _is_attention(model):
         raise ValueError(
             "model: expected a module that contains attention modules, got one that is itself a "
-            f"{type(model).__name__}; assign the module returned by fastattn.nn.MultiheadAttention.from_torch(mha) instead"
+            f"{type(model).__name__}; "
+            "assign the module returned by fastattn.nn.MultiheadAttention.from_torch(mha) instead"
         )
 
     paths: dict[torch.nn.Module, list[str]] = {}
@@ -170,8 +173,8 @@ def _why_not_selected(
     if isinstance(module, torch.jit.ScriptModule) or cls is torch.nn.MultiheadAttention:
         return None
     return (
-        f"is a {cls.__module__}.{cls.__qualname__}, a subclass of torch.nn.MultiheadAttention that may compute something "
-        "else; select it with filter if it does not"
+        f"is a {cls.__module__}.{cls.__qualname__}, a subclass of torch.nn.MultiheadAttention that may compute "
+        "something else; select it with filter if it does not"
     )
 
 
@@ -183,11 +186,18 @@ def _obstacle(module: torch.nn.Module) -> str | None:
         return "its forward is overridden on the instance"
     lacking = [name for name in _READ if not hasattr(module, name)]
     packed = getattr(module, "_qkv_same_embed_dim", True)
-    weights = ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    weights = _WEIGHTS[:1] if packed else _WEIGHTS[1:]
     lacking += [name for name in weights if not isinstance(getattr(module, name, None), Tensor)]
     if not isinstance(getattr(module, "out_proj", None), torch.nn.Module):
         lacking.append("out_proj")
-    return f"lacks {', '.join(lacking)}" if lacking else None
+    if lacking:
+        return f"lacks {', '.join(lacking)}"
+    if plain_class(module) is not torch.nn.MultiheadAttention:
+        state = {*module._parameters, *module._buffers, *module._modules}
+        foreign = sorted(state - _TORCH_STATE)
+        if foreign:
+            return f"computes with {', '.join(foreign)}, which torch's class does not have"
+    return None
 
 
 def _switch_off_fused_paths(module: torch.nn.Module) -> bool:

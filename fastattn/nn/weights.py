@@ -1,9 +1,12 @@
 """Attention weights on request: the softmax probabilities that a fused kernel never stores.
 
-The returned tensor is filled tile by tile from q, k and the log-sum-exp of every row, so that besides the tensor
-itself only a tile of about `TILE_ELEMENTS` scores exists, forward and backward; with ``average`` the weights of the
-single heads never exist together.  The formula is that of `torch.nn.functional.multi_head_attention_forward` with
-``need_weights=True``: softmax(scale * q k^T + bias), masked, after dropout, optionally averaged over the heads.
+The returned tensor is filled tile by tile from q and k, so that besides the tensor itself only tiles of about
+`TILE_ELEMENTS` scores exist, forward and backward; with ``average`` the weights of the single heads never exist
+together.  A tile holds whole rows, so it takes its own softmax: exp(s - lse) with the kernel's log-sum-exp would be
+the same but for huge scores, where lse rounds the logarithm of the number of keys away (a row of finfo.min).
+
+The formula is that of `torch.nn.functional.multi_head_attention_forward` with ``need_weights=True``:
+softmax(scale * q k^T + bias), masked, after dropout, optionally averaged over the heads.
 """
 
 from __future__ import annotations
@@ -30,7 +33,6 @@ class WeightArguments(NamedTuple):
 
     query: Tensor  # (B, H, L, D)
     key: Tensor  # (B, H, S, D)
-    lse: Tensor  # (B, H, L), natural logarithm; +inf for a row without visible keys
     dense_mask: Tensor | None  # bool (B|1, H|1, L|1, S|1), True = may attend
     dense_bias: Tensor | None  # floating (B|1, H|1, L|1, S|1); -inf masks
     dropout_seed: Tensor | None  # (2,) int64, see fastattn/philox.py
@@ -41,8 +43,12 @@ class WeightArguments(NamedTuple):
     average: bool
 
 
-_TENSOR_FIELDS = 6
+_TENSOR_FIELDS = 5
 _DENSE_BIAS = WeightArguments._fields.index("dense_bias")
+
+
+def _compute_dtype(args: WeightArguments) -> torch.dtype:
+    return torch.float64 if args.query.dtype == torch.float64 else torch.float32
 
 
 class _Tile(NamedTuple):
@@ -60,7 +66,7 @@ def _slices(length: int, step: int) -> list[slice]:
 
 
 def _tiles(shape: tuple[int, int, int, int]) -> Iterator[tuple[_Tile, ...]]:
-    """Tiles of at most about TILE_ELEMENTS scores that cover (B, H, L, S), grouped: one group has all heads of its rows."""
+    """Tiles of about TILE_ELEMENTS scores that cover (B, H, L, S), in groups that hold all heads of their rows."""
     batch, heads, rows, cols = shape
     head_step = max(1, min(heads, TILE_ELEMENTS // max(cols, 1)))
     row_step = max(1, min(rows, TILE_ELEMENTS // max(cols * head_step, 1)))
@@ -85,14 +91,16 @@ def _hidden(args: WeightArguments, tile: _Tile) -> list[Tensor]:
 
 
 def _probabilities(args: WeightArguments, tile: _Tile, hidden: list[Tensor]) -> Tensor:
-    """softmax of the tile's scores before dropout, in the dtype of lse."""
-    dtype = args.lse.dtype
+    """softmax of the tile's scores before dropout, in the dtype it is computed in."""
+    dtype = _compute_dtype(args)
     query, key = tile.of(args.query).to(dtype), args.key[tile.batch, tile.heads].to(dtype)
-    p = torch.matmul(query * args.scale, key.transpose(-2, -1))
+    scores = torch.matmul(query * args.scale, key.transpose(-2, -1))
     if args.dense_bias is not None:
-        p += tile.of(args.dense_bias)
-    p = p.sub_(tile.of(args.lse)[..., None]).exp_()
-    # After the exponential, so that a NaN in a masked key cannot get through.
+        scores += tile.of(args.dense_bias)
+    for part in hidden:
+        scores.masked_fill_(part, float("-inf"))
+    p = torch.softmax(scores, dim=-1)
+    # The softmax of a wholly masked row is NaN.
     for part in hidden:
         p.masked_fill_(part, 0.0)
     return p
@@ -157,8 +165,8 @@ def _fill_backward(grad: Tensor, bias_needed: bool, *flat: Any) -> tuple[Tensor,
     dS = P * (dP - sum_j P dP) for the softmax P of every row, recomputed; the rest are products with q and k.
     """
     args = WeightArguments(*flat)
-    dtype, heads = args.lse.dtype, args.query.shape[1]
-    zeros = dict(dtype=dtype, device=args.query.device)
+    dtype, heads = _compute_dtype(args), args.query.shape[1]
+    zeros = {"dtype": dtype, "device": args.query.device}
     dquery, dkey = torch.zeros(args.query.shape, **zeros), torch.zeros(args.key.shape, **zeros)
     bias = args.dense_bias if bias_needed else None
     dbias = torch.zeros(0 if bias is None else bias.shape, **zeros)
@@ -196,12 +204,12 @@ def _fake(*flat: Any) -> Tensor:
 def _fake_backward(grad: Tensor, bias_needed: bool, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     args = WeightArguments(*flat)
     bias = args.dense_bias if bias_needed else None
-    dbias = args.lse.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    dbias = args.query.new_empty(0, dtype=_compute_dtype(args)) if bias is None else bias.new_empty(bias.shape)
     return args.query.new_empty(args.query.shape), args.key.new_empty(args.key.shape), dbias
 
 
 _SCHEMA = (
-    "Tensor query, Tensor key, Tensor lse, Tensor? dense_mask, Tensor? dense_bias, Tensor? dropout_seed, "
+    "Tensor query, Tensor key, Tensor? dense_mask, Tensor? dense_bias, Tensor? dropout_seed, "
     "float scale, float dropout_p, bool causal, SymInt leading, bool average"
 )
 _library = torch.library.Library("fastattn", "FRAGMENT")
@@ -217,8 +225,7 @@ def attention_weights(args: WeightArguments) -> Tensor:
     """The attention weights of a call, differentiable in query, key and dense_bias.
 
     Args:
-        args: see `WeightArguments`.  lse belongs to query, key, mask and bias; the gradient runs through the softmax
-            as a whole, so lse itself receives none.
+        args: see `WeightArguments`.
 
     Returns:
         (B, H, L, S), or (B, L, S) with ``average``, in the query's dtype.  A wholly masked row is 0.
@@ -226,7 +233,7 @@ def attention_weights(args: WeightArguments) -> Tensor:
     Raises:
         NotImplementedError: on a second derivative.
     """
-    return _Weights.apply(*args._replace(lse=args.lse.detach()))
+    return _Weights.apply(*args)
 
 
 class _Weights(torch.autograd.Function):
