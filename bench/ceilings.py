@@ -1,9 +1,15 @@
-"""How fast could it be: the machine's own matrix product and copy, measured in the same run."""
+"""How fast could it be: the machine's own matrix product and copy.
+
+``python -m fastattn.bench.ceilings [--device cpu|cuda] [--out FILE.json]`` prints them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -51,3 +57,19 @@ def _median(call: Callable[[], object], clock: Clock, seconds: float) -> float:
         if len(samples) >= 5 and sum(samples) > seconds:
             break
     return Spread.of(samples).median
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the matrix product and the copy of this machine.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
+    options = parser.parse_args()
+    found = measure(options.device)
+    print(f"{found.matmul_size}^3 matrix product, {found.matmul_dtype}: {found.matmul_flops / 1e12:.2f} TFLOP/s")
+    print(f"copy, read plus written: {found.copy_bytes / 1e9:.0f} GB/s")
+    if options.out:
+        options.out.write_text(json.dumps(asdict(found), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

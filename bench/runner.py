@@ -35,6 +35,7 @@ class Options:
     budget: float = 2.0  # seconds of timing per case and kind of sample
     deadline: float | None = None  # seconds after the start at which no new case begins
     progress: Callable[[str, int, int], None] = field(default=lambda text, done, total: None)
+    sink: Callable[[list[Row]], None] = field(default=lambda rows: None)  # given the rows of each case when it is done
 
 
 def make_case_inputs(case: Case, device: str) -> Inputs | ModuleInputs:
@@ -54,7 +55,7 @@ def reason(error: BaseException, warned: list[warnings.WarningMessage] | None = 
 
 
 def run(options: Options) -> list[Row]:
-    """All rows of the chosen suites; nothing is written."""
+    """All rows of the chosen suites; `options.sink` has them as they come, so that a run that is cut short is kept."""
     where = environment(options.device)
     began = time.monotonic()
     suites = [SUITES[name](options.device, options.quick) for name in options.suites]
@@ -67,9 +68,11 @@ def run(options: Options) -> list[Row]:
             options.progress(f"{suite.name}: {case.name}, {shape.batch}x{shape.query_length}", done, total)
             done += 1
             if options.deadline is not None and time.monotonic() - began > options.deadline:
-                rows.append(make_row(where, case, "fastattn", "both", status="skipped", note="past the deadline"))
-                continue
-            rows += run_case(suite, case, options, where)
+                found = [make_row(where, case, "fastattn", "both", status="skipped", note="past the deadline")]
+            else:
+                found = run_case(suite, case, options, where)
+            options.sink(found)
+            rows += found
     options.progress("done", total, total)
     return rows
 
@@ -86,7 +89,6 @@ def run_case(suite: Suite, case: Case, options: Options, where: Environment) -> 
     rows: list[Row] = []
     kv_head = None if isinstance(inputs, ModuleInputs) else case.shape.kv_heads - 1
     expected = expect(inputs, gradients=training, kv_head=kv_head)
-    forward_only = expect(inputs, gradients=False, kv_head=kv_head)
     for peer in peers:
         for direction in ("forward", "both") if training else ("forward",):
             try:
@@ -94,23 +96,29 @@ def run_case(suite: Suite, case: Case, options: Options, where: Environment) -> 
                     warnings.simplefilter("always")
                     prepared = ready["forward"].get(peer) or prepare(peer, inputs)
                     gradients = direction == "both"
-                    error = gate(peer, inputs, prepared, expected if gradients else forward_only, gradients=gradients)
+                    error = gate(peer, inputs, prepared, expected, gradients=gradients)
             except WrongResultError as failure:
                 rows.append(make_row(where, case, peer, direction, status="wrong", note=reason(failure)))
             except Exception as failure:  # a peer may refuse with anything: its words are the result
                 rows.append(make_row(where, case, peer, direction, status="cannot", note=reason(failure, warned)))
+                del failure  # it holds the frames, and with them the tensors, of what failed
+                _free(options.device)
             else:
                 ready[direction][peer] = prepared
                 errors[peer] = max(error, errors.get(peer, 0.0))
                 if peer.startswith("fastattn"):
                     call = fastattn.last_call()
                     kernels[peer] = f"{call.backend}:{call.kernel}" if call else ""
-    del expected, forward_only
+    del expected
     _free(options.device)
     clock = make_clock(options.device)
     for direction, variants in ready.items():
-        if variants:
+        if not variants:
+            continue
+        try:
             rows += _measure(suite, case, inputs, direction, variants, clock, options, where, errors, kernels)
+        except torch.OutOfMemoryError as failure:  # each fits alone, as the gate has shown, but not beside the others
+            rows += [make_row(where, case, v, direction, status="cannot", note=reason(failure)) for v in variants]
     _free(options.device)
     return rows
 

@@ -16,6 +16,7 @@ from fastattn.bench.scenarios import Case, Shape
 # FlexAttention is compiled anew for every case, tens of seconds on a small CPU: there, suites name it where it counts.
 CPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-math", "naive")
 GPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "naive")
+GPU_WIDTHS = ((128, 16), (64, 32), (256, 8))  # head dim, heads: the same 2048 wide model in all
 COMPILED_PEERS = ("flex", "naive-compiled")
 LIBRARY_PEERS = ("flash-attn", "xformers")
 MODULE_SCENARIOS = ("self", "padding", "weights")  # of the module suite, see modules.py
@@ -52,10 +53,9 @@ def _sweep(
     ]
 
 
-def _peers(device: str, *, compiled: bool = True) -> tuple[str, ...]:
-    if device == "cpu":
-        return (*CPU_PEERS, *(("flex",) if compiled else ()))
-    return (*GPU_PEERS, *(COMPILED_PEERS if compiled else ()), *LIBRARY_PEERS)
+def _peers(device: str, *, compiled: bool) -> tuple[str, ...]:
+    peers = CPU_PEERS if device == "cpu" else (*GPU_PEERS, *LIBRARY_PEERS)
+    return (*peers, "flex") if compiled else peers
 
 
 def _one_length(device: str, quick: bool) -> tuple[Shape, torch.dtype]:
@@ -75,11 +75,22 @@ def attention(device: str, quick: bool) -> Suite:
     else:
         lengths = (1024, 4096) if quick else (512, 1024, 2048, 4096, 8192, 16384)
         cases = []
-        for dim, heads in ((128, 16),) if quick else ((128, 16), (64, 32), (256, 8)):
+        for dim, heads in GPU_WIDTHS[:1] if quick else GPU_WIDTHS:
             cases += _sweep(
                 "attention", ("plain", "causal"), (torch.bfloat16,), lengths, tokens=16384, heads=heads, dim=dim
             )
-    return Suite("attention", "plain and causal attention", tuple(cases), _peers(device, compiled=device != "cpu"))
+    return Suite("attention", "plain and causal attention", tuple(cases), _peers(device, compiled=False))
+
+
+def compiled(device: str, quick: bool) -> Suite:
+    """Peers that are compiled for every case, on few of them: compilation would eat the time of a full sweep."""
+    if device == "cpu":
+        shape, dtype = _one_length(device, quick)
+        cases = [Case("compiled", name, shape, dtype) for name in ("causal", "alibi")]
+    else:
+        shapes = [Shape(4, heads, 4096, 4096, dim) for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)]
+        cases = [Case("compiled", name, s, torch.bfloat16) for name in ("causal", "plain", "t5") for s in shapes]
+    return Suite("compiled", "compiled peers", tuple(cases), ("fastattn", "sdpa", "naive", *COMPILED_PEERS))
 
 
 def mask(device: str, quick: bool) -> Suite:
@@ -88,7 +99,7 @@ def mask(device: str, quick: bool) -> Suite:
     names = ("causal", "window", "lengths", "prefix", "documents", "bool-mask")
     cases = [Case("mask", name, shape, dtype) for name in names]
     cases.append(Case("mask", "causal", replace(shape, kv_heads=shape.heads // 4), dtype))
-    return Suite("mask", "masks", tuple(cases), _peers(device, compiled=not quick))
+    return Suite("mask", "masks", tuple(cases), _peers(device, compiled=device == "cpu" and not quick))
 
 
 def bias(device: str, quick: bool) -> Suite:
@@ -96,7 +107,9 @@ def bias(device: str, quick: bool) -> Suite:
     shape, dtype = _one_length(device, quick)
     names = ("alibi", "alibi-learned", "t5", "table", "dense-bias", "rotary", "softcap", "sink", "dropout")
     cases = [Case("bias", name, shape, dtype) for name in names]
-    return Suite("bias", "biases, rotation, dropout", tuple(cases), _peers(device, compiled=not quick))
+    return Suite(
+        "bias", "biases, rotation, dropout", tuple(cases), _peers(device, compiled=device == "cpu" and not quick)
+    )
 
 
 def sweep(device: str, quick: bool) -> Suite:
@@ -146,12 +159,13 @@ SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "module": module,
     "decode": decode,
     "overhead": overhead,
+    "compiled": compiled,
 }
 # groups: names that stand for several suites
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(SUITES),
     "cpu": ("attention", "sweep", "mask", "bias", "module", "decode", "overhead"),
-    "gpu": ("attention", "bias", "mask", "module", "overhead"),
+    "gpu": ("attention", "compiled", "bias", "mask", "module", "overhead"),
 }
 
 

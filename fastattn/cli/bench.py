@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import fastattn
 from fastattn.cli.console import Console
+
+if TYPE_CHECKING:
+    from fastattn.bench.results import Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of timing per case and kind of sample")
     parser.add_argument("--deadline", type=float, help="seconds after which no further case begins")
+    parser.add_argument("--redraw", type=Path, metavar="CSV", help="measure nothing: table and plots of these rows")
     parser.add_argument("--no-plots", action="store_true", help="rows and table only")
     parser.add_argument("--list", action="store_true", help="print suites, peers and cases, and run nothing")
 
@@ -37,6 +42,11 @@ def main(options: argparse.Namespace) -> int:
     from fastattn.bench.suites import GROUPS, SUITES, resolve
 
     console = Console()
+    if options.redraw is not None:
+        rows = results.read(options.redraw)
+        report.print_report(rows, console)
+        draw(rows, options.out or options.redraw.parent, console)
+        return 0 if rows else 2
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         names = resolve(options.suite or ["gpu" if device == "cuda" else "cpu"])
@@ -63,6 +73,9 @@ def main(options: argparse.Namespace) -> int:
         f"fastattn {where.fastattn} ({where.commit or 'no commit'}), torch {where.torch}, {where.device}, "
         f"{where.isa or 'no native kernels'}, {where.threads} threads"
     )
+    folder = options.out or default_folder()
+    # quick rows are no measurements: they never mix with those that are
+    path = folder / ("quick.csv" if options.quick else f"{device}.csv")
     with console.progress() as step:
         rows = runner.run(
             runner.Options(
@@ -73,23 +86,25 @@ def main(options: argparse.Namespace) -> int:
                 budget=options.budget,
                 deadline=options.deadline,
                 progress=step,
+                sink=lambda found: results.write(path, found),
             )
         )
     report.print_report(rows, console)
-    folder = options.out or default_folder()
-    # quick rows are no measurements: they never mix with those that are
-    path = folder / ("quick.csv" if options.quick else f"{device}.csv")
-    results.write(path, rows)
     console.print(f"\n{len(rows)} rows in {path}")
     if not options.no_plots:
-        if importlib.util.find_spec("matplotlib") is None:
-            console.print("[yellow]no plots:[/yellow] pip install matplotlib")
-        else:
-            from fastattn.bench import plots
-
-            files = plots.draw(rows, folder / "plots")
-            console.print(f"{len(files)} plots in {folder / 'plots'}")
+        draw(rows, folder, console)
     wrong = [row for row in rows if row.status == "wrong" and row.variant.startswith("fastattn")]
     if wrong:
         console.print(f"[bold red]{len(wrong)} of fastattn's own results are wrong[/bold red]")
     return 1 if wrong else 0
+
+
+def draw(rows: list[Row], folder: Path, console: Console) -> None:
+    """Plots of the rows, or the command that would make them possible."""
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("[yellow]no plots:[/yellow] pip install 'fastattn[bench]'")
+        return
+    from fastattn.bench import plots
+
+    files = plots.draw(rows, folder / "plots")
+    console.print(f"{len(files)} plots in {folder / 'plots'}")

@@ -1,0 +1,160 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, in at most ten minutes, on a machine without a network: build, tests, ceilings,
+# the bench against every peer installed.  One folder of results, one summary, one exit code.
+#
+#   bench/gpu.sh [--dry-run]
+#
+# PYTHON  the Python with torch (default python3)      OUT  the folder (default bench/results/gpu-<time>)
+# TOTAL   seconds for all steps (default 570)          --dry-run: the same steps on the CPU, on small shapes
+#
+# Every step has a time limit of its own and a failed one does not stop the next.  Exit code 0: all steps passed or were
+# skipped with a reason; 1: some failed; 2: nothing could be run.
+
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+
+PYTHON=${PYTHON:-python3}
+TOTAL=${TOTAL:-570}
+DEVICE=cuda
+QUICK=()
+if [[ ${1:-} == --dry-run ]]; then
+  DEVICE=cpu
+  QUICK=(--quick)
+elif [[ -n ${1:-} ]]; then
+  echo "usage: bench/gpu.sh [--dry-run]" >&2
+  exit 2
+fi
+OUT=${OUT:-bench/results/gpu-$(date -u +%Y%m%d-%H%M%S)}
+mkdir -p "$OUT" || exit 2
+OUT=$(cd "$OUT" && pwd)
+LOG=$OUT/log.txt
+: >"$LOG"
+export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+declare -a SUMMARY=()
+FAILED=0
+
+say() { printf '%s\n' "$*" | tee -a "$LOG"; }
+left() { echo $((TOTAL - SECONDS)); }
+
+note() { # name, outcome: one line of the summary
+  SUMMARY+=("$(printf '%-14s %-44s %4d s' "$1" "$2" "$SECONDS")")
+}
+
+# step NAME LIMIT COMMAND...: run under its own limit, or what is left of the total if that is less
+step() {
+  local name=$1 limit=$2 status
+  shift 2
+  if (($(left) < 15)); then
+    say "== $name: no time left"
+    note "$name" "skipped: no time left"
+    FAILED=1
+    return 1
+  fi
+  ((limit > $(left) - 5)) && limit=$(($(left) - 5))
+  say ""
+  say "== $name (limit $limit s, $SECONDS s so far)"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG"
+  status=${PIPESTATUS[0]}
+  case $status in
+    0) note "$name" "passed" ;;
+    124 | 137)
+      note "$name" "FAILED: over its limit of $limit s"
+      FAILED=1
+      ;;
+    *)
+      note "$name" "FAILED: exit code $status"
+      FAILED=1
+      ;;
+  esac
+  return "$status"
+}
+
+skip() { # name, reason
+  say "== $1: skipped, $2"
+  note "$1" "skipped: $2"
+}
+
+if ! "$PYTHON" -c 'import torch' 2>>"$LOG"; then
+  say "no torch in $PYTHON: nothing to run"
+  exit 2
+fi
+if [[ $DEVICE == cuda ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  say "torch sees no CUDA device; bench/gpu.sh --dry-run runs the same steps on the CPU"
+  exit 2
+fi
+
+environment() {
+  date -u
+  if command -v nvidia-smi; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit --format=csv
+  fi
+  if command -v nvcc; then nvcc --version; fi
+  "$PYTHON" --version
+  "$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
+  "$PYTHON" -m pip list 2>/dev/null | grep -i -E '^(torch|triton|flash|xformers|numpy|pytest|hypothesis|rich|matplotlib|ninja|setuptools)' || true
+}
+
+install() {
+  # no dependencies and no isolation: both would ask the network for what is here already
+  local flags=(--no-index --no-deps --no-build-isolation)
+  "$PYTHON" -m pip install "${flags[@]}" --editable . && return 0
+  echo "an editable install is not possible here: installing a copy into $SITE"
+  "$PYTHON" -m pip install "${flags[@]}" --target "$SITE" --upgrade .
+}
+
+sanitizer() {
+  local report status
+  report=$(compute-sanitizer --tool memcheck --error-exitcode 86 \
+    "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py -k "causal and float32" 2>&1)
+  status=$?
+  printf '%s\n' "$report" | tail -n 40
+  if printf '%s' "$report" | grep -qi -E 'device not supported|not supported on this (device|platform)'; then
+    echo "compute-sanitizer does not work on this machine; this says nothing about the code"
+    return 0
+  fi
+  return "$status"
+}
+
+SITE=$(mktemp -d)
+trap 'rm -rf "$SITE"' EXIT
+export -f environment install sanitizer
+export PYTHON SITE
+
+step environment 40 bash -c environment
+if ! step install 180 bash -c install; then
+  say "the package could not be installed: running from the checkout cannot work either (bench is part of the package)"
+fi
+# a fallback copy is found here; in the usual case the folder is empty
+PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH
+
+step info 60 "$PYTHON" -m fastattn info
+step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests --junitxml="$OUT/tests.xml"
+step verify 90 "$PYTHON" -m fastattn verify --device "$DEVICE"
+if [[ $DEVICE != cuda ]]; then
+  skip sanitizer "no GPU"
+elif ! command -v compute-sanitizer >/dev/null; then
+  skip sanitizer "compute-sanitizer is not installed"
+else
+  step sanitizer 70 bash -c sanitizer
+fi
+step ceilings 40 "$PYTHON" -m fastattn.bench.ceilings --device "$DEVICE" --out "$OUT/ceilings.json"
+
+# The bench takes what is left.  It writes after every case and begins none past its own deadline, which is early enough
+# for the last case to end before the limit.
+reserve=45
+deadline=$(($(left) - reserve - 15))
+((deadline < 20)) && deadline=20
+step bench "$(left)" "$PYTHON" -m fastattn bench --device "$DEVICE" "${QUICK[@]}" --suite gpu --budget 0.4 \
+  --deadline "$deadline" --out "$OUT" --no-plots
+
+say ""
+say "== summary: $OUT"
+for line in "${SUMMARY[@]}"; do say "$line"; done
+if ((FAILED)); then
+  say "FAILED"
+else
+  say "all steps passed"
+fi
+exit "$FAILED"

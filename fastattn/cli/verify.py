@@ -1,0 +1,163 @@
+"""``python -m fastattn verify``: every feature, dtype and backend against the float64 formula, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+
+import fastattn
+from fastattn.bench.gate import Check, compare, evaluate, expect
+from fastattn.bench.peers import Prepared
+from fastattn.bench.scenarios import SCENARIOS, Case, Inputs, Shape, make_inputs
+from fastattn.cli.console import Console, Step
+
+# odd lengths, more keys than queries, GQA, a value dimension of its own, and a length past one tile
+SHAPES = {
+    "odd": Shape(batch=2, heads=4, query_length=65, key_length=65, head_dim=40),
+    "cross, GQA": Shape(batch=3, heads=6, kv_heads=2, query_length=33, key_length=129, head_dim=64, value_dim=24),
+    "long": Shape(batch=1, heads=2, query_length=387, key_length=387, head_dim=64),
+}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SEED = 1234
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One feature in one dtype on one backend: the worst of its tensors over all shapes."""
+
+    feature: str
+    dtype: str
+    backend: str
+    worst: float  # error over budget
+    where: str
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.worst <= 1.0 and not self.note
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--backend", help="only this backend")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="only this dtype")
+    parser.add_argument("--feature", choices=tuple(SCENARIOS), help="only this feature")
+    parser.add_argument("--all", action="store_true", help="list every line, not only the summary per feature")
+
+
+def verify_case(case: Case, device: str, backend: str) -> list[Check]:
+    """Forward and every gradient of one case against the formula.
+
+    Dropout's oracle is the reference backend in float64 with the same seed: the mask is a function of seed and
+    position alone, so the two must agree element by element.
+    """
+    inputs = make_inputs(case, device)
+    if SCENARIOS[case.scenario].dropout_p:
+        return _verify_dropout(inputs, backend)
+    return compare(inputs, expect(inputs, gradients=True), _run(inputs, backend))
+
+
+def _run(inputs: Inputs, backend: str) -> dict[str, torch.Tensor]:
+    arguments = SCENARIOS[inputs.case.scenario].arguments(inputs.case.shape, inputs.extras)
+    query, key, value = inputs.query, inputs.key, inputs.value
+
+    def forward() -> torch.Tensor:
+        torch.manual_seed(SEED)
+        return fastattn.attention(query, key, value, backend=backend, **arguments)
+
+    return evaluate(Prepared(forward, inputs.leaves(), inputs.grad_out), gradients=True)
+
+
+def _verify_dropout(inputs: Inputs, backend: str) -> list[Check]:
+    double = Inputs(
+        inputs.case,
+        *(t.detach().double().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)),
+        inputs.grad_out.double(),
+        inputs.extras,
+    )
+    exact, got, same = _run(double, "reference"), _run(inputs, backend), _run(inputs, "reference")
+    eps = torch.finfo(inputs.case.dtype).eps
+    checks = []
+    for name, value in exact.items():
+        # the reference keeps half precision in float32, torch would not: the budget is that of weights in the dtype
+        rounding = eps * value.abs().max().item()
+        if inputs.case.dtype in (torch.bfloat16, torch.float16):
+            rounding *= 2
+        budget = 2 * (same[name].double() - value).abs().max().item() + rounding
+        checks.append(Check(name, (got[name].double() - value).abs().max().item(), budget))
+    return checks
+
+
+def verify(device: str, backends: list[str], dtypes: list[str], features: list[str], step: Step) -> list[Verdict]:
+    """Verdicts of the whole product; `step(text, done, total)` is told of each."""
+    verdicts = []
+    total = len(backends) * len(dtypes) * len(features)
+    for backend in backends:
+        for dtype in dtypes:
+            for feature in features:
+                step(f"{backend} {dtype} {feature}", len(verdicts), total)
+                verdicts.append(_worst(feature, dtype, backend, device))
+    return verdicts
+
+
+def _worst(feature: str, dtype: str, backend: str, device: str) -> Verdict:
+    worst, where = 0.0, ""
+    for shape_name, shape in SHAPES.items():
+        case = Case("verify", feature, shape, DTYPES[dtype])
+        try:
+            checks = verify_case(case, device, backend)
+        except fastattn.UnsupportedError as error:
+            return Verdict(feature, dtype, backend, float("nan"), shape_name, f"refused: {error}")
+        for check in checks:
+            share = check.error / check.budget if check.budget else (0.0 if check.error == 0 else float("inf"))
+            if not (share <= worst or math.isnan(worst)):  # a NaN comes in and stays
+                worst, where = share, f"{check.name}, {shape_name}"
+    return Verdict(feature, dtype, backend, worst, where)
+
+
+def main(options: argparse.Namespace) -> int:
+    console = Console()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    known = {backend.name: backend for backend in fastattn.backends()}
+    if options.backend and options.backend not in known:
+        console.print(f"[red]error:[/red] unknown backend {options.backend!r}; choose from {', '.join(known)}")
+        return 2
+    chosen = [known[options.backend]] if options.backend else list(known.values())
+    names = [b.name for b in chosen if b.available and not (device == "cuda" and b.name == "cpu")]
+    if not options.backend and len(names) > 1:
+        names.remove("reference")  # the formula against the formula: on request, or where there is nothing else
+    dtypes = [options.dtype] if options.dtype else list(DTYPES)
+    features = [options.feature] if options.feature else list(SCENARIOS)
+    for backend in chosen:
+        if not backend.available:
+            console.print(f"[yellow]{backend.name} is not available[/yellow]: {backend.reason}")
+    with console.progress() as step:
+        verdicts = verify(device, names, dtypes, features, step)
+
+    columns = ["feature", "backend", *dtypes]
+    rows = []
+    for feature in features:
+        for name in names:
+            found = {v.dtype: v for v in verdicts if v.feature == feature and v.backend == name}
+            rows.append([SCENARIOS[feature].title, name, *(_cell(found[dtype]) for dtype in dtypes)])
+    console.table(columns, rows, title="worst error over its budget (passes up to 1)", left=2)
+    console.print(
+        "  forward and every gradient, against the formula in float64; the budget is twice the error of the same\n"
+        "  formula in the tested dtype, plus the rounding of the result"
+    )
+    bad = [v for v in verdicts if not v.passed]
+    for v in bad if not options.all else verdicts:
+        colour = "green" if v.passed else "red"
+        console.print(f"  [{colour}]{v.backend} {v.dtype} {v.feature}[/{colour}]: {v.worst:.2f} at {v.where} {v.note}")
+    checked = f"{len(verdicts) - len(bad)} of {len(verdicts)} passed on {device}"
+    console.print(f"[green]{checked}[/green]" if not bad and verdicts else f"[bold red]{checked}[/bold red]")
+    return 0 if verdicts and not bad else 1
+
+
+def _cell(verdict: Verdict) -> str:
+    if verdict.passed:
+        return f"[green]{verdict.worst:.2f}[/green]"
+    return f"[bold red]{verdict.note[:20] or f'{verdict.worst:.2f}'}[/bold red]"
