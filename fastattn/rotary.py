@@ -67,7 +67,8 @@ class Rotary:
         rows = torch.arange(query_length, device=self.cos.device)
         rows = rows[None] + (offset[:, None] if isinstance(offset, Tensor) else offset)
         rows = rows.clamp(0, self.cos.shape[1] - 1)
-        batch = torch.arange(rows.shape[0], device=rows.device)[:, None] if self.cos.shape[0] > 1 else 0
+        # Tables of one batch index with 0; per-sequence tables index with b, also where the rows are shared.
+        batch = torch.arange(self.cos.shape[0], device=rows.device)[:, None]
         return (
             self.cos[batch, rows],
             self.sin[batch, rows],
