@@ -252,7 +252,14 @@ class _Weights(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(WeightArguments._fields)
         if grad is not None:
             bias_needed = ctx.needs_input_grad[_DENSE_BIAS]
-            dquery, dkey, dbias = _WeightsBackward.apply(grad, bias_needed, *ctx.saved_tensors, *ctx.scalars)
+            # Dynamo cannot trace a Function within a Function's backward; what it compiles has no second derivative
+            # and no vmap to lose.
+            run = (
+                torch.ops.fastattn.attention_weights_backward
+                if torch.compiler.is_compiling()
+                else _WeightsBackward.apply
+            )
+            dquery, dkey, dbias = run(grad, bias_needed, *ctx.saved_tensors, *ctx.scalars)
             grads[0], grads[1] = dquery, dkey
             if bias_needed:
                 grads[_DENSE_BIAS] = dbias
