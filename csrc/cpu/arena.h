@@ -26,6 +26,29 @@ class Arena {
   size_t used_ = 0;
 };
 
+// Memory shared by the items of one call; not initialised.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(i64 count) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(count) * sizeof(T) + 64))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer& operator=(Buffer&& other) noexcept {
+    T* const mine = data_;
+    data_ = other.data_;
+    other.data_ = mine;
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+  T* data() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
 // A thread's buffer of at least `bytes`.  Small buffers stay with the thread (a call on short sequences would spend
 // its time in page faults otherwise); a large one is given back by the next call that needs less.
 char* thread_scratch(size_t bytes);

@@ -1,6 +1,386 @@
+// Gradients by recomputation, tile by tile, without atomics.
+//
+//   1. Delta_i = sum_d dO O - dlse, and the sink's gradient, per (batch, head);
+//   2. a work item per (batch, key head, chunk of keys): the five products of every tile its keys take part in.
+//      dK and dV stay in the item; dQ goes to the chunk's own buffer, parameter gradients to the item's own row;
+//   3. those partial sums are added in a fixed order.
+//
+// The number of chunks follows from the shape alone, never from the number of threads, and every sum has one order:
+// results are the same bits for any number of threads.
+// dK and dV are accumulated transposed, dK^T = Q^T dS: P and dS are then the B operands exactly as they were
+// computed, and only the small query tiles are needed in both orientations.
 #pragma once
-#include "scores.h"
+
+#include "bias_gradient.h"
+#include "gradient_tile.h"
+
 namespace fastattn::cpu::FASTATTN_ISA {
+
 template <class Mode>
-inline void backward(const Problem&, const BackwardInput&, const BackwardOutput&, const Parallel&) {}
+class Backward {
+ public:
+  using Acc = typename Mode::Acc;
+  using A = typename Mode::A;
+  using B = typename Mode::B;
+  using Tile = GradientTile<Mode>;
+
+  Backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output)
+      : p(problem),
+        in(input),
+        out(output),
+        row_delta(p.batch * p.query_heads * p.query_length),
+        engine(problem, input, row_delta.data()) {
+    const i64 units = larger(p.batch * p.kv_heads, i64{1});
+    const i64 tiles = larger(ceil_div(p.key_length, engine.tile), i64{1});
+    chunks = smaller(tiles, ceil_div(kItems, units));
+    chunk_keys = ceil_div(tiles, chunks) * engine.tile;
+    chunks = larger(ceil_div(p.key_length, chunk_keys), i64{1});
+    dq_width = round_up(larger(p.head_dim, i64{1}), Mode::kPanel);
+    products = out.dquery || out.dkey || out.dvalue || out.dslopes || out.dtable || writes_bias();
+    if (out.dquery && chunks > 1)
+      partial_dq = Buffer<Acc>(chunks * p.batch * p.query_heads * p.query_length * dq_width);
+    if (out.dslopes) partial_slopes = Buffer<double>(chunks * p.batch * p.query_heads);
+    if (out.dtable) partial_table = Buffer<double>(chunks * p.batch * p.query_heads * p.table.size[2]);
+    if (out.dsink) partial_sink = Buffer<double>(p.batch * p.query_heads);
+  }
+
+  void run(const Parallel& parallel) {
+    const auto each = [&](i64 count, void (*item)(void*, i64)) { parallel.run(count, item, this); };
+    each(p.batch * p.query_heads, [](void* self, i64 i) { static_cast<Backward*>(self)->delta_item(i); });
+    if (writes_bias()) clear(out.ddense_bias);
+    if (products)
+      each(chunks * p.batch * p.kv_heads, [](void* self, i64 i) { static_cast<Backward*>(self)->chunk_item(i); });
+    if (out.dquery && chunks > 1)
+      each(p.batch * p.query_heads * ceil_div(p.query_length, kReduceRows),
+           [](void* self, i64 i) { static_cast<Backward*>(self)->reduce_item(i); });
+    reduce_parameters();
+    if (out.ddense_bias && !writes_bias()) bias_gradient<Mode>(engine, out.ddense_bias, parallel);
+  }
+
+ private:
+  static constexpr i64 kLane = kLanes<Acc>;
+  static constexpr i64 kRows = Tile::kRows;
+  static constexpr i64 kItems = 32;  // wanted work items: enough for most machines, few enough to keep dQ buffers small
+  static constexpr i64 kReduceRows = 128;
+
+  const Problem& p;
+  const BackwardInput& in;
+  const BackwardOutput& out;
+  Buffer<Acc> row_delta;
+  Tile engine;
+  i64 chunks = 1, chunk_keys = 1, dq_width = 1;
+  bool products = false;
+  Buffer<Acc> partial_dq;                                     // (B * Hq, chunks, Sq, dq_width)
+  Buffer<double> partial_slopes, partial_table, partial_sink;  // (B * Hq, chunks, ...)
+
+  // A bias with every dimension its own: each element of its gradient is one dS.
+  bool writes_bias() const {
+    const i64* n = p.dense_bias.size;
+    return out.ddense_bias && n[0] == p.batch && n[1] == p.query_heads && n[2] == p.query_length &&
+           n[3] == p.key_length;
+  }
+
+  static void clear(const View& view) {
+    i64 count = element_size(view.dtype);
+    for (const i64 n : view.size) count *= n;
+    std::memset(view.mutable_at(0), 0, count);
+  }
+
+  void delta_item(i64 index) {
+    const i64 b = index / p.query_heads, h = index % p.query_heads;
+    Arena measure(nullptr);
+    const i64 width = round_up(larger(p.value_dim, i64{1}), kLane);
+    const auto layout = [&](Arena& arena, Acc** x, Acc** y) { *x = arena.take<Acc>(width), *y = arena.take<Acc>(width); };
+    Acc *o, *g;
+    layout(measure, &o, &g);
+    Arena arena(thread_scratch(measure.used()));
+    layout(arena, &o, &g);
+    std::memset(o, 0, width * sizeof(Acc));
+    std::memset(g, 0, width * sizeof(Acc));
+    const RowSource<Acc> outputs(in.out, b, h), gradients(in.grad_out, b, h);
+    Acc* const result = row_delta.data() + index * p.query_length;
+    const double sink = p.sink ? *reinterpret_cast<const Acc*>(p.sink.at(b, h)) : -__builtin_inf();
+    double dsink = 0;
+    for (i64 i = 0; i < p.query_length; ++i) {
+      outputs.load(i, o);
+      gradients.load(i, g);
+      Vec<Acc> sum = {};
+      const Vec<Acc> zero = {};
+      for (i64 d = 0; d < width; d += kLane) {
+        const Vec<Acc> x = load(o + d);
+        sum += x == zero ? zero : x * load(g + d);  // a wholly masked row is 0 whatever its gradient holds
+      }
+      Acc value = reduce_add<Acc>(sum);
+      if (in.grad_lse) value -= *reinterpret_cast<const Acc*>(in.grad_lse.at(b, h, i));
+      result[i] = value;
+      if (out.dsink) {
+        const double share = __builtin_exp(sink - *reinterpret_cast<const Acc*>(in.lse.at(b, h, i)));
+        if (share != 0) dsink -= share * value;
+      }
+    }
+    if (out.dsink) partial_sink.data()[index] = dsink;
+  }
+
+  struct Scratch {
+    typename Tile::Scratch tile;
+    B* key_rows;                   // K as the B operand of dQ = dS K
+    A *query_columns, *grad_columns;  // Q^T and dO^T, for paired operands
+    A* ds_rows;
+    B *weight_pairs, *ds_pairs;
+    Acc *dkey, *dvalue, *dquery;   // dK^T, dV^T of the tile; dQ of the heads when there is one chunk
+    Acc* table;
+    uint8_t* ignored;
+  };
+
+  i64 padded_dim(i64 dim) const { return round_up(larger(dim, i64{1}), 16); }
+
+  Scratch layout(Arena& arena) const {
+    Scratch s;
+    s.tile = engine.layout(arena);
+    const i64 tile = engine.tile;
+    constexpr bool paired = Mode::kPair == 2;
+    s.key_rows = arena.take<B>(dq_width * tile / Mode::kPair);
+    s.query_columns = arena.take<A>(paired ? kRows * engine.depth : 0);
+    s.grad_columns = arena.take<A>(paired ? kRows * engine.value_depth : 0);
+    s.ds_rows = arena.take<A>(paired ? kRows * tile : 0);
+    s.weight_pairs = arena.take<B>(paired ? kRows / 2 * tile : 0);
+    s.ds_pairs = arena.take<B>(paired ? kRows / 2 * tile : 0);
+    s.dkey = arena.take<Acc>(padded_dim(p.head_dim) * tile);
+    s.dvalue = arena.take<Acc>(padded_dim(p.value_dim) * tile);
+    s.dquery = arena.take<Acc>(chunks == 1 && out.dquery ? p.group() * round_up(p.query_length, kRows) * dq_width : 0);
+    s.table = arena.take<Acc>(out.dtable ? p.table.size[2] : 0);
+    s.ignored = arena.take<uint8_t>(tile);
+    return s;
+  }
+
+  void chunk_item(i64 index) {
+    const i64 units = p.batch * p.kv_heads;
+    const i64 chunk = index / units, b = index % units / p.kv_heads, kv_head = index % p.kv_heads;
+    Arena measure(nullptr);
+    layout(measure);
+    Arena arena(thread_scratch(measure.used()));
+    const Scratch s = layout(arena);
+    TileScope tiles;
+    const i64 group = p.group(), head = kv_head * group;
+
+    const auto dq_of = [&](i64 h) -> Acc* {
+      if (!out.dquery) return nullptr;
+      if (chunks == 1) return s.dquery + (h - head) * round_up(p.query_length, kRows) * dq_width;
+      return partial_dq.data() + ((b * p.query_heads + h) * chunks + chunk) * p.query_length * dq_width;
+    };
+    for (i64 h = head; h < head + group; ++h) {
+      if (out.dquery) std::memset(dq_of(h), 0, p.query_length * dq_width * sizeof(Acc));
+      const i64 at = (b * p.query_heads + h) * chunks + chunk;
+      if (out.dslopes) partial_slopes.data()[at] = 0;
+      if (out.dtable) std::memset(partial_table.data() + at * p.table.size[2], 0, p.table.size[2] * sizeof(double));
+    }
+    const i64 last = smaller((chunk + 1) * chunk_keys, p.key_length);
+    for (i64 origin = chunk * chunk_keys; origin < last; origin += engine.tile) {
+      const auto keys = engine.pack_keys(s.tile, b, kv_head, origin, smaller(engine.tile, last - origin));
+      if (out.dquery)
+        pack_depth<Mode>(engine.key_source(b, kv_head), origin, keys.count, keys.padded, dq_width, s.tile.staging,
+                         s.key_rows, s.ignored);
+      std::memset(s.dkey, 0, padded_dim(p.head_dim) * engine.tile * sizeof(Acc));
+      std::memset(s.dvalue, 0, padded_dim(p.value_dim) * engine.tile * sizeof(Acc));
+      for (i64 h = head; h < head + group; ++h)
+        head_tile(s, keys, h, dq_of(h), (b * p.query_heads + h) * chunks + chunk);
+      if (out.dkey) write_columns(s, s.dkey, p.head_dim, keys, out.dkey, true);
+      if (out.dvalue) write_columns(s, s.dvalue, p.value_dim, keys, out.dvalue, false);
+    }
+    if (out.dquery && chunks == 1)
+      for (i64 h = head; h < head + group; ++h)
+        for (i64 i = 0; i < p.query_length; ++i) write_query(b, h, i, dq_of(h) + i * dq_width);
+  }
+
+  // All queries of one head against one tile of keys.
+  void head_tile(const Scratch& s, const typename Tile::Keys& keys, i64 h, Acc* dq, i64 partial) {
+    const Scorer<Acc> scorer(p, keys.b, h);
+    ParameterSums sums;
+    if (out.dtable) std::memset(s.table, 0, p.table.size[2] * sizeof(Acc));
+    for (i64 first = 0; first < p.query_length; first += kRows) {
+      typename Tile::Span q;
+      if (!engine.span(scorer.geometry, keys, first, smaller(kRows, p.query_length - first), &q)) continue;
+      engine.pack_queries(s.tile, scorer, &q);
+      engine.compute(s.tile, scorer, keys, q, [&](i64, i64 i, const Acc* ds) {
+        const Interval seen = scorer.clip(i, keys.origin, q.begin, q.end);
+        if (out.dslopes) add_slope(scorer, i, keys.origin, seen, ds, &sums);
+        if (out.dtable) add_table(scorer, i, keys.origin, seen, ds, s.table, &sums);
+        if (writes_bias() && seen.low < seen.high)
+          store_row(out.ddense_bias.dtype, ds + seen.low, seen.high - seen.low,
+                    out.ddense_bias.mutable_at(keys.b, h, i, keys.origin + seen.low));
+      });
+      if (out.dquery || out.dkey || out.dvalue)
+        accumulate(s, scorer, keys, q, dq ? dq + first * dq_width : nullptr);
+    }
+    if (out.dslopes) partial_slopes.data()[partial] += sums.slope;
+    if (out.dtable) {
+      const i64 n = p.table.size[2];
+      double* const row = partial_table.data() + partial * n;
+      for (i64 t = 0; t < n; ++t) row[t] += s.table[t];
+      row[0] += sums.before;
+      row[n - 1] += sums.after;
+    }
+  }
+
+  // The three products that follow dS.
+  void accumulate(const Scratch& s, const Scorer<Acc>& scorer, const typename Tile::Keys& keys,
+                  const typename Tile::Span& q, Acc* dq) const {
+    const i64 tile = engine.tile, columns = q.end - q.begin;
+    const A* ds_rows;
+    const B *weights, *ds;
+    const A *query, *grad;
+    i64 row, query_depth, grad_depth, queries = q.rows;
+    if constexpr (Mode::kPair == 2) {
+      queries = round_up(q.rows, 32);
+      for (i64 r = q.rows; r < queries; ++r) {  // zero rows fill up the depth of the products
+        std::memset(s.tile.scores + r * tile, 0, tile * sizeof(Acc));
+        std::memset(s.tile.products + r * tile, 0, tile * sizeof(Acc));
+        std::memset(s.tile.query + r * engine.depth, 0, engine.depth * sizeof(A));
+        std::memset(s.tile.grad_out + r * engine.value_depth, 0, engine.value_depth * sizeof(A));
+      }
+      for (i64 r = 0; r < queries; r += 2) {
+        const i64 at = r * tile + q.begin;
+        pair_rows(s.tile.scores + at, s.tile.scores + at + tile, columns, s.weight_pairs + r / 2 * tile + q.begin,
+                  nullptr, nullptr);
+        pair_rows(s.tile.products + at, s.tile.products + at + tile, columns, s.ds_pairs + r / 2 * tile + q.begin,
+                  s.ds_rows + at, s.ds_rows + at + tile);
+      }
+      transpose_rows(s.tile.query, queries, engine.depth, s.query_columns);
+      transpose_rows(s.tile.grad_out, queries, engine.value_depth, s.grad_columns);
+      ds_rows = s.ds_rows, weights = s.weight_pairs, ds = s.ds_pairs;
+      query = s.query_columns, grad = s.grad_columns;
+      row = queries, query_depth = grad_depth = 1;
+    } else {
+      ds_rows = s.tile.products, weights = s.tile.scores, ds = s.tile.products;
+      query = s.tile.query, grad = s.tile.grad_out;
+      row = 1, query_depth = engine.depth, grad_depth = engine.value_depth;
+    }
+    if (out.dvalue)
+      gemm<Mode>(p.value_dim, columns, queries, grad, row, grad_depth, weights + q.begin, tile, Mode::kPanel,
+                 s.dvalue + q.begin, tile, true);
+    if (out.dkey)
+      gemm<Mode>(p.head_dim, columns, queries, query, row, query_depth, ds + q.begin, tile, Mode::kPanel,
+                 s.dkey + q.begin, tile, true);
+    if (dq)
+      gemm<Mode>(q.rows, round_up(p.head_dim, kLane), columns, ds_rows + q.begin, tile, 1,
+                 s.key_rows + q.begin / Mode::kPair * Mode::kPanel, Mode::kPanel,
+                 keys.padded / Mode::kPair * Mode::kPanel, dq, dq_width, true);
+    if (keys.bad_keys || q.bad_queries || q.bad_grads) {
+      Acc* const rows = dq ? dq : s.tile.staging;  // without dQ the additions go nowhere
+      engine.fix_gradients(s.tile, scorer, keys, q, rows, dq ? dq_width : 0, s.dkey, s.dvalue);
+    }
+  }
+
+  struct ParameterSums {
+    double slope = 0, before = 0, after = 0;
+  };
+
+  static Acc sum_of(const Acc* x, i64 low, i64 high) {
+    Vec<Acc> sum = {};
+    i64 j = low;
+    for (; j + kLane <= high; j += kLane) sum += load(x + j);
+    Acc total = reduce_add<Acc>(sum);
+    for (; j < high; ++j) total += x[j];
+    return total;
+  }
+
+  static void add_slope(const Scorer<Acc>& scorer, i64 i, i64 origin, Interval seen, const Acc* ds,
+                        ParameterSums* sums) {
+    // Split at the diagonal: sum |d| dS = sum over the right of d dS - sum over the left of d dS.
+    const i64 first = origin - scorer.geometry.position(i);
+    const i64 middle = larger(seen.low, smaller(-first, seen.high));
+    const auto moment = [&](i64 low, i64 high) {
+      double total = 0;
+      i64 j = low;
+      Vec<Acc> sum = {}, weighted = {}, index = {};
+      for (int k = 0; k < kLane; ++k) index[k] = static_cast<Acc>(k);
+      const i64 base = j;
+      for (; j + kLane <= high; j += kLane) {
+        const Vec<Acc> x = load(ds + j);
+        sum += x;
+        weighted += x * (index + static_cast<Acc>(j - base));
+      }
+      total = static_cast<double>(reduce_add<Acc>(weighted)) +
+              static_cast<double>(first + base) * static_cast<double>(reduce_add<Acc>(sum));
+      for (; j < high; ++j) total += static_cast<double>(first + j) * static_cast<double>(ds[j]);
+      return total;
+    };
+    sums->slope -= moment(middle, seen.high) - moment(seen.low, middle);
+  }
+
+  static void add_table(const Scorer<Acc>& scorer, i64 i, i64 origin, Interval seen, const Acc* ds, Acc* table,
+                        ParameterSums* sums) {
+    i64 shift;
+    const Interval near = scorer.table_span(i, origin, seen, &shift);
+    sums->before += sum_of(ds, seen.low, near.low);
+    sums->after += sum_of(ds, near.high, seen.high);
+    for (i64 j = near.low; j < near.high; ++j) table[j + shift] += ds[j];
+  }
+
+  void write_query(i64 b, i64 h, i64 i, Acc* row) const {
+    const BatchGeometry geometry(p, b);
+    const Acc scale = static_cast<Acc>(p.scale);
+    for (i64 d = 0; d < p.head_dim; ++d) row[d] *= scale;
+    const RowSource<Acc> source = engine.query_source(b, h, geometry);
+    if (source.cosine) source.rotate(i, row, true);
+    store_row(out.dquery.dtype, row, p.head_dim, out.dquery.mutable_at(b, h, i));
+  }
+
+  void write_columns(const Scratch& s, const Acc* columns, i64 dim, const typename Tile::Keys& keys, const View& target,
+                     bool is_key) const {
+    const i64 width = padded_dim(dim);
+    const Acc scale = static_cast<Acc>(p.scale);
+    const RowSource<Acc> source = engine.key_source(keys.b, keys.kv_head);
+    for (i64 j = 0; j < keys.count; j += kLane) {
+      columns_to_rows(columns, engine.tile, j, width, s.tile.staging, width);
+      for (i64 k = 0; k < smaller(kLane, keys.count - j); ++k) {
+        Acc* const row = s.tile.staging + k * width;
+        if (is_key) {
+          for (i64 d = 0; d < dim; ++d) row[d] *= scale;
+          if (source.cosine) source.rotate(keys.origin + j + k, row, true);
+        }
+        store_row(target.dtype, row, dim, target.mutable_at(keys.b, keys.kv_head, keys.origin + j + k));
+      }
+    }
+  }
+
+  void reduce_item(i64 index) {
+    const i64 blocks = ceil_div(p.query_length, kReduceRows);
+    const i64 unit = index / blocks, first = index % blocks * kReduceRows;
+    const i64 size = p.query_length * dq_width;
+    for (i64 i = first; i < smaller(first + kReduceRows, p.query_length); ++i) {
+      Acc* const row = partial_dq.data() + unit * chunks * size + i * dq_width;
+      for (i64 c = 1; c < chunks; ++c)
+        for (i64 d = 0; d < dq_width; d += kLane) store(row + d, load(row + d) + load(row + c * size + d));
+      write_query(unit / p.query_heads, unit % p.query_heads, i, row);
+    }
+  }
+
+  // Sums the rows of `partial` (B * Hq, parts, n) into a gradient of shape (B | 1, Hq, n).
+  void reduce(const Buffer<double>& partial, i64 parts, i64 n, const View& target, i64 last_axis) const {
+    for (i64 b = 0; b < target.size[0]; ++b)
+      for (i64 h = 0; h < p.query_heads; ++h)
+        for (i64 t = 0; t < n; ++t) {
+          double sum = 0;
+          for (i64 from = b; from < (target.size[0] == 1 ? p.batch : b + 1); ++from)
+            for (i64 c = 0; c < parts; ++c)
+              sum += partial.data()[((from * p.query_heads + h) * parts + c) * n + t];
+          *reinterpret_cast<Acc*>(last_axis == 2 ? target.mutable_at(b, h, t) : target.mutable_at(b, h)) =
+              static_cast<Acc>(sum);
+        }
+  }
+
+  void reduce_parameters() const {
+    if (out.dslopes) reduce(partial_slopes, chunks, 1, out.dslopes, 1);
+    if (out.dtable) reduce(partial_table, chunks, p.table.size[2], out.dtable, 2);
+    if (out.dsink) reduce(partial_sink, 1, 1, out.dsink, 1);
+  }
+};
+
+template <class Mode>
+inline void backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
+                     const Parallel& parallel) {
+  Backward<Mode>(problem, input, output).run(parallel);
 }
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

@@ -142,7 +142,7 @@ class Forward {
     for (i64 origin = round_down(low, tile); origin < high; origin += tile) {
       const i64 keys = smaller(tile, high - origin);
       const i64 padded = round_up(keys, kTileStep);
-      if (!documents_meet(item, origin, keys)) continue;
+      if (!documents_meet(p, item.b, item.first, item.rows, origin, keys)) continue;
       const bool bad_keys = pack_transposed<Mode>(key_rows, origin, keys, padded, depth, width, s.staging, s.keys,
                                                   s.key_bad);
       const bool bad_values = pack_depth<Mode>(value_rows, origin, keys, padded, value_width, s.staging, s.values,
@@ -152,22 +152,6 @@ class Forward {
               bad_values ? &value_rows : nullptr);
     }
     for (i64 r = 0; r < count; ++r) finish(item, s, r);
-  }
-
-  // Documents usually come in runs: tiles whose ids do not overlap those of the rows are skipped.
-  bool documents_meet(const Block& item, i64 origin, i64 keys) const {
-    if (!p.query_ids) return true;
-    const auto id = [&](const View& v, i64 i) { return *reinterpret_cast<const i64*>(v.at(item.b, i)); };
-    i64 low = id(p.query_ids, item.first), high = low;
-    for (i64 i = 1; i < item.rows; ++i) {
-      low = smaller(low, id(p.query_ids, item.first + i));
-      high = larger(high, id(p.query_ids, item.first + i));
-    }
-    for (i64 j = 0; j < keys; ++j) {
-      const i64 x = id(p.key_ids, origin + j);
-      if (x >= low && x <= high) return true;
-    }
-    return false;
   }
 
   // One strip of rows against one packed tile.  Non-null sources say that the tile has flagged rows.

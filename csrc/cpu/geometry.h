@@ -14,7 +14,7 @@ struct Interval {
 // The interval masks of one batch element.  Values come from users' tensors: everything is clamped so that no
 // arithmetic overflows and no interval leaves [0, key_length).
 struct BatchGeometry {
-  i64 offset = 0, left = -1, right = -1, keys = 0, prefix = 0;
+  i64 offset = 0, left = -1, right = -1, keys = 0, prefix = -1;  // negative = no such bound
 
   BatchGeometry() = default;
   BatchGeometry(const Problem& p, i64 b) {
@@ -25,7 +25,7 @@ struct BatchGeometry {
     left = smaller(p.window_left, kFar);
     right = smaller(p.window_right, kFar);
     keys = p.key_lengths ? clamp(integer(p.key_lengths), 0, p.key_length) : p.key_length;
-    prefix = p.prefix_lengths ? clamp(integer(p.prefix_lengths), 0, p.key_length) : 0;
+    prefix = p.prefix_lengths ? clamp(integer(p.prefix_lengths), 0, p.key_length) : -1;
   }
 
   i64 position(i64 i) const { return i + offset; }
@@ -35,12 +35,29 @@ struct BatchGeometry {
     const i64 at = position(i);
     Interval range{0, keys};
     if (left >= 0) range.low = larger(i64{0}, at - left);
-    if (right >= 0) range.high = smaller(keys, larger(at + right + 1, prefix));
+    if (right >= 0) range.high = smaller(range.high, at + right + 1);
+    if (prefix >= 0) range.high = smaller(range.high, larger(at + 1, prefix));
     range.high = larger(range.high, i64{0});
     range.low = smaller(range.low, range.high);
     return range;
   }
 };
+
+// Documents usually come in runs: a tile none of whose keys has an id within the range of the rows' ids is empty.
+inline bool documents_meet(const Problem& p, i64 b, i64 first, i64 rows, i64 origin, i64 keys) {
+  if (!p.query_ids) return true;
+  const auto id = [&](const View& v, i64 i) { return *reinterpret_cast<const i64*>(v.at(b, i)); };
+  i64 low = id(p.query_ids, first), high = low;
+  for (i64 i = 1; i < rows; ++i) {
+    low = smaller(low, id(p.query_ids, first + i));
+    high = larger(high, id(p.query_ids, first + i));
+  }
+  for (i64 j = 0; j < keys; ++j) {
+    const i64 x = id(p.key_ids, origin + j);
+    if (x >= low && x <= high) return true;
+  }
+  return false;
+}
 
 // Every mask at once, for the rare pairs that are handled one by one (non-finite inputs).
 inline bool pair_visible(const Problem& p, const BatchGeometry& geometry, i64 b, i64 h, i64 i, i64 j) {

@@ -166,6 +166,54 @@ inline bool pack_depth(const RowSource<typename Mode::Acc>& source, i64 first, i
   return any;
 }
 
+#if defined(FASTATTN_BF16_OPERANDS)
+// The transpose of a packed A operand of `rows` (a multiple of 32) rows of `width` bf16: width rows of `rows`.
+inline void transpose_rows(const bf16* in, i64 rows, i64 width, bf16* out) {
+  for (i64 r = 0; r < rows; r += 32)
+    for (i64 k = 0; k < width; k += 16) {
+      Vec<uint32_t> v[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const bf16* cell = in + (r + 2 * i) * width + k;
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cell)));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cell + width)));
+        v[i] = (Vec<uint32_t>)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+      }
+      transpose<uint32_t>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) store(reinterpret_cast<uint32_t*>(out + (k + i) * rows + r), v[i]);
+    }
+}
+
+// Two rows of numbers as one row of pairs, n a multiple of 16; the rows themselves also as bf16 if `low` is given.
+inline void pair_rows(const float* a, const float* b, i64 n, uint32_t* out, bf16* low, bf16* high) {
+  for (i64 j = 0; j < n; j += 16) {
+    const __m256i x = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + j));
+    const __m256i y = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(b + j));
+    if (low) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + j), x);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + j), y);
+    }
+    _mm512_storeu_si512(out + j, _mm512_or_si512(_mm512_cvtepu16_epi32(x),
+                                                 _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16)));
+  }
+}
+#endif
+
+// Columns [first, first + lanes) of a row-major matrix as rows `width` apart; `depth` is a multiple of the lanes.
+template <class T>
+inline void columns_to_rows(const T* in, i64 row_stride, i64 first, i64 depth, T* out, i64 width) {
+  constexpr int lanes = kLanes<T>;
+  for (i64 k = 0; k < depth; k += lanes) {
+    Vec<T> v[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) v[i] = load(in + (k + i) * row_stride + first);
+    transpose<T>(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) store(out + i * width + k, v[i]);
+  }
+}
+
 template <class T>
 inline T dot(const T* a, const T* b, i64 n) {
   T sum = 0;

@@ -1,0 +1,218 @@
+// The heart of the backward: dS of one tile of queries and keys, recomputed from q, k, v, the output gradient and lse.
+//     S = Q K^T -> score pipeline -> P = exp(S - lse);   dP = dO V^T;   dS = P (keep dP / (1 - p) - Delta)
+// Shared by the gradient of q, k, v and the small parameters (backward.h) and by the gradient of a broadcast dense
+// bias (bias_gradient.h).
+#pragma once
+
+#include "arena.h"
+#include "scores.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+template <class Mode>
+class GradientTile {
+ public:
+  using Acc = typename Mode::Acc;
+  using A = typename Mode::A;
+  using B = typename Mode::B;
+
+  static constexpr i64 kLane = kLanes<Acc>;
+  static constexpr i64 kBlock = kLanes<B> * Mode::kPair;
+  static constexpr i64 kTileStep = Mode::kPair == 2 ? 32 : (Mode::kPanel > 16 ? Mode::kPanel / 2 : Mode::kPanel);
+  static constexpr i64 kMaxTile = Mode::kPair == 2 ? 256 : 192;
+  static constexpr i64 kRows = 64;  // queries of a tile
+
+  const Problem& p;
+  const BackwardInput& in;
+  const Acc* delta;  // (B, Hq, Sq): sum_d dO O - dlse
+  i64 tile, depth, value_depth, width, value_width;
+
+  GradientTile(const Problem& problem, const BackwardInput& input, const Acc* row_delta)
+      : p(problem), in(input), delta(row_delta) {
+    tile = smaller(round_up(larger(p.key_length, i64{1}), kTileStep), kMaxTile);
+    depth = round_up(larger(p.head_dim, i64{1}), Mode::kDepthMultiple);
+    value_depth = round_up(larger(p.value_dim, i64{1}), Mode::kDepthMultiple);
+    width = round_up(depth, kBlock);
+    value_width = round_up(value_depth, kBlock);
+  }
+
+  struct Scratch {
+    B *keys, *values;                 // K^T and V^T, packed
+    A *query, *grad_out;              // rows
+    Acc *scores, *products;           // S then P (dropout applied); dP then dS
+    Acc *staging, *temp, *cap_gradient, *dropout;
+    uint8_t *key_bad, *value_bad, *query_bad, *grad_bad;
+  };
+
+  Scratch layout(Arena& arena) const {
+    Scratch s;
+    s.keys = arena.take<B>(round_up(tile, Mode::kPanel) * (depth / Mode::kPair));
+    s.values = arena.take<B>(round_up(tile, Mode::kPanel) * (value_depth / Mode::kPair));
+    s.query = arena.take<A>(kRows * depth);
+    s.grad_out = arena.take<A>(kRows * value_depth);
+    s.scores = arena.take<Acc>(kRows * tile);
+    s.products = arena.take<Acc>(kRows * tile);
+    const i64 row = round_up(larger(larger(width, value_width), tile), Mode::kPanel);
+    s.staging = arena.take<Acc>((kLanes<B> + 1) * row);
+    s.temp = arena.take<Acc>(2 * row);
+    s.cap_gradient = arena.take<Acc>(tile);
+    s.dropout = arena.take<Acc>(tile);
+    s.key_bad = arena.take<uint8_t>(tile);
+    s.value_bad = arena.take<uint8_t>(tile);
+    s.query_bad = arena.take<uint8_t>(kRows);
+    s.grad_bad = arena.take<uint8_t>(kRows);
+    return s;
+  }
+
+  RowSource<Acc> query_source(i64 b, i64 h, const BatchGeometry& geometry) const {
+    return RowSource<Acc>(p.query, b, h).rotated(p.query_cos, p.query_sin, geometry.offset, p.interleaved);
+  }
+  RowSource<Acc> key_source(i64 b, i64 kv_head) const {
+    return RowSource<Acc>(p.key, b, kv_head).rotated(p.key_cos, p.key_sin, 0, p.interleaved);
+  }
+  RowSource<Acc> value_source(i64 b, i64 kv_head) const { return RowSource<Acc>(p.value, b, kv_head); }
+  RowSource<Acc> grad_source(i64 b, i64 h) const { return RowSource<Acc>(in.grad_out, b, h); }
+
+  struct Keys {  // one packed tile of keys
+    i64 b, kv_head, origin, count, padded;
+    bool bad_keys, bad_values;
+  };
+  struct Span {  // one tile of queries against it, and the columns any of them sees
+    i64 first, rows, begin, end;
+    bool bad_queries, bad_grads;
+  };
+
+  Keys pack_keys(const Scratch& s, i64 b, i64 kv_head, i64 origin, i64 count) const {
+    Keys k{b, kv_head, origin, count, round_up(count, kTileStep), false, false};
+    k.bad_keys = pack_transposed<Mode>(key_source(b, kv_head), origin, count, k.padded, depth, width, s.staging, s.keys,
+                                       s.key_bad);
+    k.bad_values = pack_transposed<Mode>(value_source(b, kv_head), origin, count, k.padded, value_depth, value_width,
+                                         s.staging, s.values, s.value_bad);
+    return k;
+  }
+
+  // False when no query of the tile sees any of the keys.
+  bool span(const BatchGeometry& geometry, const Keys& keys, i64 first, i64 rows, Span* out) const {
+    const i64 low = larger(geometry.visible(first).low - keys.origin, i64{0});
+    const i64 high = smaller(geometry.visible(first + rows - 1).high - keys.origin, keys.count);
+    if (low >= high || !documents_meet(p, keys.b, first, rows, keys.origin, keys.count)) return false;
+    *out = Span{first, rows, round_down(low, Mode::kPanel), smaller(round_up(high, kTileStep), keys.padded), false,
+                false};
+    return true;
+  }
+
+  void pack_queries(const Scratch& s, const Scorer<Acc>& scorer, Span* q) const {
+    q->bad_queries = pack_rows<Mode>(query_source(scorer.b, scorer.h, scorer.geometry), q->first, q->rows, depth,
+                                     s.staging, s.query, s.query_bad);
+    q->bad_grads = pack_rows<Mode>(grad_source(scorer.b, scorer.h), q->first, q->rows, value_depth, s.staging,
+                                   s.grad_out, s.grad_bad);
+  }
+
+  // Leaves P (times the dropout factor) in scores and dS, after the softcap's derivative, in products; calls
+  // row(r, i, dS before the softcap's derivative) for every row.
+  template <class RowFunction>
+  void compute(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q, RowFunction row) const {
+    const i64 columns = q.end - q.begin;
+    const i64 steps = depth / Mode::kPair, value_steps = value_depth / Mode::kPair;
+    gemm<Mode>(q.rows, columns, depth, s.query, depth, 1, s.keys + q.begin * steps, Mode::kPanel, Mode::kPanel * steps,
+               s.scores + q.begin, tile, false);
+    gemm<Mode>(q.rows, columns, value_depth, s.grad_out, value_depth, 1, s.values + q.begin * value_steps, Mode::kPanel,
+               Mode::kPanel * value_steps, s.products + q.begin, tile, false);
+    if (keys.bad_keys || keys.bad_values || q.bad_queries || q.bad_grads) fix_products(s, scorer, keys, q);
+
+    const Acc* const lse = reinterpret_cast<const Acc*>(in.lse.at(scorer.b, scorer.h, q.first));
+    const i64 lse_stride = in.lse.stride[2];
+    const Acc* const row_delta = delta + (scorer.b * p.query_heads + scorer.h) * p.query_length + q.first;
+    const bool capped = scorer.cap != 0;
+    for (i64 r = 0; r < q.rows; ++r) {
+      const i64 i = q.first + r;
+      Acc* const score = s.scores + r * tile;
+      Acc* const product = s.products + r * tile;
+      scorer.apply(i, keys.origin, q.begin, q.end, score, s.temp, capped ? s.cap_gradient : nullptr);
+      const Acc* factors = nullptr;
+      if (p.dropout_p > 0) {
+        scorer.dropout_factors(i, keys.origin, q.begin, q.end, s.dropout);
+        factors = s.dropout;
+      }
+      if (scorer.plain)
+        differentiate<true>(score, product, q.begin, q.end, lse[r * lse_stride], row_delta[r], scorer.factor, factors);
+      else
+        differentiate<false>(score, product, q.begin, q.end, lse[r * lse_stride], row_delta[r], scorer.factor, factors);
+      row(r, i, product);
+      if (capped)
+        for (i64 j = q.begin; j < q.end; j += kLane) store(product + j, load(product + j) * load(s.cap_gradient + j));
+    }
+  }
+
+  // dQ rows, dK and dV columns of the pairs with a flagged key or query, whose packed rows were zeros.
+  void fix_gradients(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q, Acc* dq, i64 dq_row,
+                     Acc* dkey, Acc* dvalue) const {
+    Acc* const numbers = s.temp;
+    for (i64 r = 0; r < q.rows; ++r)
+      for (i64 j = q.begin; j < smaller(q.end, keys.count); ++j) {
+        const bool any = (keys.bad_keys && s.key_bad[j]) || (q.bad_queries && s.query_bad[r]) ||
+                         (q.bad_grads && s.grad_bad[r]);
+        if (!any || !scorer.visible(q.first + r, keys.origin + j)) continue;
+        const Acc weight = s.scores[r * tile + j], ds = s.products[r * tile + j];
+        if (keys.bad_keys && s.key_bad[j]) {
+          key_source(keys.b, keys.kv_head).load(keys.origin + j, numbers);
+          for (i64 d = 0; d < p.head_dim; ++d) dq[r * dq_row + d] += ds * numbers[d];
+        }
+        if (q.bad_queries && s.query_bad[r]) {
+          query_source(scorer.b, scorer.h, scorer.geometry).load(q.first + r, numbers);
+          for (i64 d = 0; d < p.head_dim; ++d) dkey[d * tile + j] += ds * numbers[d];
+        }
+        if (q.bad_grads && s.grad_bad[r]) {
+          grad_source(scorer.b, scorer.h).load(q.first + r, numbers);
+          for (i64 d = 0; d < p.value_dim; ++d) dvalue[d * tile + j] += weight * numbers[d];
+        }
+      }
+  }
+
+ private:
+  // s: scores -> weights; dp: dO.V -> dS.  A masked pair is exactly zero in both, whatever lse and Delta are.
+  template <bool kPlain>
+  static void differentiate(Acc* s, Acc* dp, i64 begin, i64 end, Acc lse, Acc row_delta, Acc factor,
+                            const Acc* factors) {
+    const Acc shift = kPlain ? static_cast<Acc>(lse * kLog2E) : lse;
+    const Vec<Acc> zero = {};
+    for (i64 j = begin; j < end; j += kLane) {
+      const Vec<Acc> score = load(s + j);
+      const Vec<Acc> x = kPlain ? score * factor - shift : (score - shift) * factor;
+      Vec<Acc> weight = exp2(x);
+      Vec<Acc> gradient = load(dp + j);
+      Vec<Acc> kept = weight;
+      if (factors) {
+        const Vec<Acc> f = load(factors + j);
+        gradient = gradient * f;
+        kept = weight * f;
+      }
+      const auto hidden = score == -kInfinity<Acc>;
+      store(s + j, hidden ? zero : kept);
+      store(dp + j, hidden ? zero : weight * (gradient - row_delta));
+    }
+  }
+
+  void fix_products(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q) const {
+    Acc* const left = s.temp;
+    Acc* const right = s.staging;
+    for (i64 r = 0; r < q.rows; ++r)
+      for (i64 j = q.begin; j < smaller(q.end, keys.count); ++j) {
+        const bool score = (keys.bad_keys && s.key_bad[j]) || (q.bad_queries && s.query_bad[r]);
+        const bool product = (keys.bad_values && s.value_bad[j]) || (q.bad_grads && s.grad_bad[r]);
+        if (!(score || product) || !scorer.visible(q.first + r, keys.origin + j)) continue;
+        if (score) {
+          query_source(scorer.b, scorer.h, scorer.geometry).load(q.first + r, left);
+          key_source(keys.b, keys.kv_head).load(keys.origin + j, right);
+          s.scores[r * tile + j] = dot(left, right, p.head_dim);
+        }
+        if (product) {
+          grad_source(scorer.b, scorer.h).load(q.first + r, left);
+          value_source(keys.b, keys.kv_head).load(keys.origin + j, right);
+          s.products[r * tile + j] = dot(left, right, p.value_dim);
+        }
+      }
+  }
+};
+
+}  // namespace fastattn::cpu::FASTATTN_ISA
