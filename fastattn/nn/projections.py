@@ -22,6 +22,8 @@ def project(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
         AssertionError: separate weights whose shapes do not fit the inputs.
     """
     bias, dim = module.in_proj_bias, module.embed_dim
+    if bias is not None:
+        bias = bias.to(query.dtype)  # models that keep biases in another precision work in torch too
     if module._qkv_same_embed_dim:
         weight = module.in_proj_weight
         if weight is None:
