@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import fastattn
+from fastattn import dispatch
 
 # Examples are the same on every run, so that a red run is a change in the code; HYPOTHESIS_PROFILE=explore looks for
 # new ones.
@@ -36,6 +37,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(backend: str) -> str:
     return BACKEND_DEVICES.get(backend, "cpu")
+
+
+@pytest.fixture
+def only_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """For functions without a `backend` argument: the one backend there is."""
+    monkeypatch.setattr(dispatch, "_BACKENDS", {backend: dispatch._BACKENDS[backend]})
+    return backend
 
 
 @pytest.fixture(autouse=True)

@@ -46,9 +46,19 @@ def test_prefix_lm() -> None:
     assert rows == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("names", [("causal", "window_left"), ("window", "window_left"), ("window_right", "causal"),
-    ("key_lengths", "prefix_lm"), ("prefix_lm", "window"), ("documents", "documents_sorted"), ("bool_full", "bool_keys"),
-    ("causal", "key_lengths", "documents", "bool_matrix", "window")], ids="&".join)  # fmt: skip
+CONJUNCTIONS = [
+    ("causal", "window_left"),
+    ("window", "window_left"),
+    ("window_right", "causal"),
+    ("key_lengths", "prefix_lm"),
+    ("prefix_lm", "window"),
+    ("documents", "documents_sorted"),
+    ("bool_full", "bool_keys"),
+    ("causal", "key_lengths", "documents", "bool_matrix", "window"),
+]
+
+
+@pytest.mark.parametrize("names", CONJUNCTIONS, ids="&".join)
 def test_conjunction(names: tuple[str, ...]) -> None:
     call = Call(names)
     mask = call.keywords(call.leaves)["mask"]

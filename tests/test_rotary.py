@@ -117,7 +117,7 @@ def test_pickle_and_deepcopy() -> None:
 
 
 def test_half_precision_tables_and_operands(backend: str, device: str) -> None:
-    """Tables are used in float32 whatever the operands' dtype; the caller's half precision tables are taken as given."""
+    """Tables are used in float32 whatever the operands' dtype; half precision tables are taken as they are."""
     q, k, v = (torch.randn(1, 2, 9, 8).bfloat16() for _ in range(3))
     cos, sin = tables(9, 4, torch.float32)
     got = fastattn.attention(q, k, v, rotary=Rotary(cos, sin), backend=backend)
