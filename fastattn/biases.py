@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.lowering import Draft, empty_problem, standalone
-from fastattn.validation import check_broadcast, check_device, check_floating, check_index, check_shape, fail
+from fastattn.validation import check_broadcast, check_device, check_floating, check_index, check_shape, describe, fail
 
 
 class Bias(ABC):
@@ -253,7 +253,7 @@ class T5Bias(Bias):
         if weight.dim() != 2:
             fail(ValueError, "T5Bias.weight", "shape (num_buckets, Hq)", weight)
         if not isinstance(bidirectional, bool):
-            fail(TypeError, "T5Bias.bidirectional", "a bool", bidirectional)
+            fail(TypeError, "T5Bias.bidirectional", "a bool", describe(bidirectional))
         self.bidirectional = bidirectional
         buckets = weight.shape[0]
         if buckets < (4 if bidirectional else 2) or (bidirectional and buckets % 2):

@@ -21,6 +21,7 @@ from fastattn.validation import (
     check_integer,
     check_number,
     check_shape,
+    describe,
     fail,
 )
 
@@ -241,15 +242,20 @@ def _lower_objects(
 ) -> tuple[Tensor, Tensor]:
     if mask is not None:
         if not isinstance(mask, Mask):
-            fail(TypeError, "mask", "a fastattn mask (BoolMask(tensor) for a bool tensor, True = may attend)", mask)
+            fail(
+                TypeError,
+                "mask",
+                "a fastattn mask (BoolMask(tensor) for a bool tensor, True = may attend)",
+                describe(mask),
+            )
         mask.lower(draft)
     if bias is not None:
         if not isinstance(bias, Bias):
-            fail(TypeError, "bias", "a fastattn bias (DenseBias(tensor) for a tensor)", bias)
+            fail(TypeError, "bias", "a fastattn bias (DenseBias(tensor) for a tensor)", describe(bias))
         bias.lower(draft)
     if rotary is not None:
         if not isinstance(rotary, Rotary):
-            fail(TypeError, "rotary", "a fastattn.Rotary", rotary)
+            fail(TypeError, "rotary", "a fastattn.Rotary", describe(rotary))
         rotary.check(draft)
         if rotary.requires_grad and torch.is_grad_enabled():
             return rotary.rotate_outside(query, key, draft)

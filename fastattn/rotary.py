@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.lowering import Draft
-from fastattn.validation import check_device, check_floating, check_range, check_shape, fail, is_readable
+from fastattn.validation import check_device, check_floating, check_range, check_shape, describe, fail, is_readable
 
 
 class Rotary:
@@ -48,7 +48,7 @@ class Rotary:
         if self.key_cos.shape[-1] != self.cos.shape[-1]:
             fail(ValueError, "Rotary.key_cos", f"{self.cos.shape[-1]} columns like cos", self.key_cos)
         if not isinstance(interleaved, bool):
-            fail(TypeError, "Rotary.interleaved", "a bool", interleaved)
+            fail(TypeError, "Rotary.interleaved", "a bool", describe(interleaved))
         self.interleaved = interleaved
 
     def __repr__(self) -> str:

@@ -42,7 +42,7 @@ def is_readable(x: Tensor) -> bool:
 def check_tensor(name: str, x: object) -> Tensor:
     """A dense, strided, non-nested, non-quantized tensor."""
     if not isinstance(x, Tensor):
-        fail(TypeError, name, "a torch.Tensor", x)
+        fail(TypeError, name, "a torch.Tensor", describe(x))
     if x.is_nested:
         fail(
             NotImplementedError,
@@ -74,7 +74,7 @@ def check_integer(name: str, x: object) -> Tensor:
 def check_number(name: str, x: object) -> float:
     """A finite real number, as a float."""
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
-        fail(TypeError, name, "a number", x)
+        fail(TypeError, name, "a number", describe(x))
     if not math.isfinite(x):
         fail(ValueError, name, "a finite number", x)
     return float(x)
@@ -83,7 +83,7 @@ def check_number(name: str, x: object) -> float:
 def check_index(name: str, x: object, least: int | None = None) -> int:
     """An int (or a symbolic int), at least `least`."""
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
-        fail(TypeError, name, "an int", x)
+        fail(TypeError, name, "an int", describe(x))
     if least is not None and x < least:
         fail(ValueError, name, f"an int >= {least}", x)
     return x  # type: ignore[return-value]
