@@ -99,4 +99,4 @@ def _as_bool(padding: Tensor) -> Tensor:
     if padding.requires_grad or not is_readable(padding):
         return padding
     hidden = padding == NEG_INF
-    return hidden if bool((hidden | (padding == 0)).all()) else padding
+    return hidden if torch.equal(hidden, padding != 0) else padding

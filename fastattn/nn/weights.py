@@ -233,7 +233,17 @@ def attention_weights(args: WeightArguments) -> Tensor:
     Raises:
         NotImplementedError: on a second derivative.
     """
-    return _Weights.apply(*args)
+    if _needs_autograd(args):
+        return _Weights.apply(*args)
+    return torch.ops.fastattn.attention_weights(*args)
+
+
+def _needs_autograd(args: WeightArguments) -> bool:
+    """False for plain inference, which need not pay for the autograd boundary."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    tensors = (args.query, args.key, args.dense_bias)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class _Weights(torch.autograd.Function):
