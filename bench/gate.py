@@ -1,7 +1,8 @@
 """Is it right: every variant is held against the naive formula in float64 before it is timed or reported.
 
 Budget (the rule of the FlashAttention tests): twice the error that the naive formula makes in the case's own
-precision, plus the rounding of the result itself; a parameter's gradient has more room, see PARAMETER_BUDGET.
+precision, plus a few roundings of the result.  For the gradient of a parameter, a handful of sums over every score,
+these are roundings of what is summed: terms cancel, and the formula's own error in two or six numbers may be lucky.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from fastattn.bench.peers import Prepared, prepare
 from fastattn.bench.scenarios import SCENARIOS, Inputs, dense_terms, naive_attention
 
 BUDGET = 2.0
-# A parameter's gradient is a handful of sums over every score.  The formula's own rounding error in two or six numbers
-# is one draw, now and then a lucky one several times below the usual; a wrong gradient is off by orders of magnitude.
-PARAMETER_BUDGET = 8.0
+ROUNDINGS = 4  # float32 (float64) operations on the way to a result that may round otherwise than torch's
 ALL = slice(None)
 
 
@@ -47,6 +46,14 @@ class Expected:
     budgets: dict[str, float]
     heads: slice = field(default_factory=lambda: ALL)
     kv_heads: slice = field(default_factory=lambda: ALL)
+
+
+@dataclass
+class Formula:
+    """Output and gradients of the formula, and for parameters the size of what their largest gradient sums."""
+
+    values: dict[str, Tensor]
+    mass: dict[str, float] = field(default_factory=dict)
 
 
 def _restricted(inputs: Inputs, dtype: torch.dtype, heads: slice, kv_heads: slice) -> Inputs:
@@ -82,56 +89,71 @@ def _of_heads(name: str, tensor: Tensor, inputs: Inputs, heads: slice, kv_heads:
     return tensor[tuple(index)]
 
 
-def _formula(inputs: Inputs, dtype: torch.dtype, heads: slice, kv_heads: slice, gradients: bool) -> dict[str, Tensor]:
+def _formula(inputs: Inputs, dtype: torch.dtype, heads: slice, kv_heads: slice, gradients: bool) -> Formula:
     part = _restricted(inputs, dtype, heads, kv_heads)
     with torch.set_grad_enabled(gradients):
         mask, bias = dense_terms(part, heads)
         out = naive_attention(part, mask=mask, bias=bias, dropout=False, heads=heads)
-    values = {"out": out.detach()}
-    if gradients:
-        leaves = part.leaves()
-        found = torch.autograd.grad(out, list(leaves.values()), part.grad_out)
-        for name, gradient in zip(leaves, found, strict=True):
-            own = gradient if name in ("query", "key", "value") else _of_heads(name, gradient, inputs, heads, kv_heads)
-            values[name] = own
-    return values
+    formula = Formula({"out": out.detach()})
+    if not gradients:
+        return formula
+    leaves = part.leaves()
+    learned = bias if bias is not None and bias.requires_grad else None
+    wanted = [*leaves.values(), *([learned] if learned is not None else [])]
+    found = torch.autograd.grad(out, wanted, part.grad_out, retain_graph=True)
+    for name, gradient in zip(leaves, found, strict=False):
+        own = gradient if name in ("query", "key", "value") else _of_heads(name, gradient, inputs, heads, kv_heads)
+        formula.values[name] = own
+    if learned is not None:
+        # every bias here has derivatives of one sign in its parameter, so this is the sum of the terms' sizes
+        for name in SCENARIOS[inputs.case.scenario].parameters:
+            (mass,) = torch.autograd.grad(learned, leaves[name], found[-1].abs(), retain_graph=True)
+            formula.mass[name] = mass.abs().max().item()
+    return formula
 
 
-def _budgets(
-    exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype, scale: float = 1.0
+def stand_in(dtype: torch.dtype) -> tuple[torch.dtype, float]:
+    """The dtype whose error is measured for the budget of `dtype`, and what it is multiplied by.
+
+    In float64 the oracle does not see its own error: float32's, scaled down, stands for it, once for each of the two.
+    """
+    if dtype == torch.float64:
+        return torch.float32, 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return dtype, 1.0
+
+
+def budgets(
+    exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype, mass: dict[str, float] | None = None
 ) -> dict[str, float]:
-    """`same` is the formula in the case's precision; `scale` is what its error is multiplied by first."""
-    budgets = {}
+    """Allowed error of each tensor; `same` is the formula in `stand_in(dtype)`."""
+    _, scale = stand_in(dtype)
+    unit = ROUNDINGS * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    found = {}
     for name, value in exact.items():
-        if value.numel() == 0:
-            budgets[name] = 0.0
-            continue
-        rounding = torch.finfo(dtype).eps * value.abs().max().item()
-        factor = BUDGET if name in ("out", "query", "key", "value", "x") else PARAMETER_BUDGET
-        budgets[name] = factor * scale * (same[name].double() - value).abs().max().item() + rounding
-    return budgets
+        largest = value.abs().max().item() if value.numel() else 0.0
+        error = (same[name].double() - value).abs().max().item() if value.numel() else 0.0
+        summed = (mass or {}).get(name, largest)
+        found[name] = BUDGET * scale * error + torch.finfo(dtype).eps * largest + unit * summed
+    return found
 
 
 def expect(inputs: Inputs | ModuleInputs, *, gradients: bool, kv_head: int | None = None) -> Expected:
     """What the case should give.  `kv_head` restricts the check to one KV head and its queries, over the whole batch:
     heads are independent, and the formula at full size would not fit into memory for long sequences."""
     dtype = inputs.case.dtype
-    measured, scale = dtype, 1.0
-    if dtype == torch.float64:
-        # The oracle does not see its own error: float32's, scaled down, stands for it, once for each of the two.
-        measured, scale = torch.float32, 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    measured, _ = stand_in(dtype)
     if isinstance(inputs, ModuleInputs):
         exact, exact_gradients = module_oracle(inputs, torch.float64)
         same, same_gradients = module_oracle(inputs, measured)
         values = {"out": exact} | (exact_gradients if gradients else {})
-        return Expected(values, _budgets(values, {"out": same} | same_gradients, dtype, scale))
+        return Expected(values, budgets(values, {"out": same} | same_gradients, dtype))
     heads = kv_heads = ALL
     if kv_head is not None:
         group = inputs.case.shape.heads // inputs.case.shape.kv_heads
         heads, kv_heads = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
     exact = _formula(inputs, torch.float64, heads, kv_heads, gradients)
     same = _formula(inputs, measured, heads, kv_heads, gradients)
-    return Expected(exact, _budgets(exact, same, dtype, scale), heads, kv_heads)
+    return Expected(exact.values, budgets(exact.values, same.values, dtype, exact.mass), heads, kv_heads)
 
 
 def compare(inputs: Inputs | ModuleInputs, expected: Expected, values: dict[str, Tensor]) -> list[Check]:

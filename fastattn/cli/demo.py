@@ -197,10 +197,10 @@ def main(options: argparse.Namespace) -> int:
         return 1
 
     console.heading("The kernel that ran")
-    width = model.encoder.layers[0].self_attn.num_heads
-    head = torch.empty(ids.shape[0], ids.shape[1], width, 384 // width).transpose(1, 2)
-    lengths = (~padding).sum(-1)
-    explanation = fastattn.explain(head, head, head, mask=fastattn.KeyLengths(lengths))
+    heads = model.encoder.layers[0].self_attn.num_heads
+    like = torch.empty(ids.shape[0], ids.shape[1], heads, model.words.embedding_dim // heads).transpose(1, 2)
+    # the encoder hands its layers the padding as a dense mask
+    explanation = fastattn.explain(like, like, like, mask=fastattn.BoolMask(~padding[:, None, None]))
     console.print(f"  last call: {call.backend}: {call.kernel} ({', '.join(call.features) or 'plain'})")
     console.print("  explain:   " + str(explanation).replace("\n", "\n             "))
 
