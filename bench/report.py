@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fastattn.bench.results import Row
-from fastattn.cli.console import Console
+from fastattn.cli.console import Console, escape
 
 Group = tuple[str, str, str]  # suite, direction, dtype
 
@@ -81,8 +81,3 @@ def print_report(rows: list[Row], console: Console) -> None:
             names = list(dict.fromkeys(where))
             listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             console.print(f"  {escape(note)}\n    [dim]{escape(listed)}[/dim]")
-
-
-def escape(text: str) -> str:
-    """Brackets of an error message are no markup."""
-    return text.replace("[", "\\[")

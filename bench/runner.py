@@ -56,13 +56,16 @@ def reason(error: BaseException, warned: list[warnings.WarningMessage] | None = 
 
 def run(options: Options) -> list[Row]:
     """All rows of the chosen suites; `options.sink` has them as they come, so that a run that is cut short is kept."""
-    where = environment(options.device)
     began = time.monotonic()
     suites = [SUITES[name](options.device, options.quick) for name in options.suites]
     total = sum(len(suite.cases) for suite in suites)
     rows: list[Row] = []
     done = 0
+    threads = torch.get_num_threads()
     for suite in suites:
+        # where the call itself is measured, waking other threads up is none of its cost
+        torch.set_num_threads(1 if suite.per_call else threads)
+        where = environment(options.device)
         for case in suite.cases:
             shape = case.shape
             options.progress(f"{suite.name}: {case.name}, {shape.batch}x{shape.query_length}", done, total)
@@ -73,6 +76,7 @@ def run(options: Options) -> list[Row]:
                 found = run_case(suite, case, options, where)
             options.sink(found)
             rows += found
+    torch.set_num_threads(threads)
     options.progress("done", total, total)
     return rows
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import fastattn
-from fastattn.cli.console import Console
+from fastattn.cli.console import Console, escape
 
 if TYPE_CHECKING:
     from fastattn.bench.results import Row
@@ -102,7 +102,7 @@ def main(options: argparse.Namespace) -> int:
 def draw(rows: list[Row], folder: Path, console: Console) -> None:
     """Plots of the rows, or the command that would make them possible."""
     if importlib.util.find_spec("matplotlib") is None:
-        console.print("[yellow]no plots:[/yellow] pip install 'fastattn[bench]'")
+        console.print("[yellow]no plots:[/yellow] " + escape("pip install 'fastattn[bench]'"))
         return
     from fastattn.bench import plots
 

@@ -15,7 +15,7 @@ try:
 except ImportError:
     RichConsole = None  # type: ignore[assignment, misc]
 
-_MARKUP = re.compile(r"\[/?[a-z][a-z0-9 _]*\]|\[/\]")
+_MARKUP = re.compile(r"(?<!\\)\[/?(?:bold |dim )?(?:bold|dim|red|green|yellow|cyan)?\]")
 PLAIN_WIDTH = 132  # of output that goes to a file or a pipe
 
 
@@ -25,9 +25,14 @@ class Step(Protocol):
     def __call__(self, text: str, done: int, total: int) -> None: ...
 
 
+def escape(text: str) -> str:
+    """Text in which brackets are brackets: what comes from outside, and commands such as pip install 'x[extra]'."""
+    return text.replace("[", "\\[")
+
+
 def plain(text: str) -> str:
     """Text without rich's markup."""
-    return _MARKUP.sub("", text)
+    return _MARKUP.sub("", text).replace("\\[", "[")
 
 
 class Console:

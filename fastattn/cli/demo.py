@@ -15,7 +15,7 @@ from torch import Tensor
 import fastattn
 from fastattn.bench.memory import peak_bytes
 from fastattn.bench.timing import Sample, Spread, interleave
-from fastattn.cli.console import Console
+from fastattn.cli.console import Console, escape
 from fastattn.cli.minilm import MiniLM, MissingModelError, Tokenizer, load_model
 from fastattn.cli.sentences import QUESTIONS, SENTENCES, TOPIC_OF
 from fastattn.nn import replace_attention
@@ -172,7 +172,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         model, tokenizer = load_model(), Tokenizer()
     except MissingModelError as error:
-        console.print(f"[red]error:[/red] {error}")
+        console.print(f"[red]error:[/red] {escape(str(error))}")
         return 2
     # torch announces that its own padded fast path uses prototype nested tensors; not this reader's concern
     warnings.filterwarnings("ignore", message=".*nested tensors is in prototype stage.*")
@@ -188,7 +188,7 @@ def main(options: argparse.Namespace) -> int:
     with torch.no_grad():
         before = model(ids, padding)
     console.heading("fastattn.replace_attention(model)")
-    console.print("  " + str(replace_attention(model)).replace("\n", "\n  "))
+    console.print("  " + escape(str(replace_attention(model))).replace("\n", "\n  "))
     with torch.no_grad():
         after, questions = model(ids, padding), model(question_ids, question_padding)
     call = fastattn.last_call()
@@ -202,7 +202,7 @@ def main(options: argparse.Namespace) -> int:
     # the encoder hands its layers the padding as a dense mask
     explanation = fastattn.explain(like, like, like, mask=fastattn.BoolMask(~padding[:, None, None]))
     console.print(f"  last call: {call.backend}: {call.kernel} ({', '.join(call.features) or 'plain'})")
-    console.print("  explain:   " + str(explanation).replace("\n", "\n             "))
+    console.print("  explain:   " + escape(str(explanation)).replace("\n", "\n             "))
 
     console.heading("Parity of the embeddings")
     difference, cosine = parity(before, after)

@@ -15,7 +15,7 @@ import torch
 
 import fastattn
 from fastattn import native
-from fastattn.cli.console import Console
+from fastattn.cli.console import Console, escape
 
 Pairs = list[tuple[str, str]]
 
@@ -82,11 +82,11 @@ def processor() -> Pairs:
 def cpu_library() -> Pairs:
     """The native library: loaded or why not, and what was compiled into it."""
     if not native.load_cpu_library():
-        return [("CPU library", f"[red]not loaded[/red]: {native.load_error}")]
+        return [("CPU library", f"[red]not loaded[/red]: {escape(str(native.load_error))}")]
     rows = [("CPU library", f"[green]loaded[/green]  {native.library_path}")]
     for key, value in native.cpu_info().items():
         text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        rows.append((f"  {key.replace('_', ' ')}", text))
+        rows.append((f"  {key.replace('_', ' ')}", escape(text)))
     forced = os.environ.get("FASTATTN_CPU_ISA")
     if forced:
         rows.append(("  FASTATTN_CPU_ISA", forced))
@@ -127,7 +127,11 @@ def compilers() -> Pairs:
 def backends() -> Pairs:
     rows = []
     for backend in fastattn.backends():
-        state = "[green]available[/green]" if backend.available else f"[yellow]not available[/yellow]: {backend.reason}"
+        state = (
+            "[green]available[/green]"
+            if backend.available
+            else f"[yellow]not available[/yellow]: {escape(backend.reason)}"
+        )
         rows.append((backend.name, state))
     return rows
 
@@ -139,7 +143,7 @@ def missing() -> Pairs:
         rows.append(("CPU kernels", "pip install --no-build-isolation -e .   (in a checkout; needs a C++20 compiler)"))
     for name, purpose, command in OPTIONAL:
         if version_of(name) is None:
-            rows.append((name, f"{command}   ({purpose})"))
+            rows.append((name, escape(f"{command}   ({purpose})")))
     return rows
 
 

@@ -12,7 +12,7 @@ import fastattn
 from fastattn.bench.gate import Check, budgets, compare, evaluate, expect, stand_in
 from fastattn.bench.peers import Prepared
 from fastattn.bench.scenarios import SCENARIOS, Case, Inputs, Shape, make_inputs
-from fastattn.cli.console import Console, Step
+from fastattn.cli.console import Console, Step, escape
 
 # odd lengths, more keys than queries, GQA, a value dimension of its own, and a length past one tile
 SHAPES = {
@@ -126,7 +126,7 @@ def main(options: argparse.Namespace) -> int:
     features = [options.feature] if options.feature else list(SCENARIOS)
     for backend in chosen:
         if not backend.available:
-            console.print(f"[yellow]{backend.name} is not available[/yellow]: {backend.reason}")
+            console.print(f"[yellow]{backend.name} is not available[/yellow]: {escape(backend.reason)}")
     with console.progress() as step:
         verdicts = verify(device, names, dtypes, features, step)
 
@@ -144,7 +144,9 @@ def main(options: argparse.Namespace) -> int:
     bad = [v for v in verdicts if not v.passed]
     for v in bad if not options.all else verdicts:
         colour = "green" if v.passed else "red"
-        console.print(f"  [{colour}]{v.backend} {v.dtype} {v.feature}[/{colour}]: {v.worst:.2f} at {v.where} {v.note}")
+        console.print(
+            f"  [{colour}]{v.backend} {v.dtype} {v.feature}[/{colour}]: {v.worst:.2f} at {v.where} {escape(v.note)}"
+        )
     checked = f"{len(verdicts) - len(bad)} of {len(verdicts)} passed on {device}"
     console.print(f"[green]{checked}[/green]" if not bad and verdicts else f"[bold red]{checked}[/bold red]")
     return 0 if verdicts and not bad else 1
@@ -153,4 +155,4 @@ def main(options: argparse.Namespace) -> int:
 def _cell(verdict: Verdict) -> str:
     if verdict.passed:
         return f"[green]{verdict.worst:.2f}[/green]"
-    return f"[bold red]{verdict.note[:20] or f'{verdict.worst:.2f}'}[/bold red]"
+    return f"[bold red]{escape(verdict.note[:20]) or f'{verdict.worst:.2f}'}[/bold red]"

@@ -1,0 +1,279 @@
+"""The bench itself: its registry, its gate, its clock, its rows.  What a wrong number could hide behind."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.bench import peers, results, runner, suites
+from fastattn.bench.gate import WrongResultError, expect, gate
+from fastattn.bench.memory import peak_bytes
+from fastattn.bench.modules import make_module_inputs
+from fastattn.bench.peers import Prepared, prepare
+from fastattn.bench.report import print_report
+from fastattn.bench.results import Row
+from fastattn.bench.scenarios import SCENARIOS, Case, Shape, dense_terms, forward_flops, make_inputs
+from fastattn.bench.timing import Spread, interleave
+from fastattn.cli.console import Console
+
+SMALL = Shape(batch=2, heads=4, kv_heads=2, query_length=21, key_length=37, head_dim=16)
+
+
+def small(scenario: str, dtype: torch.dtype = torch.float32, shape: Shape = SMALL) -> Case:
+    return Case("test", scenario, shape, dtype)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_case_of_every_suite_can_be_built(device: str, quick: bool) -> None:
+    for name, build in suites.SUITES.items():
+        suite = build(device, quick)
+        assert suite.name == name
+        assert suite.cases
+        assert suite.baseline in suite.peers
+        assert set(suite.peers) <= set(peers.PEERS)
+        for case in suite.cases:
+            known = suites.MODULE_SCENARIOS if name == "module" else SCENARIOS
+            assert case.scenario in known
+            assert case.suite == name
+
+
+def test_groups_resolve_to_suites() -> None:
+    assert suites.resolve(["overhead", "cpu", "overhead"])[0] == "overhead"
+    assert len(set(suites.resolve(["all"]))) == len(suites.SUITES)
+    with pytest.raises(ValueError, match="unknown suite 'speed'"):
+        suites.resolve(["speed"])
+
+
+@pytest.mark.parametrize("scenario", [s for s in SCENARIOS if SCENARIOS[s].dense_mask])
+def test_dense_masks_agree_with_the_objects(scenario: str) -> None:
+    """The bench writes every mask a second time, on purpose: a mistake in one of the two shows here."""
+    inputs = make_inputs(small(scenario), "cpu")
+    mask = SCENARIOS[scenario].arguments(SMALL, inputs.extras)["mask"]
+    ours = mask.materialize(SMALL.query_length, SMALL.key_length, SMALL.offset)
+    full = (SMALL.batch, SMALL.heads, SMALL.query_length, SMALL.key_length)
+    assert torch.equal(dense_terms(inputs)[0].expand(full), ours.expand(full))
+
+
+@pytest.mark.parametrize("scenario", [s for s in SCENARIOS if SCENARIOS[s].dense_bias])
+def test_dense_biases_agree_with_the_objects(scenario: str) -> None:
+    inputs = make_inputs(small(scenario), "cpu")
+    bias = SCENARIOS[scenario].arguments(SMALL, inputs.extras)["bias"]
+    ours = bias.materialize(SMALL.query_length, SMALL.key_length, SMALL.offset)
+    assert torch.allclose(dense_terms(inputs)[1], ours, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scenario", list(SCENARIOS))
+@pytest.mark.parametrize("peer", ["fastattn", "sdpa", "naive"])
+def test_gate_passes_what_is_right(peer: str, scenario: str) -> None:
+    # dropout is held by its statistics, which need a few thousand weights
+    shape = Shape(batch=2, heads=4, query_length=96, key_length=96, head_dim=16) if scenario == "dropout" else SMALL
+    inputs = make_inputs(small(scenario, shape=shape), "cpu")
+    if peer == "sdpa" and scenario in ("softcap", "sink"):
+        with pytest.raises(peers.CannotError):
+            prepare(peer, inputs)
+        return
+    expected = expect(inputs, gradients=True, kv_head=1)
+    assert 0 <= gate(peer, inputs, prepare(peer, inputs), expected, gradients=True) <= 1
+
+
+@pytest.mark.parametrize("scenario", [s for s in SCENARIOS if s != "dropout"])
+@pytest.mark.parametrize("name", ["out", "query", "value", "parameter"])
+def test_gate_stops_what_is_wrong_by_little(name: str, scenario: str) -> None:
+    """A hundredth of one output, or of one gradient, is far more than float32 may be off."""
+    inputs = make_inputs(small(scenario), "cpu")
+    prepared = prepare("fastattn", inputs)
+    if name == "parameter":
+        names = list(SCENARIOS[scenario].parameters)
+        if not names:
+            return  # the other three cover it
+        name = names[0]
+    expected = expect(inputs, gradients=True)
+    forward, gradients = prepared.forward, prepared.gradients
+
+    class Off(Prepared):
+        def gradients(self, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            found = dict(zip(self.leaves, gradients(out), strict=True))
+            if name in found:
+                found[name] = found[name] * 1.01
+            return tuple(found.values())
+
+    wrong = Off(lambda: forward() * (1.01 if name == "out" else 1.0), prepared.leaves, prepared.grad_out)
+    with pytest.raises(WrongResultError, match=name):
+        gate("fastattn", inputs, wrong, expected, gradients=True)
+
+
+@pytest.mark.parametrize("factor", [0.9, math.nan])
+def test_gate_stops_dropout_without_its_rescale(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(batch=2, heads=4, query_length=96, key_length=96, head_dim=16)
+    inputs = make_inputs(small("dropout", shape=shape), "cpu")
+    plain = fastattn.attention
+    monkeypatch.setattr(fastattn, "attention", lambda *a, **k: plain(*a, **k) * factor)
+    with pytest.raises(WrongResultError, match="mean"):
+        gate("fastattn", inputs, prepare("fastattn", inputs), expect(inputs, gradients=False), gradients=False)
+
+
+def test_gate_sees_one_wrong_head_only_where_it_looks() -> None:
+    """The gate of a long case looks at one KV head: the restriction must select exactly its queries."""
+    inputs = make_inputs(small("plain"), "cpu")
+    prepared = prepare("fastattn", inputs)
+
+    def spoil(head: int) -> Callable[[], torch.Tensor]:
+        return lambda: prepared.forward() + torch.eye(4)[head][:, None, None]
+
+    for head, seen in ((0, False), (1, False), (2, True), (3, True)):
+        wrong = Prepared(spoil(head), prepared.leaves, prepared.grad_out)
+        expected = expect(inputs, gradients=False, kv_head=1)
+        if seen:
+            with pytest.raises(WrongResultError):
+                gate("fastattn", inputs, wrong, expected, gradients=False)
+        else:
+            gate("fastattn", inputs, wrong, expected, gradients=False)
+
+
+@pytest.mark.parametrize("scenario", suites.MODULE_SCENARIOS)
+@pytest.mark.parametrize("peer", ["fastattn-mha", "nn-mha"])
+def test_module_gate(peer: str, scenario: str) -> None:
+    inputs = make_module_inputs(small(scenario, shape=Shape(2, 4, 24, 24, 8)), "cpu")
+    gate(peer, inputs, prepare(peer, inputs), expect(inputs, gradients=True), gradients=True)
+
+
+def test_flops_count_what_the_mask_lets_through() -> None:
+    shape = Shape(batch=2, heads=4, query_length=512, key_length=512, head_dim=64)
+    pairs = 4 * 2 * 4 * 512 * 512 * 64
+    assert forward_flops(make_inputs(small("plain", shape=shape), "cpu")) == pairs
+    assert forward_flops(make_inputs(small("causal", shape=shape), "cpu")) == pairs / 2
+    assert forward_flops(make_inputs(small("window", shape=shape), "cpu")) == pairs / 2  # 256 of 512 keys
+    lengths = make_inputs(small("lengths", shape=shape), "cpu")
+    share = lengths.extras["lengths"].double().mean().item() / 512
+    assert forward_flops(lengths) == pytest.approx(pairs * share)
+
+
+def test_interleaving_takes_turns() -> None:
+    order: list[str] = []
+
+    def sample(name: str) -> Callable[[], dict[str, float]]:
+        return lambda: (order.append(name), {"forward": 1.0})[1]
+
+    found = interleave({"a": sample("a"), "b": sample("b")}, budget=0.0, least=4)
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]
+    assert found == {"a": {"forward": [1.0] * 4}, "b": {"forward": [1.0] * 4}}
+
+
+def test_spread() -> None:
+    assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == Spread(median=3.5, p20=2.0, p80=5.0, samples=6)
+
+
+def test_peak_memory_sees_a_temporary_that_is_gone_at_the_end() -> None:
+    def call() -> torch.Tensor:
+        return torch.ones(16 << 20).sum()
+
+    call()
+    assert 60e6 < peak_bytes(call, "cpu") < 110e6
+    assert peak_bytes(lambda: torch.ones(10).sum(), "cpu") < 10e6
+
+
+def _row(**changes: object) -> Row:
+    case = small("causal", shape=Shape(1, 2, 64, 64, 16))
+    where = results.Environment("2026-01-01", "cpu", "avx2", 2, "2.13", "3.7", "0.1", "abc")
+    return dataclasses.replace(results.make_row(where, case, "sdpa", "forward", status="ok", median_s=0.5), **changes)
+
+
+def test_rows_survive_the_file_and_replace_their_elders(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    first, other = _row(), _row(variant="naive", median_s=None, status="cannot", note="words, with a comma\nand a line")
+    results.write(path, [first, other])
+    assert results.read(path) == [first, other]
+    again = _row(median_s=0.25, date="2026-02-02")
+    results.write(path, [again])
+    assert results.read(path) == [again, other]
+
+
+def test_rows_of_another_version_of_the_file_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    results.write(path, [_row()])
+    with path.open(newline="") as file:
+        records = list(csv.DictReader(file))
+    records[0].pop("kernel")
+    records[0]["column_of_the_future"] = "1"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    assert results.read(path) == [_row()]
+
+
+def test_dedup_key_names_real_columns() -> None:
+    assert set(results.KEY) <= set(results.FIELDS)
+
+
+def test_a_run_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows for every peer, ratios against the baseline, reasons of what cannot, table and plots."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, of the bench extra")
+    from fastattn.bench import plots
+
+    def tiny(device: str, quick: bool) -> suites.Suite:
+        cases = tuple(
+            Case("tiny", scenario, Shape(1, 2, length, length, 16))
+            for scenario in ("causal", "softcap")
+            for length in (16, 32)
+        )
+        return suites.Suite("tiny", "tiny", cases, ("fastattn", "sdpa", "naive"))
+
+    monkeypatch.setitem(suites.SUITES, "tiny", tiny)
+    kept: list[Row] = []
+    rows = runner.run(runner.Options(suites=["tiny"], quick=True, budget=0.01, sink=kept.extend))
+    assert kept == rows
+    measured = [row for row in rows if row.status == "ok"]
+    assert {(r.case, r.variant, r.direction) for r in measured} == {
+        *(("causal", v, d) for v in ("fastattn", "sdpa", "naive") for d in ("forward", "backward", "both")),
+        *(("softcap", v, d) for v in ("fastattn", "naive") for d in ("forward", "backward", "both")),
+    }
+    refused = {(row.case, row.variant) for row in rows if row.status == "cannot"}
+    assert refused == {("softcap", "sdpa")}
+    for row in measured:
+        assert row.median_s is not None
+        assert 0 < row.median_s < 5
+        assert row.p20_s <= row.median_s <= row.p80_s
+        assert (row.ratio is None) == (row.case == "softcap")
+        assert row.error is not None
+        assert row.error <= 1
+    base = {(r.case, r.key_length, r.direction): r.median_s for r in measured if r.variant == "sdpa"}
+    for row in measured:
+        if row.ratio is not None:
+            assert row.ratio == pytest.approx(base[row.case, row.key_length, row.direction] / row.median_s)
+    assert all(row.kernel for row in measured if row.variant == "fastattn")
+    print_report(rows, Console())
+    shown = capsys.readouterr().out
+    assert "no softcap and no sink" in shown
+    files = plots.draw(rows, tmp_path)
+    assert {file.name.split("tiny-")[1] for file in files} == {"causal-float32-d16.png", "softcap-float32-d16.png"}
+    assert all(file.stat().st_size > 10_000 for file in files)
+
+
+def test_a_wrong_variant_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lying(inputs: object) -> Callable[[], torch.Tensor]:
+        right = peers.PEERS["naive"].prepare(inputs)
+        return lambda: right() + 1
+
+    monkeypatch.setitem(peers.PEERS, "sdpa", peers.Peer("sdpa", "", lying))
+    case = small("plain")
+    suite = suites.Suite("test", "", (case,), ("fastattn", "sdpa"))
+    rows = runner.run_case(suite, case, runner.Options(suites=[], budget=0.0), results.environment("cpu"))
+    lies = [row for row in rows if row.variant == "sdpa"]
+    assert {row.status for row in lies} == {"wrong"}
+    assert all(row.median_s is None for row in lies)
+    assert all(row.ratio is None for row in rows), "ratios against a baseline that is wrong"
+
+
+def test_past_the_deadline_cases_are_skipped_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = runner.run(runner.Options(suites=["overhead"], quick=True, deadline=-1.0))
+    assert {row.status for row in rows} == {"skipped"}
+    assert all(row.note for row in rows)
