@@ -10,9 +10,12 @@ namespace fastattn {
 
 using i64 = int64_t;
 
+// Inlined everywhere: an out-of-line copy compiled with wide instructions could be the one the linker keeps.
+#define FASTATTN_INLINE __attribute__((always_inline)) inline
+
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt64 };
 
-inline i64 element_size(DType type) {
+FASTATTN_INLINE i64 element_size(DType type) {
   switch (type) {
     case DType::kFloat64:
     case DType::kInt64:
@@ -34,13 +37,13 @@ struct View {
   i64 size[4] = {1, 1, 1, 1};
   i64 stride[4] = {0, 0, 0, 0};
 
-  explicit operator bool() const { return data != nullptr; }
+  FASTATTN_INLINE explicit operator bool() const { return data != nullptr; }
 
-  const char* at(i64 a, i64 b = 0, i64 c = 0, i64 d = 0) const {
+  FASTATTN_INLINE const char* at(i64 a, i64 b = 0, i64 c = 0, i64 d = 0) const {
     return static_cast<const char*>(data) +
            (a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]) * element_size(dtype);
   }
-  char* mutable_at(i64 a, i64 b = 0, i64 c = 0, i64 d = 0) const { return const_cast<char*>(at(a, b, c, d)); }
+  FASTATTN_INLINE char* mutable_at(i64 a, i64 b = 0, i64 c = 0, i64 d = 0) const { return const_cast<char*>(at(a, b, c, d)); }
 };
 
 struct Problem {
@@ -64,7 +67,7 @@ struct Problem {
   uint64_t dropout_seed = 0;    // Philox key
   uint32_t dropout_offset = 0;  // last word of the Philox counter
 
-  i64 group() const { return kv_heads ? query_heads / kv_heads : 1; }
+  FASTATTN_INLINE i64 group() const { return kv_heads ? query_heads / kv_heads : 1; }
 };
 
 struct ForwardOutput {

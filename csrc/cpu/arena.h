@@ -12,14 +12,14 @@ namespace fastattn::cpu {
 // Hands out 64-byte aligned arrays.  With a null base it only counts.
 class Arena {
  public:
-  explicit Arena(char* base) : base_(base) {}
+  FASTATTN_INLINE explicit Arena(char* base) : base_(base) {}
   template <class T>
-  T* take(i64 count) {
+  FASTATTN_INLINE T* take(i64 count) {
     T* result = reinterpret_cast<T*>(base_ + used_);
     used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
     return result;
   }
-  size_t used() const { return used_; }
+  FASTATTN_INLINE size_t used() const { return used_; }
 
  private:
   char* base_;
@@ -30,20 +30,20 @@ class Arena {
 template <class T>
 class Buffer {
  public:
-  Buffer() = default;
-  explicit Buffer(i64 count) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(count) * sizeof(T) + 64))) {
+  FASTATTN_INLINE Buffer() {}
+  FASTATTN_INLINE explicit Buffer(i64 count) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(count) * sizeof(T) + 64))) {
     if (!data_) throw std::bad_alloc();
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  Buffer& operator=(Buffer&& other) noexcept {
+  FASTATTN_INLINE Buffer& operator=(Buffer&& other) noexcept {
     T* const mine = data_;
     data_ = other.data_;
     other.data_ = mine;
     return *this;
   }
-  ~Buffer() { std::free(data_); }
-  T* data() const { return data_; }
+  FASTATTN_INLINE ~Buffer() { std::free(data_); }
+  FASTATTN_INLINE T* data() const { return data_; }
 
  private:
   T* data_ = nullptr;

@@ -36,9 +36,10 @@ class Backward {
     chunk_keys = ceil_div(tiles, chunks) * engine.tile;
     chunks = larger(ceil_div(p.key_length, chunk_keys), i64{1});
     dq_width = round_up(larger(p.head_dim, i64{1}), Mode::kPanel);
+    dq_rows = round_up(p.query_length, Mode::kRowMultiple);
     products = out.dquery || out.dkey || out.dvalue || out.dslopes || out.dtable || writes_bias();
     if (out.dquery && chunks > 1)
-      partial_dq = Buffer<Acc>(chunks * p.batch * p.query_heads * p.query_length * dq_width);
+      partial_dq = Buffer<Acc>(chunks * p.batch * p.query_heads * dq_rows * dq_width);
     if (out.dslopes) partial_slopes = Buffer<double>(chunks * p.batch * p.query_heads);
     if (out.dtable) partial_table = Buffer<double>(chunks * p.batch * p.query_heads * p.table.size[2]);
     if (out.dsink) partial_sink = Buffer<double>(p.batch * p.query_heads);
@@ -68,9 +69,9 @@ class Backward {
   const BackwardOutput& out;
   Buffer<Acc> row_delta;
   Tile engine;
-  i64 chunks = 1, chunk_keys = 1, dq_width = 1;
+  i64 chunks = 1, chunk_keys = 1, dq_rows = 1, dq_width = 1;
   bool products = false;
-  Buffer<Acc> partial_dq;                                     // (B * Hq, chunks, Sq, dq_width)
+  Buffer<Acc> partial_dq;                                     // (B * Hq, chunks, dq_rows, dq_width)
   Buffer<double> partial_slopes, partial_table, partial_sink;  // (B * Hq, chunks, ...)
 
   // A bias with every dimension its own: each element of its gradient is one dS.
@@ -147,7 +148,7 @@ class Backward {
     s.ds_pairs = arena.take<B>(paired ? kRows / 2 * tile : 0);
     s.dkey = arena.take<Acc>(padded_dim(p.head_dim) * tile);
     s.dvalue = arena.take<Acc>(padded_dim(p.value_dim) * tile);
-    s.dquery = arena.take<Acc>(chunks == 1 && out.dquery ? p.group() * round_up(p.query_length, kRows) * dq_width : 0);
+    s.dquery = arena.take<Acc>(chunks == 1 && out.dquery ? p.group() * dq_rows * dq_width : 0);
     s.table = arena.take<Acc>(out.dtable ? p.table.size[2] : 0);
     s.ignored = arena.take<uint8_t>(tile);
     return s;
@@ -160,13 +161,13 @@ class Backward {
     layout(measure);
     Arena arena(thread_scratch(measure.used()));
     const Scratch s = layout(arena);
-    TileScope tiles;
+    TileScope<Mode> tiles;
     const i64 group = p.group(), head = kv_head * group;
 
     const auto dq_of = [&](i64 h) -> Acc* {
       if (!out.dquery) return nullptr;
-      if (chunks == 1) return s.dquery + (h - head) * round_up(p.query_length, kRows) * dq_width;
-      return partial_dq.data() + ((b * p.query_heads + h) * chunks + chunk) * p.query_length * dq_width;
+      if (chunks == 1) return s.dquery + (h - head) * dq_rows * dq_width;
+      return partial_dq.data() + ((b * p.query_heads + h) * chunks + chunk) * dq_rows * dq_width;
     };
     for (i64 h = head; h < head + group; ++h) {
       if (out.dquery) std::memset(dq_of(h), 0, p.query_length * dq_width * sizeof(Acc));
@@ -347,7 +348,7 @@ class Backward {
   void reduce_item(i64 index) {
     const i64 blocks = ceil_div(p.query_length, kReduceRows);
     const i64 unit = index / blocks, first = index % blocks * kReduceRows;
-    const i64 size = p.query_length * dq_width;
+    const i64 size = dq_rows * dq_width;
     for (i64 i = first; i < smaller(first + kReduceRows, p.query_length); ++i) {
       Acc* const row = partial_dq.data() + unit * chunks * size + i * dq_width;
       for (i64 c = 1; c < chunks; ++c)

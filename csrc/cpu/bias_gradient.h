@@ -60,7 +60,7 @@ class BiasGradient {
     layout(measure);
     Arena arena(thread_scratch(measure.used()));
     const Scratch s = layout(arena);
-    TileScope tiles;
+    TileScope<Mode> tiles;
 
     const i64 first = own_rows ? row_block * kRows : 0;
     const i64 rows = own_rows ? smaller(kRows, p.query_length - first) : p.query_length;

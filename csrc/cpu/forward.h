@@ -122,7 +122,7 @@ class Forward {
     layout(measure);
     Arena arena(thread_scratch(measure.used()));
     const Scratch s = layout(arena);
-    TileScope tiles;
+    TileScope<Mode> tiles;
 
     Scorer<Acc> scorers[kMaxHeads];
     for (i64 g = 0; g < item.heads; ++g) {

@@ -120,10 +120,15 @@ inline void gemm(i64 m, i64 n, i64 depth, const typename Mode::A* a, i64 a_row, 
 
 // Tile registers are per-thread state: configured where a work item starts, released where it ends so that the
 // thread's context stays small and other libraries find the unit as they left it.
+template <class Mode>
 struct TileScope {
 #if defined(__AMX_BF16__)
-  TileScope() { amx_configure(); }
-  ~TileScope() { _tile_release(); }
+  TileScope() {
+    if constexpr (Mode::kPair == 2) amx_configure();
+  }
+  ~TileScope() {
+    if constexpr (Mode::kPair == 2) _tile_release();
+  }
 #else
   TileScope() {}
 #endif

@@ -9,14 +9,18 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-inline void amx_configure() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  _tile_loadconfig(&config);
-}
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+// In static memory: GCC tells the optimiser that the instruction reads eight bytes, and drops the stores to the rest
+// of a local.
+static constexpr TileConfig kTileConfig;
+
+FASTATTN_INLINE void amx_configure() { _tile_loadconfig(&kTileConfig); }
 
 // Rows [0, 16 * kM) and columns [0, 16 * kN) of C; b0 and b1 start at the two column blocks.
 template <int kM, int kN>

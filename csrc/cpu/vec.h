@@ -15,8 +15,6 @@
 #error "compile with -DFASTATTN_ISA=<name>: each instruction set lives in its own namespace"
 #endif
 
-#define FASTATTN_INLINE __attribute__((always_inline)) inline
-
 namespace fastattn::cpu::FASTATTN_ISA {
 
 #if defined(__AVX512F__)
