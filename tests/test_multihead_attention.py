@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 LAYOUTS = ("batch-first", "sequence-first", "unbatched")
 ATTN_MASKS = ("none", "bool-2d", "bool-3d", "float-2d", "float-3d")
-PADDING = ("none", "bool", "float", "float-of-bool")
+PADDING = ("none", "bool", "float", "learned", "float-of-bool")
 WEIGHTS = {
     "output": {"need_weights": False},
     "averaged": {"need_weights": True, "average_attn_weights": True},
@@ -65,8 +65,8 @@ def make_padding(kind: str, layout: str, dtype: torch.dtype = torch.float64) -> 
     if kind == "none":
         return None
     hidden = torch.arange(S) >= torch.tensor([S, 4, 1])[:, None]
-    if kind == "float":
-        mask = torch.randn(N, S, dtype=dtype).masked_fill(hidden, NEG_INF).requires_grad_()
+    if kind in ("float", "learned"):
+        mask = torch.randn(N, S, dtype=dtype).masked_fill(hidden, NEG_INF).requires_grad_(kind == "learned")
     elif kind == "float-of-bool":
         mask = torch.zeros(N, S, dtype=dtype).masked_fill(hidden, NEG_INF)
     else:
@@ -245,7 +245,7 @@ def test_is_causal_with_a_mask_is_torchs_hint(weights: str, padding: str, hint: 
 
 @pytest.mark.parametrize("options", ["bias-kv", "zero-attn"])
 def test_is_causal_with_a_mask_does_not_hide_added_keys(options: str) -> None:
-    """torch's hint hides them when no weights are asked for, and its mask does not; the mask counts."""
+    """torch's hint hides them when no weights are asked for, and its mask does not; here both agree."""
     theirs, ours = pair(batch_first=True, **OPTIONS[options])
     inputs = make_inputs("batch-first")
     mask = causal_mask(L, S)

@@ -41,7 +41,7 @@ def multi_head_attention(
         query, key, value, **layout, embed_dim=module.embed_dim, separate=not module._qkv_same_embed_dim
     )
     extra_keys = count_extra_keys(module)
-    causal = hint_replaces_mask(is_causal, attn_mask, key_padding_mask, need_weights, extra_keys)
+    causal = hint_replaces_mask(is_causal, attn_mask, key_padding_mask, need_weights)
     check_mask_shapes(key_padding_mask, None if causal else attn_mask, sizes, module.num_heads, extra_keys)
 
     q, k, v = (split_heads(x, module.num_heads, **layout) for x in project(module, query, key, value))

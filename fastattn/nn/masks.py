@@ -30,18 +30,15 @@ class CallMasks(NamedTuple):
 
 
 def hint_replaces_mask(
-    is_causal: bool, attn_mask: Tensor | None, key_padding_mask: Tensor | None, need_weights: bool, extra_keys: int
+    is_causal: bool, attn_mask: Tensor | None, key_padding_mask: Tensor | None, need_weights: bool
 ) -> bool:
     """Whether `is_causal` stands for the mask, which is then not looked at.
 
     As in torch, the hint is trusted when no padding mask has to be merged and no weights are asked for, and the mask
-    wins otherwise.  With extra keys torch would hide them behind the hint; the mask, which shows them, wins here.
-    Without a mask there is nothing to doubt: the call is causal (torch raises an error there, or on its inference
-    fast path ignores the request).
+    wins otherwise.  Without a mask there is nothing to doubt: the call is causal (torch raises an error there, or on
+    its inference fast path ignores the request).
     """
-    if not is_causal:
-        return False
-    return attn_mask is None or (key_padding_mask is None and not need_weights and not extra_keys)
+    return is_causal and (attn_mask is None or (key_padding_mask is None and not need_weights))
 
 
 def lower_masks(

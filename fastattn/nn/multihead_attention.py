@@ -38,7 +38,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     * ``is_causal=True`` without ``attn_mask`` is a causal mask (query i sees keys j <= i), alone or on top of
       ``key_padding_mask``.  torch raises an error, or ignores it on its inference fast path.  With ``attn_mask`` it
       is the hint torch documents: trusted when neither weights nor a padding mask are in play, otherwise the mask
-      counts.  With ``add_bias_kv`` or ``add_zero_attn`` the mask counts always, so the added keys stay visible.
+      counts.  The keys of ``add_bias_kv`` and ``add_zero_attn`` are visible either way, as under the mask itself;
+      torch's hint hides them.
     * bool and float masks may be mixed without a warning; a float32 mask is taken for every dtype of the query.
     * Dropout draws from Philox keyed on the place of each weight; seeds do not reproduce torch's masks.  The weights
       returned are those of the very call, after dropout, as in torch.
