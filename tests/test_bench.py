@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.bench import peers, results, runner, suites
+from fastattn.bench import peers, readme, results, runner, suites
 from fastattn.bench.gate import WrongResultError, expect, gate
 from fastattn.bench.memory import peak_bytes
 from fastattn.bench.modules import make_module_inputs
@@ -277,3 +277,28 @@ def test_past_the_deadline_cases_are_skipped_and_say_so(monkeypatch: pytest.Monk
     rows = runner.run(runner.Options(suites=["overhead"], quick=True, deadline=-1.0))
     assert {row.status for row in rows} == {"skipped"}
     assert all(row.note for row in rows)
+
+
+def test_readme_shows_the_committed_rows() -> None:
+    """No number in the README that is not in a CSV: `python -m fastattn.bench.readme` writes the section."""
+    path = readme.ROOT / "README.md"
+    if not path.exists():
+        pytest.skip("not a checkout: a wheel has no README beside it")
+    text = path.read_text()
+    assert text.count(readme.OPENING) == text.count(readme.CLOSING) == 1
+    assert readme.rewritten(text, readme.committed_rows()) == text
+
+
+def test_readme_section_of_some_rows() -> None:
+    rows = [_row(), _row(variant="fastattn", suite="attention", median_s=0.25, ratio=2.0, baseline="sdpa")]
+    rows.append(_row(suite="attention"))
+    assert readme.section([]) == ""
+    (line,) = readme.lines(rows)
+    assert line == "| causal | B1 H2 S64 D16 | float32 | inference | 250.00 ms | 2.00 |  | 500.00 ms |  |  |"
+    text = f"before\n{readme.OPENING}\nold\n{readme.CLOSING}\nafter"
+    once = readme.rewritten(text, rows)
+    assert line in once
+    assert "old" not in once
+    assert once.startswith("before\n")
+    assert once.endswith("\nafter")
+    assert readme.rewritten(once, rows) == once
