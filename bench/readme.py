@@ -27,18 +27,20 @@ def section(rows: list[Row]) -> str:
     parts = [
         "## Performance",
         "",
-        "Medians of interleaved runs; the ratio is SDPA's (or `nn.MultiheadAttention`'s) time over fastattn's, so above 1",
-        "fastattn is faster; training is forward and backward. Every variant passed the float64 gate first. All rows, with",
-        "quantiles and the other peers, are in `bench/results/`, plots against length in `bench/results/plots/`.",
+        "Medians of interleaved runs; the baseline is SDPA, or `nn.MultiheadAttention` for modules, and the ratio is its",
+        "time over fastattn's, so that above 1 fastattn is faster. Training is forward and backward. Every variant passed",
+        "the float64 gate first. All rows, with quantiles and the other peers, are in `bench/results/`, plots against",
+        "length in `bench/results/plots/`.",
     ]
     for device, isa in devices:
         mine = [row for row in rows if (row.device, row.isa) == (device, isa)]
         newest = mine[-1]
         mine = [row for row in mine if row.commit == newest.commit]
         threads = max(row.threads for row in mine)
+        versions = f"torch {newest.torch}, fastattn {newest.fastattn} ({newest.commit})"
         parts += [
             "",
-            f"**{device}**, {isa}, {threads} threads, torch {newest.torch}, fastattn {newest.fastattn} ({newest.commit}):",
+            f"**{device}**, {isa}, {threads} threads, {versions}:",
             "",
             "| case | size | dtype | | fastattn | ratio | memory | baseline | memory | naive formula |",
             "|---|---|---|---|---|---|---|---|---|---|",
