@@ -13,10 +13,13 @@ from torch import Tensor
 from fastattn.backends.base import Backend
 from fastattn.backends.cpu import CpuBackend
 from fastattn.backends.reference import ReferenceBackend
+from fastattn.backends.triton import TritonBackend
 from fastattn.problem import Problem
 
 # Asked in this order.
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+_BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())
+}
 _local = threading.local()
 
 
@@ -50,7 +53,7 @@ def choose(problem: Problem, name: str | None) -> tuple[Backend, dict[str, list[
             raise UnsupportedError(f"backend {name!r} cannot run this call: {'; '.join(reasons)}")
         return _BACKENDS[name], refusals
     for backend in _BACKENDS.values():
-        reasons = _refusals(backend, problem)
+        reasons = _refusals(backend, problem) or backend.volunteers(problem)
         if reasons:
             refusals[backend.name] = reasons
             continue

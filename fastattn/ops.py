@@ -6,12 +6,14 @@ schemas; its implementation is registered elsewhere (the native libraries regist
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, TENSOR_FIELDS, Problem
 
-FUSED_BACKENDS = ("cpu",)
+FUSED_BACKENDS = ("triton", "cpu")
 
 _SCALAR_TYPES = {"float": "float", "bool": "bool", "int": "SymInt"}
 
@@ -74,3 +76,8 @@ for _name in FUSED_BACKENDS:
     _library.define(f"{_name}_backward{BACKWARD_SCHEMA}")
     torch.library.register_fake(f"fastattn::{_name}_forward", _fake_forward, lib=_library)
     torch.library.register_fake(f"fastattn::{_name}_backward", _fake_backward, lib=_library)
+
+
+def implement(name: str, function: Callable[..., object], dispatch_key: str) -> None:
+    """Register a Python implementation of fastattn::<name> for one dispatch key ("CUDA", "CPU")."""
+    _library.impl(name, function, dispatch_key)

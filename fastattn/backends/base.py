@@ -28,6 +28,10 @@ class Backend(ABC):
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Why it cannot run this problem; empty when it can."""
 
+    def volunteers(self, problem: Problem) -> list[str]:
+        """Why it does not run this problem unless asked for by name; empty when it may be chosen automatically."""
+        return []
+
     @abstractmethod
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Output (B, Hq, Sq, Dv) and lse (B, Hq, Sq), differentiable."""

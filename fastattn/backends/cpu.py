@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn import native
-from fastattn.autograd import FusedAttention
+from fastattn.autograd import fused_attention
 from fastattn.backends.base import Backend
 from fastattn.problem import Problem
 
@@ -23,7 +23,7 @@ class CpuBackend(Backend):
         return []
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        return FusedAttention.apply(self.name, *problem.arguments())
+        return fused_attention(self.name, problem)
 
     def kernel(self, problem: Problem) -> str:
         return f"cpu attention, {native.cpu_info()['isa']}"

@@ -1,0 +1,82 @@
+"""How a `Problem`'s tensors travel into a kernel: named tuples of pointers and strides.
+
+A field that is absent is None, which Triton folds at compile time, so a kernel's features are known from the presence
+of their tensors alone.  Strides count elements; a broadcast dimension has stride 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Operand(NamedTuple):
+    """A (B, H, S, D) tensor whose last dimension is dense."""
+
+    ptr: Any
+    sb: Any
+    sh: Any
+    si: Any
+
+
+class Interval(NamedTuple):
+    """Vectors, one value per batch, that bound which keys a query may see."""
+
+    offsets: Any  # position of the first query
+    offsets_sb: Any
+    key_lengths: Any
+    key_lengths_sb: Any
+    prefix_lengths: Any
+    prefix_lengths_sb: Any
+
+
+class Mask(NamedTuple):
+    """Masks that need a look at every element."""
+
+    query_ids: Any
+    query_ids_sb: Any
+    key_ids: Any
+    key_ids_sb: Any
+    dense: Any  # uint8, non-zero = may attend
+    dense_sb: Any
+    dense_sh: Any
+    dense_si: Any
+    dense_sj: Any
+
+
+class Bias(NamedTuple):
+    """What is added to the scores."""
+
+    slopes: Any
+    slopes_sb: Any
+    table: Any
+    table_sb: Any
+    table_sh: Any
+    dense: Any
+    dense_sb: Any
+    dense_sh: Any
+    dense_si: Any
+    dense_sj: Any
+
+
+class Extra(NamedTuple):
+    """Sink logits and the dropout seed."""
+
+    sink: Any
+    sink_sb: Any
+    seed: Any
+
+
+class Numbers(NamedTuple):
+    """Scalars of the call; every one is there, and the flags in `Shape` tell which are used."""
+
+    scale: Any
+    softcap: Any
+    query_offset: Any
+    window_left: Any
+    window_right: Any
+    table_left: Any
+    table_right: Any
+    drop_threshold: Any  # a weight is kept iff its Philox word is not below this
+    keep_scale: Any  # 1 / (1 - p)
+    query_length: Any
+    key_length: Any

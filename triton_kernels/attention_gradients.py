@@ -1,0 +1,215 @@
+"""Host side of the attention backward: which kernels a set of wanted gradients needs, and the small sums after them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from fastattn.problem import GRADIENT_FIELDS, Problem
+
+from .attention import Call, launch_options, operand, rotated
+from .attention_backward import attention_backward_kv_kernel, attention_backward_q_kernel, attention_delta_kernel
+from .bias_gradient import dense_bias_gradient_kernel, table_gradient_kernel
+from .layout import dense, empty_like_layout
+from .rotary import rotate
+
+# Programs the table kernel aims for: enough for every GPU of today; each costs one tile of float32.
+_TABLE_PROGRAMS = 1024
+
+
+def attention_backward(
+    problem: Problem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """Gradients of the fields named in `needs`.
+
+    Args:
+        grad_out: (B, Hq, Sq, Dv).
+        grad_lse: (B, Hq, Sq) or None.
+        out, lse: what the forward returned.
+    """
+    call = Call(problem, *rotated(problem), problem.value)
+    grad_out = dense(grad_out)
+    batch, heads, length, _ = problem.query.shape
+    grads = {name: _empty_gradient(problem, name) for name in GRADIENT_FIELDS if name in needs}
+    if not (batch * heads * length):
+        return {name: grad.zero_() for name, grad in grads.items()}
+
+    delta = torch.empty_like(lse)
+    tile = call.tile("backward_q")
+    num_tiles = triton.cdiv(length, tile.BM)
+    partial_sink = lse.new_empty(batch, heads, num_tiles) if "sink" in needs else None
+    attention_delta_kernel[(num_tiles * batch * heads,)](
+        operand(dense(out)), operand(grad_out), lse, None if grad_lse is None else grad_lse.contiguous(), delta,
+        call.extra, partial_sink, HEADS=heads, TILES=num_tiles, query_length=length,
+        DV=call.value_dim, BM=tile.BM, BDV=call.padded[1], **launch_options(tile),
+    )  # fmt: skip
+    if partial_sink is not None:
+        grads["sink"] = _reduce_batch(partial_sink.sum(-1), problem.sink)
+    tensors = (operand(call.q), operand(call.k), operand(call.v), operand(grad_out))
+    features = (call.mask, call.bias, call.extra, call.interval, call.numbers)
+
+    if "key" in needs or "value" in needs:
+        _launch_kv(call, tensors, features, lse, delta, grads)
+    if needs & {"query", "slopes", "table"}:
+        _launch_q(call, tensors, features, lse, delta, grads)
+    if "dense_bias" in needs:
+        _launch_dense_bias(call, tensors, features, lse, delta, grads["dense_bias"])
+    if "table" in needs:
+        grads["table"] = grads["table"] + _table_interior(call, tensors, features, lse, delta)
+    if problem.query_cos is not None:
+        _unrotate(problem, grads)
+    return grads
+
+
+def _unrotate(problem: Problem, grads: dict[str, Tensor]) -> None:
+    """Turn the gradients of the rotated query and key into those of query and key, in place."""
+    tables = (problem.query_cos, problem.query_sin, problem.key_cos, problem.key_sin)
+    offset = problem.query_offset if problem.query_offsets is None else problem.query_offsets
+    # one of them may not be wanted: an empty stand-in has nothing to rotate
+    dq = grads.get("query", problem.query[:, :, :0])
+    dk = grads.get("key", problem.key[:, :, :0])
+    rotate(
+        dq, dk, tables, interleaved=problem.interleaved, query_offset=offset, conjugate=True, out=(dq, dk)  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _empty_gradient(problem: Problem, name: str) -> Tensor:
+    like: Tensor = getattr(problem, name)
+    if name in ("query", "key", "value"):
+        return empty_like_layout(like, tuple(like.shape))
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _reduce_batch(grad: Tensor, like: Tensor | None) -> Tensor:
+    """A per-batch gradient summed over the batch where the parameter has none."""
+    assert like is not None
+    return grad.sum(0, keepdim=True) if like.shape[0] == 1 and grad.shape[0] != 1 else grad
+
+
+def _launch_kv(
+    call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor, grads: dict[str, Tensor]
+) -> None:
+    problem = call.problem
+    tile = call.tile("backward_kv")
+    num_tiles = triton.cdiv(problem.key_length, tile.BN)
+    # one loop makes both, so a gradient that is not wanted still needs a place to go
+    dk = grads.get("key")
+    dv = grads.get("value")
+    dk = _empty_gradient(problem, "key") if dk is None else dk
+    dv = _empty_gradient(problem, "value") if dv is None else dv
+    if not num_tiles:
+        return
+    attention_backward_kv_kernel[(num_tiles * problem.batch_size * problem.num_kv_heads,)](
+        *tensors, operand(dk), operand(dv), lse, delta, *features,
+        HEADS=problem.num_heads, GROUP=call.group, TILES=num_tiles, **call.constants(tile),
+    )  # fmt: skip
+
+
+def _launch_q(
+    call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor, grads: dict[str, Tensor]
+) -> None:
+    problem = call.problem
+    batch, heads, length, _ = problem.query.shape
+    tile = call.tile("backward_q")
+    num_tiles = triton.cdiv(length, tile.BM)
+    partial_slopes = lse.new_empty(batch, heads, num_tiles) if "slopes" in grads else None
+    partial_ends = lse.new_empty(batch, heads, num_tiles, 2) if "table" in grads else None
+    dq = grads.get("query")
+    dq = _empty_gradient(problem, "query") if dq is None else dq
+    attention_backward_q_kernel[(num_tiles * batch * heads,)](
+        *tensors, operand(dq), lse, delta, partial_slopes, partial_ends, *features,
+        HEADS=heads, GROUP=call.group, TILES=num_tiles, **call.constants(tile),
+    )  # fmt: skip
+    if partial_slopes is not None:
+        grads["slopes"] = _reduce_batch(partial_slopes.sum(-1), problem.slopes)
+    if partial_ends is not None:
+        ends = _reduce_batch(partial_ends.sum(2), problem.table)
+        table = grads["table"].zero_()
+        # a table of one entry has both ends in it
+        table[..., 0] += ends[..., 0]
+        table[..., -1] += ends[..., 1]
+
+
+def _launch_dense_bias(call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor, grad: Tensor) -> None:
+    problem = call.problem
+    batch, heads, length, _ = problem.query.shape
+    tile = call.tile("bias_gradient")
+    tiles_m, tiles_n = triton.cdiv(length, tile.BM), triton.cdiv(problem.key_length, tile.BN)
+    grad_b, grad_h, rows, cols = grad.shape
+    # a length of 1 is the same whether it broadcasts or not
+    grad_m = 1 if rows == 1 else tiles_m
+    grad_n = 1 if cols == 1 else tiles_n
+    if not grad.numel():
+        return
+    dense_bias_gradient_kernel[(grad_b * grad_h * grad_m * grad_n,)](
+        *tensors, lse, delta, grad, *features, HEADS=problem.num_heads, GROUP=call.group,
+        GRAD_B=grad_b, GRAD_H=grad_h, GRAD_M=grad_m, GRAD_N=grad_n,
+        SUM_B=1 if grad_b == batch else batch, SUM_H=1 if grad_h == heads else heads,
+        SUM_M=tiles_m if rows == 1 else 1, SUM_N=tiles_n if cols == 1 else 1,
+        ONE_ROW=rows == 1, ONE_COL=cols == 1, **call.constants(tile),
+    )  # fmt: skip
+
+
+def _table_interior(call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor) -> Tensor | float:
+    """Gradient of the table's entries between its two ends, zero at the ends; broadcasts to the table's shape."""
+    problem = call.problem
+    assert problem.table is not None
+    batch, heads, length, _ = problem.query.shape
+    columns = problem.table.shape[-1]
+    left, right = problem.table_left, columns - 1 - problem.table_left
+    tile = call.tile("bias_gradient")
+    size = tile.BM
+    assert tile.BM == tile.BN, "a block diagonal needs square tiles"
+    tiles_m, tiles_n = triton.cdiv(length, size), triton.cdiv(problem.key_length, size)
+    first, last = -(tiles_m - 1), tiles_n - 1
+    if problem.query_offsets is None:
+        # only diagonals with a distance strictly between the ends: |distance - size * diagonal + offset| < size
+        offset = problem.query_offset
+        first = max(first, -((left + size - 1 - offset) // size))
+        last = min(last, (right + size - 1 + offset) // size)
+    if columns <= 2 or last < first:
+        return 0.0
+    diagonals = last - first + 1
+    # batches whose distances or tables differ are kept apart
+    apart = batch if problem.query_offsets is not None or problem.table.shape[0] > 1 else 1
+    splits = max(1, min(_TABLE_PROGRAMS // (diagonals * heads * apart), min(tiles_m, tiles_n)))
+    partial = lse.new_empty(apart, heads, diagonals, splits, size, size)
+    table_gradient_kernel[(apart * heads * diagonals * splits,)](
+        *tensors, lse, delta, partial, *features, HEADS=heads, GROUP=call.group,
+        FIRST_DIAGONAL=first, DIAGONALS=diagonals, SPLITS=splits, SUM_B=batch // apart,
+        TILES_M=tiles_m, TILES_N=tiles_n, **call.constants(tile),
+    )  # fmt: skip
+    sums = _join_diagonals(_diagonal_sums(partial.sum(3)))
+    # sums[..., x] belongs to j - i = size * first - (size - 1) + x, and table column c to j - i = c - left + offset
+    position = problem.query_offset if problem.query_offsets is None else problem.query_offsets[:, None]
+    index = torch.arange(columns, device=sums.device) - left + position - (size * first - (size - 1))
+    index = index.expand(apart, columns) if index.dim() == 1 else index.expand(apart, -1)
+    inside = (index >= 0) & (index < sums.shape[-1])
+    inside[:, 0] = False
+    inside[:, -1] = False
+    index = index.clamp(0, sums.shape[-1] - 1)[:, None].expand(-1, heads, -1)
+    grad = sums.gather(-1, index) * inside[:, None]
+    return _reduce_batch(grad, problem.table)
+
+
+def _diagonal_sums(tiles: Tensor) -> Tensor:
+    """Sums along the diagonals of square tiles (..., n, n): (..., 2n - 1), entry x for column - row = x - (n - 1)."""
+    n = tiles.shape[-1]
+    # Upside down, padded to width 2n and read back with width 2n - 1, row r is shifted right by r.
+    padded = torch.nn.functional.pad(tiles.flip(-2), (0, n)).flatten(-2)
+    return padded[..., : n * (2 * n - 1)].unflatten(-1, (n, 2 * n - 1)).sum(-2)
+
+
+def _join_diagonals(sums: Tensor) -> Tensor:
+    """Per-block-diagonal sums (B, H, K, 2n - 1), each starting n after the one before it, added into one row
+    (B, H, (K + 1) n)."""
+    n = (sums.shape[-1] + 1) // 2
+    pad = torch.nn.functional.pad
+    low, high = sums[..., :n], pad(sums[..., n:], (0, 1))
+    return (pad(low, (0, 0, 0, 1)) + pad(high, (0, 0, 1, 0))).flatten(-2)
