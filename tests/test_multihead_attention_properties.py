@@ -61,6 +61,17 @@ def test_compile_fullgraph(dynamic: bool, need_weights: bool) -> None:
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("need_weights", [True, False])
+@torch.no_grad()
+def test_compile_inference(need_weights: bool) -> None:
+    module = MultiheadAttention(E, H, batch_first=True).eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(N, L, E)
+    keywords = {"key_padding_mask": padding(), "is_causal": True, "need_weights": need_weights}
+    torch.testing.assert_close(compiled(x, x, x, **keywords), module(x, x, x, **keywords))
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
 def test_compile_dropout_and_causal() -> None:
     module = MultiheadAttention(E, H, dropout=0.5, batch_first=True)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -396,6 +407,13 @@ def test_from_torch_twin_can_change_alone() -> None:
 def test_from_torch_refuses(other: Any) -> None:
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.MultiheadAttention"):
         MultiheadAttention.from_torch(other)
+
+
+def test_from_torch_refuses_a_forward_of_the_instance() -> None:
+    mha = TORCH(E, H)
+    mha.forward = lambda *args: None
+    with pytest.raises(ValueError, match="overridden on the instance"):
+        MultiheadAttention.from_torch(mha)
 
 
 def test_modules_are_freed() -> None:

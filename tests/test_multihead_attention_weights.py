@@ -82,6 +82,28 @@ def test_tiles_agree_with_the_formula(feature: str, average: bool) -> None:
 
 
 @pytest.mark.parametrize("average", [True, False])
+def test_nothing_leaks_through_masked_places(average: bool) -> None:
+    """NaN in masked keys, in queries that see nothing, and in gradients of masked weights changes no gradient."""
+    mask = torch.ones(2, 1, 5, 7, dtype=torch.bool)
+    mask[:, :, 3] = False
+    mask[1, :, :, 5:] = False
+    clean = arguments(2, 3, 5, 7, average=average, dense_mask=mask)
+    query, key = clean.query.clone(), clean.key.clone()
+    query[:, :, 3] = float("nan")
+    key[1, :, 5] = float("inf")
+    key[1, :, 6] = float("nan")
+    grad = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    poison = grad.masked_fill(~mask, float("nan"))
+    results = []
+    for args, g in ((clean, grad), (clean._replace(query=query, key=key), poison)):
+        leaves = [args.query.requires_grad_(), args.key.requires_grad_()]
+        result = attention_weights(args)
+        results.append([result, *torch.autograd.grad(result, leaves, g[:, 0] if average else g)])
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("average", [True, False])
 def test_dropout_does_not_depend_on_tiles(average: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(2, 3, 9, 11, average=average, dropout_p=0.4, dropout_seed=torch.tensor([5, 7]))
     whole = attention_weights(args)

@@ -252,6 +252,19 @@ def test_parametrized_and_pruned_modules() -> None:
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_dynamic_quantization_after_the_surgery(calls: list[str]) -> None:
+    """Quantized linear layers break the fused path's own check in torch; with the path off the encoder runs."""
+    model = make_encoder().eval()
+    original = copy.deepcopy(model)
+    replace_attention(model)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    x = torch.randn(N, L, E)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(x), original(x), atol=0.1, rtol=0.1)
+    assert len(calls) == 2
+
+
 def test_compiled_before_the_surgery() -> None:
     """A graph compiled for torch's class is not reused for ours."""
     torch._dynamo.reset()

@@ -32,11 +32,14 @@ def share_state(module: torch.nn.MultiheadAttention, base: type[Attention]) -> A
 
     Raises:
         TypeError: `module` is not exactly a `torch.nn.MultiheadAttention` (parametrized or not).
+        ValueError: its ``forward`` is overridden on the instance, which no class can change.
     """
     if not isinstance(module, torch.nn.MultiheadAttention) or plain_class(module) is not torch.nn.MultiheadAttention:
         raise TypeError(
             f"mha: expected a torch.nn.MultiheadAttention, not a subclass of it, got {type(module).__name__}"
         )
+    if "forward" in vars(module):
+        raise ValueError("mha: expected a module that runs its class's forward, got one overridden on the instance")
     cls = class_like(module, base)
     twin = cls.__new__(cls)
     twin.__dict__.update(module.__dict__)

@@ -136,6 +136,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         Raises:
             TypeError: `mha` is not a `torch.nn.MultiheadAttention`, or of a subclass, which may compute something else.
+            ValueError: its ``forward`` is overridden on the instance.
         """
         return share_state(mha, cls)
 

@@ -59,7 +59,8 @@ def replace_attention(
 
     The module objects stay and change their class to `fastattn.nn.MultiheadAttention`, so parameters, optimizers,
     hooks, tied modules, training flags, devices and every other reference to them stay valid, and nothing is copied.
-    `restore_attention` changes them back.
+    `restore_attention` changes them back, which code that asks for exactly torch's class needs first (the conversion
+    of torch.ao.nn.quantizable, for one).
 
     `torch.nn.TransformerEncoderLayer` and `torch.nn.TransformerEncoder` have inference paths that never call
     ``self_attn`` but hand its weights to a fused operator, or turn padded batches into nested tensors.  Where they

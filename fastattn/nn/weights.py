@@ -239,11 +239,12 @@ def attention_weights(args: WeightArguments) -> Tensor:
 
 
 def _needs_autograd(args: WeightArguments) -> bool:
-    """False for plain inference, which need not pay for the autograd boundary."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    """False for plain inference, which need not pay for the autograd boundary (and which dynamo mistraces with it)."""
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (args.query, args.key, args.dense_bias)
+    ):
         return True
-    tensors = (args.query, args.key, args.dense_bias)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _Weights(torch.autograd.Function):
