@@ -7,13 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, TENSOR_FIELDS
+from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, TENSOR_FIELDS, Problem
 
 _IS_TENSOR = tuple(name in TENSOR_FIELDS for name in FIELD_NAMES)
 # For each gradient, the place of its field among the arguments.
 _GRADIENT_PLACES = tuple(FIELD_NAMES.index(name) for name in GRADIENT_FIELDS)
 # Fields without a batch dimension.
 _UNBATCHED = frozenset({"dropout_seed"})
+
+
+def fused_attention(backend: str, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output and lse of `problem` on a fused backend, differentiable."""
+    args = problem.arguments()
+    if torch.compiler.is_compiling():
+        # Dynamo traces a Function only where something is to be differentiated, and only with distinct tensors.
+        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return FusedAttention.forward(backend, *args)
+        args = _distinct(args)
+    return FusedAttention.apply(backend, *args)
+
+
+def _distinct(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments with every repetition of a tensor (self-attention, shared rotary tables) replaced by a view."""
+    seen: list[Tensor] = []
+    distinct = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if any(arg is other for other in seen):
+                arg = arg.view_as(arg)
+            seen.append(arg)
+        distinct.append(arg)
+    return distinct
 
 
 class FusedAttention(torch.autograd.Function):

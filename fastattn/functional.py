@@ -234,7 +234,12 @@ def lower(
             fields["dropout_p"] = dropout_p
             fields["dropout_seed"] = torch.randint(-(2**63), 2**63 - 1, (2,), device=query.device)
     scale = default_scale(head_dim) if scale is None else check_number("scale", scale)
-    return Problem(query=query, key=key, value=value, scale=scale, **fields)  # type: ignore[arg-type]
+    return Problem(query=_dense_rows(query), key=_dense_rows(key), value=_dense_rows(value), scale=scale, **fields)  # type: ignore[arg-type]
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """x itself if its last dimension is dense, as every kernel reads it; else a copy that is."""
+    return x if x.stride(3) == 1 or x.shape[3] <= 1 else x.contiguous()
 
 
 def _lower_objects(

@@ -15,9 +15,14 @@ library_path: Path = Path(__file__).parent / "lib" / "libfastattn_cpu.so"
 load_error: str | None = None
 
 
-@lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces, instead of tracing the file system
 def load_cpu_library() -> bool:
     """Load libfastattn_cpu.so once.  False, with the reason in `load_error`, when that cannot be done."""
+    return _load_once()
+
+
+@lru_cache(maxsize=1)
+def _load_once() -> bool:
     global load_error
     if not library_path.exists():
         load_error = f"{library_path} is not there; build it with: pip install --no-build-isolation -e ."
