@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fastattn.bench.modules import ModuleInputs, module_oracle
 from fastattn.bench.peers import Prepared, prepare
-from fastattn.bench.scenarios import SCENARIOS, Inputs, dense_terms, naive_attention
+from fastattn.bench.scenarios import SCENARIOS, Case, Inputs, dense_terms, naive_attention
 
 BUDGET = 2.0
-ROUNDINGS = 4  # float32 (float64) operations on the way to a result that may round otherwise than torch's
+# Roundings that a result may have beside torch's, in units of the compute type: a few operations on the way, and for a
+# sum of n terms taken one after the other sqrt(n) / 2, where torch's blocked products have fewer.
+ROUNDINGS = 4
 ALL = slice(None)
 
 
@@ -123,11 +125,16 @@ def stand_in(dtype: torch.dtype) -> tuple[torch.dtype, float]:
 
 
 def budgets(
-    exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype, mass: dict[str, float] | None = None
+    exact: dict[str, Tensor],
+    same: dict[str, Tensor],
+    case: Case,
+    mass: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """Allowed error of each tensor; `same` is the formula in `stand_in(dtype)`."""
+    """Allowed error of each tensor; `same` is the formula in `stand_in(case.dtype)`."""
+    dtype, shape = case.dtype, case.shape
     _, scale = stand_in(dtype)
-    unit = ROUNDINGS * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    terms = max(shape.query_length * shape.heads // shape.kv_heads, shape.key_length)
+    unit = max(ROUNDINGS, terms**0.5 / 2) * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     found = {}
     for name, value in exact.items():
         largest = value.abs().max().item() if value.numel() else 0.0
@@ -146,14 +153,14 @@ def expect(inputs: Inputs | ModuleInputs, *, gradients: bool, kv_head: int | Non
         exact, exact_gradients = module_oracle(inputs, torch.float64)
         same, same_gradients = module_oracle(inputs, measured)
         values = {"out": exact} | (exact_gradients if gradients else {})
-        return Expected(values, budgets(values, {"out": same} | same_gradients, dtype))
+        return Expected(values, budgets(values, {"out": same} | same_gradients, inputs.case))
     heads = kv_heads = ALL
     if kv_head is not None:
         group = inputs.case.shape.heads // inputs.case.shape.kv_heads
         heads, kv_heads = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
     exact = _formula(inputs, torch.float64, heads, kv_heads, gradients)
     same = _formula(inputs, measured, heads, kv_heads, gradients)
-    return Expected(exact.values, budgets(exact.values, same.values, dtype, exact.mass), heads, kv_heads)
+    return Expected(exact.values, budgets(exact.values, same.values, inputs.case, exact.mass), heads, kv_heads)
 
 
 def compare(inputs: Inputs | ModuleInputs, expected: Expected, values: dict[str, Tensor]) -> list[Check]:

@@ -140,26 +140,31 @@ def _flex(inputs: Inputs) -> Callable[[], Tensor]:
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
     if scenario.dropout_p or scenario.sink:
         raise CannotError("flex_attention has no dropout, and a sink only as arithmetic on its lse")
+    extras = inputs.extras
+    if inputs.query.device.type == "cpu":  # inference there refuses whatever requires a gradient, no_grad or not
+        extras = {name: tensor.detach() for name, tensor in extras.items()}
     block_mask = None
     if scenario.mask_mod is not None:
-        mod = scenario.mask_mod(shape, inputs.extras)
+        mod = scenario.mask_mod(shape, extras)
         per_batch = shape.batch if set(inputs.extras) & {"lengths", "prefix", "query_ids", "mask"} else None
         block_mask = create_block_mask(
             mod, per_batch, None, shape.query_length, shape.key_length, device=str(inputs.query.device)
         )
-    score_mod = scenario.score_mod(shape, inputs.extras) if scenario.score_mod is not None else None
+    score_mod = scenario.score_mod(shape, extras) if scenario.score_mod is not None else None
     compiled = torch.compile(flex_attention, dynamic=False)
     cos, sin = inputs.extras.get("cos"), inputs.extras.get("sin")
 
     def forward() -> Tensor:
-        query, key = inputs.query, inputs.key
+        query, key, value = inputs.query, inputs.key, inputs.value
+        if not torch.is_grad_enabled():
+            query, key, value = query.detach(), key.detach(), value.detach()
         if scenario.rotary:
             query, key = rotate(query, cos[shape.offset :], sin[shape.offset :]), rotate(key, cos, sin)
             query, key = query.to(inputs.query.dtype), key.to(inputs.key.dtype)
         return compiled(
             query,
             key,
-            inputs.value,
+            value,
             score_mod=score_mod,
             block_mask=block_mask,
             enable_gqa=shape.kv_heads != shape.heads,

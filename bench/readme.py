@@ -29,8 +29,7 @@ def section(rows: list[Row]) -> str:
         "",
         "Medians of interleaved runs. The baseline is SDPA, or `nn.MultiheadAttention` for modules; the ratio is its",
         "time over fastattn's: above 1, fastattn is faster. Training is forward and backward. Every variant passed the",
-        "float64 gate first. All rows, with quantiles and the other peers, are in `bench/results/`, plots against length",
-        "in `bench/results/plots/`.",
+        "float64 gate first. All rows, with quantiles and the other peers, are in `bench/results/`.",
     ]
     for device, isa in devices:
         mine = [row for row in rows if (row.device, row.isa) == (device, isa)]

@@ -74,7 +74,7 @@ def _run(inputs: Inputs, backend: str) -> dict[str, torch.Tensor]:
 def _verify_dropout(inputs: Inputs, backend: str) -> list[Check]:
     measured, _ = stand_in(inputs.case.dtype)
     exact = _run(_in_dtype(inputs, torch.float64), "reference")
-    allowed = budgets(exact, _run(_in_dtype(inputs, measured), "reference"), inputs.case.dtype)
+    allowed = budgets(exact, _run(_in_dtype(inputs, measured), "reference"), inputs.case)
     got = _run(inputs, backend)
     return [Check(name, (got[name].double() - v).abs().max().item(), allowed[name]) for name, v in exact.items()]
 
