@@ -32,7 +32,7 @@ class Options:
     device: str = "cpu"
     quick: bool = False
     peers: list[str] | None = None  # None: those of the suite
-    budget: float = 2.0  # seconds of timing per case and kind of sample
+    budget: float = 1.0  # seconds of timing per case and kind of sample
     deadline: float | None = None  # seconds after the start at which no new case begins
     progress: Callable[[str, int, int], None] = field(default=lambda text, done, total: None)
     sink: Callable[[list[Row]], None] = field(default=lambda rows: None)  # given the rows of each case when it is done

@@ -61,7 +61,7 @@ def _peers(device: str, *, compiled: bool) -> tuple[str, ...]:
 def _one_length(device: str, quick: bool) -> tuple[Shape, torch.dtype]:
     """Size and dtype of the suites that compare features instead of lengths."""
     if device == "cpu":
-        return Shape(2, 8, 512 if quick else 2048, 512 if quick else 2048, 64), torch.float32
+        return Shape(1, 8, 512 if quick else 2048, 512 if quick else 2048, 64), torch.float32
     return Shape(4, 16, 1024 if quick else 4096, 1024 if quick else 4096, 128), torch.bfloat16
 
 
@@ -114,10 +114,11 @@ def bias(device: str, quick: bool) -> Suite:
 
 def sweep(device: str, quick: bool) -> Suite:
     """The two cases a fused kernel exists for, a T5 bias and ALiBi, against length."""
-    lengths: tuple[int, ...] = (256, 1024) if quick else (256, 512, 1024, 2048, 4096)
     if device == "cpu":
-        cases = _sweep("sweep", ("t5", "alibi"), (torch.float32,), lengths, tokens=4096, heads=8, dim=64)
+        lengths = (256, 1024) if quick else (256, 512, 1024, 2048)
+        cases = _sweep("sweep", ("t5", "alibi"), (torch.float32,), lengths, tokens=2048, heads=8, dim=64)
     else:
+        lengths = (1024, 4096) if quick else (512, 1024, 2048, 4096, 8192)
         cases = _sweep("sweep", ("t5", "alibi"), (torch.bfloat16,), lengths, tokens=16384, heads=16, dim=128)
     return Suite("sweep", "T5 bias and ALiBi against length", tuple(cases), _peers(device, compiled=False))
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--peers", help="comma-separated: only these of each suite's peers")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds of timing per case and kind of sample")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing per case and kind of sample")
     parser.add_argument("--deadline", type=float, help="seconds after which no further case begins")
     parser.add_argument("--redraw", type=Path, metavar="CSV", help="measure nothing: table and plots of these rows")
     parser.add_argument("--no-plots", action="store_true", help="rows and table only")
