@@ -20,7 +20,7 @@ class Forward {
   using B = typename Mode::B;
 
   Forward(const Problem& problem, const ForwardOutput& output, i64 threads) : p(problem), o(output) {
-    tile = smaller(round_up(larger(p.key_length, i64{1}), kTileStep), kMaxTile);
+    tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), kMaxTile);
     depth = round_up(p.head_dim, Mode::kDepthMultiple);
     width = round_up(larger(depth, i64{1}), kBlock);
     value_width = round_up(larger(p.value_dim, i64{1}), Mode::kPanel);
@@ -34,7 +34,6 @@ class Forward {
  private:
   static constexpr i64 kLane = kLanes<Acc>;
   static constexpr i64 kBlock = kLanes<B> * Mode::kPair;  // transposed block of pack_transposed
-  static constexpr i64 kTileStep = Mode::kPair == 2 ? 32 : (Mode::kPanel > 16 ? Mode::kPanel / 2 : Mode::kPanel);
   static constexpr i64 kMaxTile = Mode::kPair == 2 ? 256 : 192;
   static constexpr i64 kStrip = Mode::kPair == 2 ? 64 : 48;
   static constexpr i64 kMaxHeads = 16;
@@ -141,7 +140,7 @@ class Forward {
     const i64 low = geometry.visible(item.first).low, high = geometry.visible(item.first + item.rows - 1).high;
     for (i64 origin = round_down(low, tile); origin < high; origin += tile) {
       const i64 keys = smaller(tile, high - origin);
-      const i64 padded = round_up(keys, kTileStep);
+      const i64 padded = round_up(keys, Mode::kColumnMultiple);
       if (!documents_meet(p, item.b, item.first, item.rows, origin, keys)) continue;
       const bool bad_keys = pack_transposed<Mode>(key_rows, origin, keys, padded, depth, width, s.staging, s.keys,
                                                   s.key_bad);
@@ -151,7 +150,7 @@ class Forward {
         strip(item, scorers, s, r, smaller(kStrip, count - r), origin, keys, padded, bad_keys ? &key_rows : nullptr,
               bad_values ? &value_rows : nullptr);
     }
-    for (i64 r = 0; r < count; ++r) finish(item, s, r);
+    for (i64 r = 0; r < count; ++r) finish(item, scorers[item.head_of(r)], s, r);
   }
 
   // One strip of rows against one packed tile.  Non-null sources say that the tile has flagged rows.
@@ -166,7 +165,7 @@ class Forward {
     const i64 high = smaller(geometry.visible(i1).high - origin, keys);
     if (low >= high) return;
     const i64 begin = round_down(low, Mode::kPanel);
-    const i64 end = smaller(round_up(high, kTileStep), padded);
+    const i64 end = smaller(round_up(high, Mode::kColumnMultiple), padded);
 
     const A* query = s.query + first_row * depth;
     const i64 steps = depth / Mode::kPair;
@@ -179,8 +178,12 @@ class Forward {
       const i64 row = first_row + r;
       const Scorer<Acc>& scorer = scorers[item.head_of(row)];
       Acc* const score = s.scores + r * tile;
-      scorer.apply(item.query_of(row), origin, begin, end, score, s.temp, nullptr);
-      softmax_step(scorer, item.query_of(row), s, row, origin, begin, end, score, weights + r * tile);
+      A* const weight = weights + r * tile;
+      const Interval live = scorer.apply(item.query_of(row), origin, begin, end, score, s.temp, nullptr);
+      if (live.low < live.high)
+        softmax_step(scorer, item.query_of(row), s, row, origin, live.low, live.high, score, weight);
+      if (begin < live.low) std::memset(weight + begin, 0, (live.low - begin) * sizeof(A));
+      if (live.high < end) std::memset(weight + live.high, 0, (end - live.high) * sizeof(A));
     }
     const i64 value_panel = padded / Mode::kPair * Mode::kPanel;
     gemm<Mode>(rows, round_up(p.value_dim, kLane), end - begin, weights + begin, tile, 1,
@@ -261,32 +264,41 @@ class Forward {
     }
   }
 
-  // The sink joins the denominator here, in double: a large one cannot overflow, a small one costs no rescaling.
-  void finish(const Block& item, const Scratch& s, i64 row) const {
+  void finish(const Block& item, const Scorer<Acc>& scorer, const Scratch& s, i64 row) const {
     const i64 h = item.head + item.head_of(row), i = item.query_of(row);
-    const Scorer<Acc> scorer(p, item.b, h);
-    double sum = s.sum[row], factor = 0, lse = __builtin_inf();
-    const double factor_log2 = scorer.plain ? p.scale * kLog2E : kLog2E;
-    double top = s.maximum[row] * factor_log2;  // log2 domain
-    const double sink = p.sink ? kLog2E * *reinterpret_cast<const Acc*>(p.sink.at(item.b, h)) : -__builtin_inf();
-    if (sum != 0 || sink > -__builtin_inf()) {
-      if (sum == 0) top = -__builtin_inf();
-      double shrink = 1;
-      if (sink > top) {
-        shrink = __builtin_exp2(top - sink);
-        sum = sum == 0 ? 1 : sum * shrink + 1;
-        top = sink;
-      } else if (sink > -__builtin_inf()) {
-        sum += __builtin_exp2(sink - top);
-      }
-      factor = shrink / sum;
-      lse = top * kLn2 + __builtin_log(sum);
+    const Acc sum = s.sum[row];
+    Acc scale = 0, lse = kInfinity<Acc>;
+    if (p.sink) {
+      finish_with_sink(scorer, s, row, &scale, &lse);
+    } else if (sum != 0) {
+      const double top = static_cast<double>(s.maximum[row]) * (scorer.plain ? p.scale : 1.0);
+      if constexpr (sizeof(Acc) == 4)
+        lse = static_cast<Acc>(top + static_cast<double>(__builtin_logf(sum)));
+      else
+        lse = top + __builtin_log(sum);
+      scale = 1 / sum;
     }
-    *reinterpret_cast<Acc*>(o.lse.mutable_at(item.b, h, i)) = static_cast<Acc>(lse);
+    *reinterpret_cast<Acc*>(o.lse.mutable_at(item.b, h, i)) = lse;
     Acc* const acc = s.accumulator + row * value_width;
-    const Acc scale = static_cast<Acc>(factor);
     for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * scale);
     store_row(o.out.dtype, acc, p.value_dim, o.out.mutable_at(item.b, h, i));
+  }
+
+  // The sink joins the denominator at the end, in double: a large one cannot overflow, a small one costs no rescaling.
+  void finish_with_sink(const Scorer<Acc>& scorer, const Scratch& s, i64 row, Acc* scale, Acc* lse) const {
+    const double sink = *reinterpret_cast<const Acc*>(p.sink.at(scorer.b, scorer.h));
+    double sum = s.sum[row], shrink = 1;
+    double top = sum == 0 ? -__builtin_inf() : s.maximum[row] * (scorer.plain ? p.scale : 1.0);
+    if (sum == 0 && sink == -__builtin_inf()) return;
+    if (sink > top) {
+      shrink = __builtin_exp(top - sink);
+      sum = sum * shrink + 1;
+      top = sink;
+    } else if (sink > -__builtin_inf()) {
+      sum += __builtin_exp(sink - top);
+    }
+    *scale = static_cast<Acc>(shrink / sum);
+    *lse = static_cast<Acc>(top + __builtin_log(sum));
   }
 };
 

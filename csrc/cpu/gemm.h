@@ -31,6 +31,8 @@ struct PlainMode {
   static constexpr int kPair = 1;           // elements of depth in one element of B
   static constexpr int kDepthMultiple = 1;  // depth is padded with zeros to a multiple of this
   static constexpr int kRowMultiple = 1;
+  // Of a tile of scores: whole vectors, and whole draws of Philox, which come in fours.
+  static constexpr int kColumnMultiple = kLanes<Number> < 4 ? 4 : kLanes<Number>;
   static constexpr int kPanel = kVectors * kLanes<Number>;
 };
 using Float32Mode = PlainMode<float>;
@@ -45,6 +47,7 @@ struct BFloat16Mode {
   static constexpr int kPair = 2;
   static constexpr int kDepthMultiple = 32;
   static constexpr int kRowMultiple = 16;
+  static constexpr int kColumnMultiple = 32;
   static constexpr int kPanel = kVectors * kLanes<float>;
 };
 #endif

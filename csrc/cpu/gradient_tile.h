@@ -18,7 +18,6 @@ class GradientTile {
 
   static constexpr i64 kLane = kLanes<Acc>;
   static constexpr i64 kBlock = kLanes<B> * Mode::kPair;
-  static constexpr i64 kTileStep = Mode::kPair == 2 ? 32 : (Mode::kPanel > 16 ? Mode::kPanel / 2 : Mode::kPanel);
   static constexpr i64 kMaxTile = Mode::kPair == 2 ? 256 : 192;
   static constexpr i64 kRows = 64;  // queries of a tile
 
@@ -29,7 +28,7 @@ class GradientTile {
 
   GradientTile(const Problem& problem, const BackwardInput& input, const Acc* row_delta)
       : p(problem), in(input), delta(row_delta) {
-    tile = smaller(round_up(larger(p.key_length, i64{1}), kTileStep), kMaxTile);
+    tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), kMaxTile);
     depth = round_up(larger(p.head_dim, i64{1}), Mode::kDepthMultiple);
     value_depth = round_up(larger(p.value_dim, i64{1}), Mode::kDepthMultiple);
     width = round_up(depth, kBlock);
@@ -52,7 +51,7 @@ class GradientTile {
     s.grad_out = arena.take<A>(kRows * value_depth);
     s.scores = arena.take<Acc>(kRows * tile);
     s.products = arena.take<Acc>(kRows * tile);
-    const i64 row = round_up(larger(larger(width, value_width), tile), Mode::kPanel);
+    const i64 row = round_up(larger(larger(width, value_width), tile), larger(i64{16}, i64{Mode::kPanel}));
     s.staging = arena.take<Acc>((kLanes<B> + 1) * row);
     s.temp = arena.take<Acc>(2 * row);
     s.cap_gradient = arena.take<Acc>(tile);
@@ -83,7 +82,7 @@ class GradientTile {
   };
 
   Keys pack_keys(const Scratch& s, i64 b, i64 kv_head, i64 origin, i64 count) const {
-    Keys k{b, kv_head, origin, count, round_up(count, kTileStep), false, false};
+    Keys k{b, kv_head, origin, count, round_up(count, Mode::kColumnMultiple), false, false};
     k.bad_keys = pack_transposed<Mode>(key_source(b, kv_head), origin, count, k.padded, depth, width, s.staging, s.keys,
                                        s.key_bad);
     k.bad_values = pack_transposed<Mode>(value_source(b, kv_head), origin, count, k.padded, value_depth, value_width,
@@ -96,7 +95,7 @@ class GradientTile {
     const i64 low = larger(geometry.visible(first).low - keys.origin, i64{0});
     const i64 high = smaller(geometry.visible(first + rows - 1).high - keys.origin, keys.count);
     if (low >= high || !documents_meet(p, keys.b, first, rows, keys.origin, keys.count)) return false;
-    *out = Span{first, rows, round_down(low, Mode::kPanel), smaller(round_up(high, kTileStep), keys.padded), false,
+    *out = Span{first, rows, round_down(low, Mode::kPanel), smaller(round_up(high, Mode::kColumnMultiple), keys.padded), false,
                 false};
     return true;
   }
@@ -128,19 +127,25 @@ class GradientTile {
       const i64 i = q.first + r;
       Acc* const score = s.scores + r * tile;
       Acc* const product = s.products + r * tile;
-      scorer.apply(i, keys.origin, q.begin, q.end, score, s.temp, capped ? s.cap_gradient : nullptr);
+      const Interval live =
+          scorer.apply(i, keys.origin, q.begin, q.end, score, s.temp, capped ? s.cap_gradient : nullptr);
+      for (Acc* const out : {score, product}) {
+        if (q.begin < live.low) std::memset(out + q.begin, 0, (live.low - q.begin) * sizeof(Acc));
+        if (live.high < q.end) std::memset(out + live.high, 0, (q.end - live.high) * sizeof(Acc));
+      }
       const Acc* factors = nullptr;
       if (p.dropout_p > 0) {
-        scorer.dropout_factors(i, keys.origin, q.begin, q.end, s.dropout);
+        scorer.dropout_factors(i, keys.origin, live.low, live.high, s.dropout);
         factors = s.dropout;
       }
       if (scorer.plain)
-        differentiate<true>(score, product, q.begin, q.end, lse[r * lse_stride], row_delta[r], scorer.factor, factors);
+        differentiate<true>(score, product, live.low, live.high, lse[r * lse_stride], row_delta[r], scorer.factor, factors);
       else
-        differentiate<false>(score, product, q.begin, q.end, lse[r * lse_stride], row_delta[r], scorer.factor, factors);
+        differentiate<false>(score, product, live.low, live.high, lse[r * lse_stride], row_delta[r], scorer.factor, factors);
       row(r, i, product);
       if (capped)
-        for (i64 j = q.begin; j < q.end; j += kLane) store(product + j, load(product + j) * load(s.cap_gradient + j));
+        for (i64 j = live.low; j < live.high; j += kLane)
+          store(product + j, load(product + j) * load(s.cap_gradient + j));
     }
   }
 

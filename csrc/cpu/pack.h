@@ -60,19 +60,52 @@ struct RowSource {
   }
 };
 
-// A row as packed: zeros if it is not finite (and then *bad is set).
-template <class T>
-inline void load_clean(const RowSource<T>& source, i64 row, T* out, uint8_t* bad) {
-  source.load(row, out);
-  *bad = !all_finite(out, source.columns);
-  if (*bad) std::memset(out, 0, source.columns * sizeof(T));
-}
-
 template <class T>
 inline void to_operand(const T* row, i64 n, T* out) {
   std::memcpy(out, row, n * sizeof(T));
 }
 inline void to_operand(const float* row, i64 n, bf16* out) { round_to_bf16(row, n, out); }
+
+// Copies n elements and says whether all are finite.
+template <class T>
+FASTATTN_INLINE bool copy_finite(const T* row, i64 n, T* out) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  constexpr Bits exponent = sizeof(T) == 2 ? Bits{0x7f80} : sizeof(T) == 4 ? Bits(0x7f800000u) : Bits(0x7ffull << 52);
+  Bits bad = 0;
+  for (i64 i = 0; i < n; ++i) {
+    Bits bits;
+    std::memcpy(&bits, row + i, sizeof(T));
+    std::memcpy(out + i, &bits, sizeof(T));
+    bad |= static_cast<Bits>((bits & exponent) == exponent);
+  }
+  return bad == 0;
+}
+
+// A row as an operand: zeros if it is not finite (and then the answer is false).  Columns past the source's are left
+// alone in `out` and must be zero in `staging`.
+template <class Mode>
+inline bool load_operand(const RowSource<typename Mode::Acc>& source, i64 row, i64 width, typename Mode::Acc* staging,
+                         typename Mode::A* out) {
+  using A = typename Mode::A;
+  constexpr DType own = sizeof(A) == 2   ? DType::kBFloat16
+                        : sizeof(A) == 4 ? DType::kFloat32
+                                         : DType::kFloat64;
+  if (source.dtype == own && source.column_stride == 1 && !source.cosine) {
+    const A* from = reinterpret_cast<const A*>(source.data) + row * source.row_stride;
+    const bool finite = copy_finite(from, source.columns, out);
+    if (source.columns < width) std::memset(out + source.columns, 0, (width - source.columns) * sizeof(A));
+    if (!finite) std::memset(out, 0, width * sizeof(A));
+    return finite;
+  }
+  source.load(row, staging);
+  if (!all_finite(staging, source.columns)) {
+    std::memset(staging, 0, source.columns * sizeof(*staging));
+    std::memset(out, 0, width * sizeof(A));
+    return false;
+  }
+  to_operand(staging, width, out);
+  return true;
+}
 
 // A operand: rows [first, first + rows) one after the other, `width` elements apart, padded with zero columns.
 // Returns whether any row was flagged.
@@ -82,9 +115,8 @@ inline bool pack_rows(const RowSource<typename Mode::Acc>& source, i64 first, i6
   bool any = false;
   std::memset(staging, 0, width * sizeof(*staging));
   for (i64 r = 0; r < rows; ++r) {
-    load_clean(source, first + r, staging, bad + r);
+    bad[r] = !load_operand<Mode>(source, first + r, width, staging, out + r * width);
     any |= bad[r];
-    to_operand(staging, width, out + r * width);
   }
   return any;
 }
@@ -106,9 +138,9 @@ inline bool pack_transposed(const RowSource<typename Mode::Acc>& source, i64 fir
   for (i64 r = 0; r < padded_rows; r += lanes) {
     for (i64 i = 0; i < lanes; ++i) {
       if (r + i < rows) {
-        load_clean(source, first + r + i, row, bad + r + i);
+        bad[r + i] = !load_operand<Mode>(source, first + r + i, width, row,
+                                         reinterpret_cast<typename Mode::A*>(block + i * stride));
         any |= bad[r + i];
-        to_operand(row, width, reinterpret_cast<typename Mode::A*>(block + i * stride));
       } else {
         std::memset(static_cast<void*>(block + i * stride), 0, stride * sizeof(B));
       }
@@ -132,35 +164,32 @@ inline void interleave_pairs(const bf16* low, const bf16* high, i64 n, uint32_t*
 }
 
 // B operand with the rows of the tensor as depth (V, K): panels of [padded_rows / kPair][kPanel] over the columns.
-// `staging` holds two rows of `width` numbers, where width is the columns rounded up to whole panels.
+// `staging` holds three rows of `width` numbers, where width is the columns rounded up to whole panels.
 template <class Mode>
 inline bool pack_depth(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 padded_rows, i64 width,
                        typename Mode::Acc* staging, typename Mode::B* out, uint8_t* bad) {
-  using Acc = typename Mode::Acc;
+  using A = typename Mode::A;
   const i64 panel_size = padded_rows / Mode::kPair * Mode::kPanel;
+  A* const operands = reinterpret_cast<A*>(staging + width);  // kPair rows
   bool any = false;
-  std::memset(staging, 0, 2 * width * sizeof(Acc));
+  std::memset(staging, 0, width * sizeof(*staging));
   for (i64 r = 0; r < padded_rows; r += Mode::kPair) {
     for (i64 i = 0; i < Mode::kPair; ++i) {
-      Acc* const row = staging + i * width;
       if (r + i < rows) {
-        load_clean(source, first + r + i, row, bad + r + i);
+        bad[r + i] = !load_operand<Mode>(source, first + r + i, width, staging, operands + i * width);
         any |= bad[r + i];
       } else {
-        std::memset(row, 0, width * sizeof(Acc));
+        std::memset(operands + i * width, 0, width * sizeof(A));
       }
     }
     typename Mode::B* const target = out + r / Mode::kPair * Mode::kPanel;
     for (i64 n = 0; n < width; n += Mode::kPanel) {
       typename Mode::B* const cell = target + n / Mode::kPanel * panel_size;
-      if constexpr (Mode::kPair == 1) {
-        std::memcpy(cell, staging + n, Mode::kPanel * sizeof(Acc));
-      } else {
-        bf16 low[Mode::kPanel], high[Mode::kPanel];
-        round_to_bf16(staging + n, Mode::kPanel, low);
-        round_to_bf16(staging + width + n, Mode::kPanel, high);
-        interleave_pairs(low, high, Mode::kPanel, cell);
-      }
+      if constexpr (Mode::kPair == 1)
+        std::memcpy(cell, operands + n, Mode::kPanel * sizeof(A));
+      else
+        for (i64 k = 0; k < Mode::kPanel; ++k)  // two rows as one row of pairs, the first one in the low halves
+          cell[k] = static_cast<uint32_t>(operands[n + k]) | static_cast<uint32_t>(operands[width + n + k]) << 16;
     }
   }
   return any;

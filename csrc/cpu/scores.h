@@ -48,25 +48,36 @@ struct Scorer {
     return {low, larger(low, smaller(range.high - origin, end))};
   }
 
-  // s[begin, end) holds q.k and becomes the masked score.  begin and end are multiples of the vector length; temp
-  // has room for a tile row.  With `cap_gradient`, the derivative of the softcap is left there.
-  void apply(i64 i, i64 origin, i64 begin, i64 end, T* s, T* temp, T* cap_gradient) const {
+  // Turns q.k in s[begin, end) into masked scores and returns the part that holds any, in whole vectors: what lies
+  // outside of it is masked and left as it was.  begin and end are multiples of the vector length; temp has room for
+  // a tile row.  With `cap_gradient`, the derivative of the softcap is left there.
+  FASTATTN_INLINE Interval apply(i64 i, i64 origin, i64 begin, i64 end, T* s, T* temp, T* cap_gradient) const {
+    const Interval seen = clip(i, origin, begin, end);
+    if (seen.low >= seen.high) return {begin, begin};
+    const Interval live{round_down(seen.low, kLanes<T>), round_up(seen.high, kLanes<T>)};
+    if (!plain || masked_by_element) transform(i, origin, seen, live, s, temp, cap_gradient);
+    if (live.low < seen.low) hide_lanes(s + live.low, 0, seen.low - live.low);
+    if (seen.high < live.high) hide_lanes(s + live.high - kLanes<T>, seen.high - live.high + kLanes<T>, kLanes<T>);
+    return live;
+  }
+
+  // Lanes [first, last) of one vector become -inf.
+  FASTATTN_INLINE static void hide_lanes(T* s, i64 first, i64 last) {
+    for (i64 k = first; k < last; ++k) s[k] = -kInfinity<T>;
+  }
+
+  void transform(i64 i, i64 origin, Interval seen, Interval live, T* s, T* temp, T* cap_gradient) const {
     if (!plain) {
       if (cap != 0)
-        soften(begin, end, s, cap_gradient);
+        soften(live.low, live.high, s, cap_gradient);
       else
-        for (i64 j = begin; j < end; ++j) s[j] *= scale;
-    }
-    const Interval seen = clip(i, origin, begin, end);
-    if (!plain) {
+        for (i64 j = live.low; j < live.high; j += kLanes<T>) store(s + j, load(s + j) * scale);
       if (problem->slopes) add_slope(i, origin, seen, s);
       if (table) add_table(i, origin, seen, s);
       if (problem->dense_bias) add_dense(i, origin, seen, s, temp);
     }
     if (problem->query_ids) hide_other_documents(i, origin, seen, s);
     if (problem->dense_mask) hide_masked(i, origin, seen, s);
-    for (i64 j = begin; j < seen.low; ++j) s[j] = -kInfinity<T>;
-    for (i64 j = seen.high; j < end; ++j) s[j] = -kInfinity<T>;
   }
 
   void soften(i64 begin, i64 end, T* s, T* cap_gradient) const {
