@@ -68,9 +68,10 @@ def _slices(length: int, step: int) -> list[slice]:
 def _tiles(shape: tuple[int, int, int, int]) -> Iterator[tuple[_Tile, ...]]:
     """Tiles of about TILE_ELEMENTS scores that cover (B, H, L, S), in groups that hold all heads of their rows."""
     batch, heads, rows, cols = shape
-    head_step = max(1, min(heads, TILE_ELEMENTS // max(cols, 1)))
-    row_step = max(1, min(rows, TILE_ELEMENTS // max(cols * head_step, 1)))
-    batch_step = max(1, TILE_ELEMENTS // max(cols * head_step * row_step, 1)) if row_step == rows else 1
+    # Rows first: a product of many rows with one head's keys packs those keys once for all of them.
+    row_step = max(1, min(rows, TILE_ELEMENTS // max(cols, 1)))
+    head_step = max(1, min(heads, TILE_ELEMENTS // max(cols * row_step, 1)))
+    batch_step = max(1, TILE_ELEMENTS // max(cols * row_step * head_step, 1)) if head_step == heads else 1
     for b in _slices(batch, batch_step):
         for i in _slices(rows, row_step):
             yield tuple(_Tile(b, h, i) for h in _slices(heads, head_step))
