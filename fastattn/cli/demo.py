@@ -112,7 +112,7 @@ def measure(workload: Workload, stock: MiniLM, ours: MiniLM, tokenizer: Tokenize
     """Both models in turn over the same batch, then the peak memory of each."""
     ids, padding = texts_for(workload, tokenizer)
     before, after = runner(stock, workload, ids, padding), runner(ours, workload, ids, padding)
-    seconds = interleave({"before": sample_of(before), "after": sample_of(after)}, budget=budget, most=40)
+    seconds = interleave({"before": sample_of(before), "after": sample_of(after)}, budget=budget, least=3, most=40)
     after()
     call = fastattn.last_call()
     return Measured(
