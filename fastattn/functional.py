@@ -163,7 +163,7 @@ def explain(
     """
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
-        dropout_p=dropout_p, query_offset=query_offset,
+        dropout_p=dropout_p, query_offset=query_offset, draw_seed=False,
     )  # fmt: skip
     return dispatch.explain(problem, backend)
 
@@ -189,6 +189,7 @@ def lower(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     query_offset: int | Tensor | None = None,
+    draw_seed: bool = True,
 ) -> Problem:
     """Check the arguments of `attention` and lower them to a `Problem`."""
     query, key, value = _autocast(
@@ -232,7 +233,12 @@ def lower(
             fail(ValueError, "dropout_p", "a probability in [0, 1]", dropout_p)
         if dropout_p < 1.0:
             fields["dropout_p"] = dropout_p
-            fields["dropout_seed"] = torch.randint(-(2**63), 2**63 - 1, (2,), device=query.device)
+            # To explain a call must not move the generator on: the next call would drop other weights.
+            fields["dropout_seed"] = (
+                torch.randint(-(2**63), 2**63 - 1, (2,), device=query.device)
+                if draw_seed
+                else torch.zeros(2, dtype=torch.int64, device=query.device)
+            )
     scale = default_scale(head_dim) if scale is None else check_number("scale", scale)
     return Problem(query=_dense_rows(query), key=_dense_rows(key), value=_dense_rows(value), scale=scale, **fields)  # type: ignore[arg-type]
 

@@ -15,10 +15,14 @@ library_path: Path = Path(__file__).parent / "lib" / "libfastattn_cpu.so"
 load_error: str | None = None
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks while it traces, instead of tracing the file system
 def load_cpu_library() -> bool:
     """Load libfastattn_cpu.so once.  False, with the reason in `load_error`, when that cannot be done."""
     return _load_once()
+
+
+# What torch.compiler.assume_constant_result sets, without the seconds that its import of torch._dynamo takes: the
+# compiler then asks while it traces, instead of tracing the file system.
+load_cpu_library._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1)
