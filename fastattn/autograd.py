@@ -79,6 +79,10 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *args: Any) -> tuple[Any, Any]:
+        if _one_seed_for_all(args, in_dims[1:], FIELD_NAMES):
+            samples = _each_sample(info.batch_size, args, in_dims[1:])
+            out, lse = zip(*[FusedAttention.apply(backend, *sample) for sample in samples], strict=True)
+            return (torch.stack(out), torch.stack(lse)), (0, 0)
         batch = args[0].shape[_batch_axis(in_dims[1])]
         folded = _fold_all(info.batch_size, batch, args, in_dims[1:], FIELD_NAMES)
         out, lse = FusedAttention.apply(backend, *folded)
@@ -117,6 +121,10 @@ class FusedBackward(torch.autograd.Function):
     ) -> tuple[Any, Any]:
         names = ("grad_out", "grad_lse", "out", "lse", *FIELD_NAMES)
         dims = in_dims[2:]
+        if _one_seed_for_all(tensors_and_args, dims, names):
+            samples = _each_sample(info.batch_size, tensors_and_args, dims)
+            per_sample = [FusedBackward.apply(backend, needs, *sample) for sample in samples]
+            return tuple(torch.stack(grads) for grads in zip(*per_sample, strict=True)), (0,) * len(GRADIENT_FIELDS)
         query = names.index("query")
         batch = tensors_and_args[query].shape[_batch_axis(dims[query])]
         # Parameters shared by all samples still get one gradient per sample, so each is given its own copy.
@@ -140,6 +148,20 @@ class FusedBackward(torch.autograd.Function):
 def _batch_axis(dim: int | None) -> int:
     """Where the batch axis of an argument is, given its vmapped axis."""
     return 1 if dim == 0 else 0
+
+
+def _one_seed_for_all(args: tuple[Any, ...], in_dims: tuple[int | None, ...], names: tuple[str, ...]) -> bool:
+    """Whether all samples must drop the same weights, as vmap(randomness="same") asks: folded, each would have its own
+    mask, which is a function of the batch index."""
+    seed = names.index("dropout_seed")
+    return args[seed] is not None and in_dims[seed] is None
+
+
+def _each_sample(size: int, args: tuple[Any, ...], in_dims: tuple[int | None, ...]) -> list[list[Any]]:
+    return [
+        [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)]
+        for i in range(size)
+    ]
 
 
 def _fold_all(
