@@ -1,5 +1,7 @@
 """Bad input: each row raises the stated error, which names the argument, what was expected and what came."""
 
+# A row of the table is a line, however long.
+# ruff: noqa: E501
 from __future__ import annotations
 
 import re
