@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 LIBRARY = Path("fastattn", "lib", "libfastattn_cpu.so")
@@ -93,7 +93,12 @@ class BuildNative(build_ext):
             stamp = target.with_suffix(".flags")
             line = [compiler, *options, "-c", str(source), "-o", str(target)]
             newest = max([source.stat().st_mtime, *headers])
-            if target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == str(line):
+            if (
+                target.exists()
+                and target.stat().st_mtime > newest
+                and stamp.exists()
+                and stamp.read_text() == str(line)
+            ):
                 return
             result = subprocess.run(line, capture_output=True, text=True)
             if result.stderr:

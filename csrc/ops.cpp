@@ -45,13 +45,13 @@ std::optional<DType> dtype_of(const Tensor& tensor) {
   }
 }
 
-// A view whose dimensions are `expected`, where a negative number -n allows 1 as well as n.  Dimensions of size one
+// A view whose dimensions are `expected`, where -n (and so 0) allows 1 as well as n.  Dimensions of size one
 // get stride zero: kernels broadcast without asking.
 View view_of(const char* name, const Tensor& tensor, std::initializer_list<i64> expected) {
   View view;
   STD_TORCH_CHECK(tensor.is_cpu(), "fastattn: ", name, " must be a CPU tensor");
-  STD_TORCH_CHECK(tensor.dim() == static_cast<i64>(expected.size()), "fastattn: ", name, " must have ",
-                  expected.size(), " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.dim() == static_cast<i64>(expected.size()), "fastattn: ", name, " must have ", expected.size(),
+                  " dimensions, got ", tensor.dim());
   const auto dtype = dtype_of(tensor);
   STD_TORCH_CHECK(dtype.has_value(), "fastattn: ", name, " has a dtype the CPU kernels do not know");
   view.dtype = *dtype;
@@ -60,7 +60,7 @@ View view_of(const char* name, const Tensor& tensor, std::initializer_list<i64> 
   i64 axis = 0;
   for (const i64 want : expected) {
     const i64 size = sizes[axis];
-    const bool fits = want >= 0 ? size == want : size == 1 || size == -want;
+    const bool fits = want > 0 ? size == want : size == 1 || size == -want;
     STD_TORCH_CHECK(fits, "fastattn: ", name, " has size ", size, " in dimension ", axis, ", expected ",
                     want >= 0 ? want : -want);
     view.size[axis] = size;
@@ -82,8 +82,7 @@ void require_dtype(const char* name, const View& view, DType dtype) {
 }
 
 void require_dense_rows(const char* name, const View& view) {
-  STD_TORCH_CHECK(view.size[3] <= 1 || view.stride[3] == 1, "fastattn: the last dimension of ", name,
-                  " must be dense");
+  STD_TORCH_CHECK(view.size[3] <= 1 || view.stride[3] == 1, "fastattn: the last dimension of ", name, " must be dense");
 }
 
 i64 size_or(const OptionalTensor& tensor, i64 axis, i64 otherwise) {
@@ -91,18 +90,18 @@ i64 size_or(const OptionalTensor& tensor, i64 axis, i64 otherwise) {
 }
 
 // The fields of fastattn.problem.Problem, in order.
-#define FASTATTN_PROBLEM_PARAMETERS                                                                               \
-  const Tensor &query, const Tensor &key, const Tensor &value, double scale, double softcap,                      \
-      const OptionalTensor &query_cos, const OptionalTensor &query_sin, const OptionalTensor &key_cos,            \
-      const OptionalTensor &key_sin, bool interleaved, i64 query_offset, const OptionalTensor &query_offsets,     \
-      i64 window_left, i64 window_right, const OptionalTensor &key_lengths, const OptionalTensor &prefix_lengths, \
-      const OptionalTensor &query_ids, const OptionalTensor &key_ids, const OptionalTensor &dense_mask,           \
+#define FASTATTN_PROBLEM_PARAMETERS                                                                                \
+  const Tensor &query, const Tensor &key, const Tensor &value, double scale, double softcap,                       \
+      const OptionalTensor &query_cos, const OptionalTensor &query_sin, const OptionalTensor &key_cos,             \
+      const OptionalTensor &key_sin, bool interleaved, i64 query_offset, const OptionalTensor &query_offsets,      \
+      i64 window_left, i64 window_right, const OptionalTensor &key_lengths, const OptionalTensor &prefix_lengths,  \
+      const OptionalTensor &query_ids, const OptionalTensor &key_ids, const OptionalTensor &dense_mask,            \
       const OptionalTensor &slopes, const OptionalTensor &table, i64 table_left, const OptionalTensor &dense_bias, \
       const OptionalTensor &sink, double dropout_p, const OptionalTensor &dropout_seed
-#define FASTATTN_PROBLEM_ARGUMENTS                                                                              \
-  query, key, value, scale, softcap, query_cos, query_sin, key_cos, key_sin, interleaved, query_offset,         \
-      query_offsets, window_left, window_right, key_lengths, prefix_lengths, query_ids, key_ids, dense_mask,    \
-      slopes, table, table_left, dense_bias, sink, dropout_p, dropout_seed
+#define FASTATTN_PROBLEM_ARGUMENTS                                                                                     \
+  query, key, value, scale, softcap, query_cos, query_sin, key_cos, key_sin, interleaved, query_offset, query_offsets, \
+      window_left, window_right, key_lengths, prefix_lengths, query_ids, key_ids, dense_mask, slopes, table,           \
+      table_left, dense_bias, sink, dropout_p, dropout_seed
 
 Problem unpack(FASTATTN_PROBLEM_PARAMETERS) {
   Problem p;
@@ -195,9 +194,9 @@ int32_t scalar_type_code(DType dtype) {
 
 Tensor empty_strided(std::initializer_list<i64> sizes, std::initializer_list<i64> strides, DType dtype) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<i64>(sizes.size()), sizes.begin(),
-                                                         strides.begin(), scalar_type_code(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<i64>(sizes.size()), sizes.begin(), strides.begin(),
+                                                         scalar_type_code(dtype), aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
   return Tensor(handle);
 }
 
@@ -255,9 +254,11 @@ std::tuple<Tensor, Tensor> cpu_forward(FASTATTN_PROBLEM_PARAMETERS) {
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cpu_backward(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out, const Tensor& lse, i64 needs,
-    FASTATTN_PROBLEM_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cpu_backward(const Tensor& grad_out,
+                                                                                const OptionalTensor& grad_lse,
+                                                                                const Tensor& out, const Tensor& lse,
+                                                                                i64 needs,
+                                                                                FASTATTN_PROBLEM_PARAMETERS) {
   const Problem p = unpack(FASTATTN_PROBLEM_ARGUMENTS);
   const DType dtype = p.query.dtype;
   const i64 b = p.batch, hq = p.query_heads, sq = p.query_length, dv = p.value_dim;

@@ -43,7 +43,9 @@ struct View {
     return static_cast<const char*>(data) +
            (a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]) * element_size(dtype);
   }
-  FASTATTN_INLINE char* mutable_at(i64 a, i64 b = 0, i64 c = 0, i64 d = 0) const { return const_cast<char*>(at(a, b, c, d)); }
+  FASTATTN_INLINE char* mutable_at(i64 a, i64 b = 0, i64 c = 0, i64 d = 0) const {
+    return const_cast<char*>(at(a, b, c, d));
+  }
 };
 
 struct Problem {
@@ -53,13 +55,13 @@ struct Problem {
   View query_cos, query_sin, key_cos, key_sin;  // (B|1, P, R/2)
   bool interleaved = false;
   i64 query_offset = 0;
-  View query_offsets;                        // (B|1,)
-  i64 window_left = -1, window_right = -1;   // -1 = unbounded
-  View key_lengths, prefix_lengths;          // (B|1,)
-  View query_ids, key_ids;                   // (B|1, S)
-  View dense_mask;                           // (B|1, Hq|1, Sq|1, Sk|1)
-  View slopes;                               // (B|1, Hq)
-  View table;                                // (B|1, Hq, T)
+  View query_offsets;                       // (B|1,)
+  i64 window_left = -1, window_right = -1;  // -1 = unbounded
+  View key_lengths, prefix_lengths;         // (B|1,)
+  View query_ids, key_ids;                  // (B|1, S)
+  View dense_mask;                          // (B|1, Hq|1, Sq|1, Sk|1)
+  View slopes;                              // (B|1, Hq)
+  View table;                               // (B|1, Hq, T)
   i64 table_left = 0;
   View dense_bias;  // (B|1, Hq|1, Sq|1, Sk|1)
   View sink;        // (B|1, Hq)

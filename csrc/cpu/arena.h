@@ -31,7 +31,8 @@ template <class T>
 class Buffer {
  public:
   FASTATTN_INLINE Buffer() {}
-  FASTATTN_INLINE explicit Buffer(i64 count) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(count) * sizeof(T) + 64))) {
+  FASTATTN_INLINE explicit Buffer(i64 count)
+      : data_(static_cast<T*>(std::malloc(static_cast<size_t>(count) * sizeof(T) + 64))) {
     if (!data_) throw std::bad_alloc();
   }
   Buffer(const Buffer&) = delete;

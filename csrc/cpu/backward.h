@@ -38,8 +38,7 @@ class Backward {
     dq_width = round_up(larger(p.head_dim, i64{1}), Mode::kPanel);
     dq_rows = round_up(p.query_length, Mode::kRowMultiple);
     products = out.dquery || out.dkey || out.dvalue || out.dslopes || out.dtable || writes_bias();
-    if (out.dquery && chunks > 1)
-      partial_dq = Buffer<Acc>(chunks * p.batch * p.query_heads * dq_rows * dq_width);
+    if (out.dquery && chunks > 1) partial_dq = Buffer<Acc>(chunks * p.batch * p.query_heads * dq_rows * dq_width);
     if (out.dslopes) partial_slopes = Buffer<double>(chunks * p.batch * p.query_heads);
     if (out.dtable) partial_table = Buffer<double>(chunks * p.batch * p.query_heads * p.table.size[2]);
     if (out.dsink) partial_sink = Buffer<double>(p.batch * p.query_heads);
@@ -71,7 +70,7 @@ class Backward {
   Tile engine;
   i64 chunks = 1, chunk_keys = 1, dq_rows = 1, dq_width = 1;
   bool products = false;
-  Buffer<Acc> partial_dq;                                     // (B * Hq, chunks, dq_rows, dq_width)
+  Buffer<Acc> partial_dq;                                      // (B * Hq, chunks, dq_rows, dq_width)
   Buffer<double> partial_slopes, partial_table, partial_sink;  // (B * Hq, chunks, ...)
 
   // A bias with every dimension its own: each element of its gradient is one dS.
@@ -91,7 +90,9 @@ class Backward {
     const i64 b = index / p.query_heads, h = index % p.query_heads;
     Arena measure(nullptr);
     const i64 width = round_up(larger(p.value_dim, i64{1}), kLane);
-    const auto layout = [&](Arena& arena, Acc** x, Acc** y) { *x = arena.take<Acc>(width), *y = arena.take<Acc>(width); };
+    const auto layout = [&](Arena& arena, Acc** x, Acc** y) {
+      *x = arena.take<Acc>(width), *y = arena.take<Acc>(width);
+    };
     Acc *o, *g;
     layout(measure, &o, &g);
     Arena arena(thread_scratch(measure.used()));
@@ -124,11 +125,11 @@ class Backward {
 
   struct Scratch {
     typename Tile::Scratch tile;
-    B* key_rows;                   // K as the B operand of dQ = dS K
+    B* key_rows;                      // K as the B operand of dQ = dS K
     A *query_columns, *grad_columns;  // Q^T and dO^T, for paired operands
     A* ds_rows;
     B *weight_pairs, *ds_pairs;
-    Acc *dkey, *dvalue, *dquery;   // dK^T, dV^T of the tile; dQ of the heads when there is one chunk
+    Acc *dkey, *dvalue, *dquery;  // dK^T, dV^T of the tile; dQ of the heads when there is one chunk
     Acc* table;
     uint8_t* ignored;
   };
@@ -210,8 +211,7 @@ class Backward {
           store_row(out.ddense_bias.dtype, ds + seen.low, seen.high - seen.low,
                     out.ddense_bias.mutable_at(keys.b, h, i, keys.origin + seen.low));
       });
-      if (out.dquery || out.dkey || out.dvalue)
-        accumulate(s, scorer, keys, q, dq ? dq + first * dq_width : nullptr);
+      if (out.dquery || out.dkey || out.dvalue) accumulate(s, scorer, keys, q, dq ? dq + first * dq_width : nullptr);
     }
     if (out.dslopes) partial_slopes.data()[partial] += sums.slope;
     if (out.dtable) {
@@ -364,8 +364,7 @@ class Backward {
         for (i64 t = 0; t < n; ++t) {
           double sum = 0;
           for (i64 from = b; from < (target.size[0] == 1 ? p.batch : b + 1); ++from)
-            for (i64 c = 0; c < parts; ++c)
-              sum += partial.data()[((from * p.query_heads + h) * parts + c) * n + t];
+            for (i64 c = 0; c < parts; ++c) sum += partial.data()[((from * p.query_heads + h) * parts + c) * n + t];
           *reinterpret_cast<Acc*>(last_axis == 2 ? target.mutable_at(b, h, t) : target.mutable_at(b, h)) =
               static_cast<Acc>(sum);
         }

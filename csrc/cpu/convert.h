@@ -92,8 +92,7 @@ inline void load_row(DType type, const char* source, i64 stride, i64 n, T* out) 
       if constexpr (sizeof(T) == 4)
         if (stride == 1)
           for (; i + 16 <= n; i += 16)
-            _mm512_storeu_ps(out + i,
-                             _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i))));
+            _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i))));
 #elif defined(__F16C__)
       if constexpr (sizeof(T) == 4)
         if (stride == 1)

@@ -74,10 +74,8 @@ struct Candidate {
 // Best first.
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
-    {&amx::kernels, has_amx, has_amx},
-    {&avx512bf16::kernels, has_avx512bf16, prefers_avx512bf16},
-    {&avx512::kernels, has_avx512, has_avx512},
-    {&avx2::kernels, has_avx2, has_avx2},
+    {&amx::kernels, has_amx, has_amx},          {&avx512bf16::kernels, has_avx512bf16, prefers_avx512bf16},
+    {&avx512::kernels, has_avx512, has_avx512}, {&avx2::kernels, has_avx2, has_avx2},
 #endif
     {&baseline::kernels, always, always},
 };

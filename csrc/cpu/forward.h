@@ -111,8 +111,7 @@ class Forward {
   }
 
   RowSource<Acc> query_source(const Block& block, i64 head, const BatchGeometry& geometry) const {
-    return RowSource<Acc>(p.query, block.b, head)
-        .rotated(p.query_cos, p.query_sin, geometry.offset, p.interleaved);
+    return RowSource<Acc>(p.query, block.b, head).rotated(p.query_cos, p.query_sin, geometry.offset, p.interleaved);
   }
 
   void run(i64 index) const {
@@ -124,31 +123,32 @@ class Forward {
     TileScope<Mode> tiles;
 
     Scorer<Acc> scorers[kMaxHeads];
+    bool bad_queries = false;
     for (i64 g = 0; g < item.heads; ++g) {
       scorers[g] = Scorer<Acc>(p, item.b, item.head + g);
-      pack_rows<Mode>(query_source(item, item.head + g, scorers[g].geometry), item.first, item.rows, depth, s.staging,
-                      s.query + g * item.rows * depth, s.query_bad + g * item.rows);
+      bad_queries |= pack_rows<Mode>(query_source(item, item.head + g, scorers[g].geometry), item.first, item.rows,
+                                     depth, s.staging, s.query + g * item.rows * depth, s.query_bad + g * item.rows);
     }
     const BatchGeometry& geometry = scorers[0].geometry;
     const i64 count = item.count();
     std::memset(s.accumulator, 0, count * value_width * sizeof(Acc));
     for (i64 r = 0; r < count; ++r) s.maximum[r] = -kInfinity<Acc>, s.sum[r] = 0;
 
-    const RowSource<Acc> key_rows = RowSource<Acc>(p.key, item.b, item.kv_head)
-                                        .rotated(p.key_cos, p.key_sin, 0, p.interleaved);
+    const RowSource<Acc> key_rows =
+        RowSource<Acc>(p.key, item.b, item.kv_head).rotated(p.key_cos, p.key_sin, 0, p.interleaved);
     const RowSource<Acc> value_rows(p.value, item.b, item.kv_head);
     const i64 low = geometry.visible(item.first).low, high = geometry.visible(item.first + item.rows - 1).high;
     for (i64 origin = round_down(low, tile); origin < high; origin += tile) {
       const i64 keys = smaller(tile, high - origin);
       const i64 padded = round_up(keys, Mode::kColumnMultiple);
       if (!documents_meet(p, item.b, item.first, item.rows, origin, keys)) continue;
-      const bool bad_keys = pack_transposed<Mode>(key_rows, origin, keys, padded, depth, width, s.staging, s.keys,
-                                                  s.key_bad);
-      const bool bad_values = pack_depth<Mode>(value_rows, origin, keys, padded, value_width, s.staging, s.values,
-                                               s.value_bad);
+      const bool bad_keys =
+          pack_transposed<Mode>(key_rows, origin, keys, padded, depth, width, s.staging, s.keys, s.key_bad);
+      const bool bad_values =
+          pack_depth<Mode>(value_rows, origin, keys, padded, value_width, s.staging, s.values, s.value_bad);
       for (i64 r = 0; r < count; r += kStrip)
-        strip(item, scorers, s, r, smaller(kStrip, count - r), origin, keys, padded, bad_keys ? &key_rows : nullptr,
-              bad_values ? &value_rows : nullptr);
+        strip(item, scorers, s, r, smaller(kStrip, count - r), origin, keys, padded,
+              bad_keys || bad_queries ? &key_rows : nullptr, bad_values ? &value_rows : nullptr);
     }
     for (i64 r = 0; r < count; ++r) finish(item, scorers[item.head_of(r)], s, r);
   }
@@ -227,25 +227,24 @@ class Forward {
                                : row_exp<false>(score, begin, end, reference, factor);
   }
 
-  // Scores of visible pairs with a flagged key, from the original numbers.
-  void fix_scores(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows,
-                  i64 origin, i64 keys, const RowSource<Acc>& source) const {
+  // Scores of visible pairs with a flagged query or key, from the original numbers.
+  void fix_scores(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
+                  i64 keys, const RowSource<Acc>& source) const {
     Acc* const key = s.temp;
     Acc* const query = s.staging;
-    for (i64 j = 0; j < keys; ++j) {
-      if (!s.key_bad[j]) continue;
-      source.load(origin + j, key);
+    for (i64 j = 0; j < keys; ++j)
       for (i64 r = 0; r < rows; ++r) {
+        if (!s.key_bad[j] && !s.query_bad[first_row + r]) continue;
         const i64 i = item.query_of(first_row + r), g = item.head_of(first_row + r);
         if (!scorers[g].visible(i, origin + j)) continue;
+        source.load(origin + j, key);
         query_source(item, item.head + g, scorers[g].geometry).load(i, query);
         s.scores[r * tile + j] = dot(query, key, p.head_dim);
       }
-    }
   }
 
-  void fix_values(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows,
-                  i64 origin, i64 begin, i64 keys, const A* weights, const RowSource<Acc>& source) const {
+  void fix_values(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
+                  i64 begin, i64 keys, const A* weights, const RowSource<Acc>& source) const {
     Acc* const value = s.temp;
     for (i64 j = begin; j < keys; ++j) {
       if (!s.value_bad[j]) continue;

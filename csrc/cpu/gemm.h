@@ -100,9 +100,8 @@ inline void panel_product(i64 m, i64 depth, const typename Mode::A* a, i64 a_row
 }
 
 template <class Mode>
-inline void gemm(i64 m, i64 n, i64 depth, const typename Mode::A* a, i64 a_row, i64 a_depth,
-                 const typename Mode::B* b, i64 b_row, i64 b_panel, typename Mode::Acc* c, i64 c_row,
-                 bool accumulate) {
+inline void gemm(i64 m, i64 n, i64 depth, const typename Mode::A* a, i64 a_row, i64 a_depth, const typename Mode::B* b,
+                 i64 b_row, i64 b_panel, typename Mode::Acc* c, i64 c_row, bool accumulate) {
 #if defined(__AMX_BF16__)
   if constexpr (Mode::kPair == 2) {
     amx_gemm<Mode::kPanel>(m, n, depth, a, a_row, b, b_row, b_panel, c, c_row, accumulate);

@@ -24,8 +24,8 @@ FASTATTN_INLINE void amx_configure() { _tile_loadconfig(&kTileConfig); }
 
 // Rows [0, 16 * kM) and columns [0, 16 * kN) of C; b0 and b1 start at the two column blocks.
 template <int kM, int kN>
-inline void amx_block(i64 depth, const bf16* a, i64 a_row, const uint32_t* b0, const uint32_t* b1, i64 b_row,
-                      float* c, i64 c_row, bool accumulate) {
+inline void amx_block(i64 depth, const bf16* a, i64 a_row, const uint32_t* b0, const uint32_t* b1, i64 b_row, float* c,
+                      i64 c_row, bool accumulate) {
   const i64 a_bytes = a_row * 2, b_bytes = b_row * 4, c_bytes = c_row * 4;
   if (accumulate) {
     _tile_loadd(0, c, c_bytes);

@@ -36,9 +36,9 @@ class GradientTile {
   }
 
   struct Scratch {
-    B *keys, *values;                 // K^T and V^T, packed
-    A *query, *grad_out;              // rows
-    Acc *scores, *products;           // S then P (dropout applied); dP then dS
+    B *keys, *values;        // K^T and V^T, packed
+    A *query, *grad_out;     // rows
+    Acc *scores, *products;  // S then P (dropout applied); dP then dS
     Acc *staging, *temp, *cap_gradient, *dropout;
     uint8_t *key_bad, *value_bad, *query_bad, *grad_bad;
   };
@@ -95,8 +95,8 @@ class GradientTile {
     const i64 low = larger(geometry.visible(first).low - keys.origin, i64{0});
     const i64 high = smaller(geometry.visible(first + rows - 1).high - keys.origin, keys.count);
     if (low >= high || !documents_meet(p, keys.b, first, rows, keys.origin, keys.count)) return false;
-    *out = Span{first, rows, round_down(low, Mode::kPanel), smaller(round_up(high, Mode::kColumnMultiple), keys.padded), false,
-                false};
+    *out = Span{first, rows, round_down(low, Mode::kPanel), smaller(round_up(high, Mode::kColumnMultiple), keys.padded),
+                false, false};
     return true;
   }
 
@@ -139,9 +139,11 @@ class GradientTile {
         factors = s.dropout;
       }
       if (scorer.plain)
-        differentiate<true>(score, product, live.low, live.high, lse[r * lse_stride], row_delta[r], scorer.factor, factors);
+        differentiate<true>(score, product, live.low, live.high, lse[r * lse_stride], row_delta[r], scorer.scale,
+                            factors);
       else
-        differentiate<false>(score, product, live.low, live.high, lse[r * lse_stride], row_delta[r], scorer.factor, factors);
+        differentiate<false>(score, product, live.low, live.high, lse[r * lse_stride], row_delta[r], scorer.scale,
+                             factors);
       row(r, i, product);
       if (capped)
         for (i64 j = live.low; j < live.high; j += kLane)
@@ -155,8 +157,8 @@ class GradientTile {
     Acc* const numbers = s.temp;
     for (i64 r = 0; r < q.rows; ++r)
       for (i64 j = q.begin; j < smaller(q.end, keys.count); ++j) {
-        const bool any = (keys.bad_keys && s.key_bad[j]) || (q.bad_queries && s.query_bad[r]) ||
-                         (q.bad_grads && s.grad_bad[r]);
+        const bool any =
+            (keys.bad_keys && s.key_bad[j]) || (q.bad_queries && s.query_bad[r]) || (q.bad_grads && s.grad_bad[r]);
         if (!any || !scorer.visible(q.first + r, keys.origin + j)) continue;
         const Acc weight = s.scores[r * tile + j], ds = s.products[r * tile + j];
         if (keys.bad_keys && s.key_bad[j]) {
@@ -176,15 +178,16 @@ class GradientTile {
 
  private:
   // s: scores -> weights; dp: dO.V -> dS.  A masked pair is exactly zero in both, whatever lse and Delta are.
+  // Plain scores are scaled before lse is taken off: folding log2(e) into lse would round it a second time, and
+  // every weight of the row with it.
   template <bool kPlain>
-  static void differentiate(Acc* s, Acc* dp, i64 begin, i64 end, Acc lse, Acc row_delta, Acc factor,
+  static void differentiate(Acc* s, Acc* dp, i64 begin, i64 end, Acc lse, Acc row_delta, Acc scale,
                             const Acc* factors) {
-    const Acc shift = kPlain ? static_cast<Acc>(lse * kLog2E) : lse;
     const Vec<Acc> zero = {};
+    const Acc log2e = static_cast<Acc>(kLog2E);
     for (i64 j = begin; j < end; j += kLane) {
       const Vec<Acc> score = load(s + j);
-      const Vec<Acc> x = kPlain ? score * factor - shift : (score - shift) * factor;
-      Vec<Acc> weight = exp2(x);
+      const Vec<Acc> weight = exp2(((kPlain ? score * scale : score) - lse) * log2e);
       Vec<Acc> gradient = load(dp + j);
       Vec<Acc> kept = weight;
       if (factors) {

@@ -52,9 +52,9 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   const Vec<double> shifted = clamped + 6755399441055744.0;
   const Vec<double> y = (clamped - (shifted - 6755399441055744.0)) * kLn2;
   Vec<double> p = splat(1.0 / 6227020800.0);
-  constexpr double inverse_factorial[] = {1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,
-                                          1.0 / 120,  1.0 / 720,   1.0 / 5040,   1.0 / 40320,   1.0 / 362880,
-                                          1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600};
+  constexpr double inverse_factorial[] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,      1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600};
   for (int k = 12; k >= 0; --k) p = p * y + inverse_factorial[k];
   const Vec<double> result = (Vec<double>)((Vec<int64_t>)p + ((Vec<int64_t>)shifted << 52));
   const Vec<double> zero = {};

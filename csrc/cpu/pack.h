@@ -22,8 +22,12 @@ struct RowSource {
 
   RowSource() = default;
   RowSource(const View& view, i64 b, i64 h)
-      : data(view.at(b, h)), dtype(view.dtype), row_stride(view.stride[2]), column_stride(view.stride[3]),
-        columns(view.size[3]), batch(b) {}
+      : data(view.at(b, h)),
+        dtype(view.dtype),
+        row_stride(view.stride[2]),
+        column_stride(view.stride[3]),
+        columns(view.size[3]),
+        batch(b) {}
 
   RowSource& rotated(const View& c, const View& s, i64 first_position, bool pairs) {
     if (c) cosine = &c, sine = &s, position = first_position, interleaved = pairs;
@@ -87,9 +91,7 @@ template <class Mode>
 inline bool load_operand(const RowSource<typename Mode::Acc>& source, i64 row, i64 width, typename Mode::Acc* staging,
                          typename Mode::A* out) {
   using A = typename Mode::A;
-  constexpr DType own = sizeof(A) == 2   ? DType::kBFloat16
-                        : sizeof(A) == 4 ? DType::kFloat32
-                                         : DType::kFloat64;
+  constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
   if (source.dtype == own && source.column_stride == 1 && !source.cosine) {
     const A* from = reinterpret_cast<const A*>(source.data) + row * source.row_stride;
     const bool finite = copy_finite(from, source.columns, out);
@@ -223,8 +225,8 @@ inline void pair_rows(const float* a, const float* b, i64 n, uint32_t* out, bf16
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + j), x);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + j), y);
     }
-    _mm512_storeu_si512(out + j, _mm512_or_si512(_mm512_cvtepu16_epi32(x),
-                                                 _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16)));
+    _mm512_storeu_si512(out + j,
+                        _mm512_or_si512(_mm512_cvtepu16_epi32(x), _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16)));
   }
 }
 #endif

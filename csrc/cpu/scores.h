@@ -162,7 +162,8 @@ struct Scorer {
     }
   }
 
-  // out[j] = 0 or 1 / (1 - p) for the columns [begin, end); begin + origin is a multiple of four.
+  // out[j] = 0 or 1 / (1 - p) for the columns [begin, end) and those that share a draw with them; origin is a
+  // multiple of four.
   void dropout_factors(i64 i, i64 origin, i64 begin, i64 end, T* out) const {
     const double p = problem->dropout_p;
     const uint64_t threshold = p >= 1 ? uint64_t{1} << 32 : static_cast<uint64_t>(p * 4294967296.0);
@@ -171,9 +172,8 @@ struct Scorer {
     const uint32_t head = static_cast<uint32_t>(b * problem->query_heads + h);
     const uint32_t key0 = static_cast<uint32_t>(problem->dropout_seed);
     const uint32_t key1 = static_cast<uint32_t>(problem->dropout_seed >> 32);
-    for (i64 j = begin; j < end; j += 4) {
-      const Philox in{{key0, key1},
-                      {static_cast<uint32_t>((origin + j) >> 2), row, head, problem->dropout_offset}};
+    for (i64 j = round_down(begin, 4); j < end; j += 4) {
+      const Philox in{{key0, key1}, {static_cast<uint32_t>((origin + j) >> 2), row, head, problem->dropout_offset}};
       uint32_t word[4];
       philox4x32_10(in, word);
       for (int k = 0; k < 4; ++k) out[j + k] = word[k] >= threshold ? kept : T(0);

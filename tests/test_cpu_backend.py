@@ -1,0 +1,421 @@
+"""What only the native CPU kernels can get wrong: instruction sets, threads, tile borders, strides, non-finite rows.
+
+Calls the operators directly, below the public API.  The oracle is the reference formula in float64; the budget is
+twice the error of that formula in the inputs' own precision, plus one rounding of the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn import native, reference
+from fastattn.problem import GRADIENT_FIELDS, Problem
+
+pytestmark = pytest.mark.skipif(not native.load_cpu_library(), reason=str(native.load_error))
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHAPED = ("query", "key", "value")
+Gradients = dict[str, Tensor]
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def plain(
+    dtype: torch.dtype, sq: int, sk: int, *, b: int = 2, hq: int = 4, hk: int = 2, d: int = 32, **fields
+) -> Problem:
+    """A problem without masks and biases."""
+    q, k, v = random(b, hq, sq, d, seed=1), random(b, hk, sk, d, seed=2), random(b, hk, sk, d, seed=3)
+    return Problem(query=q.to(dtype), key=k.to(dtype), value=v.to(dtype), scale=d**-0.5, **fields)
+
+
+def everything(dtype: torch.dtype, sq: int = 150, sk: int = 210) -> Problem:
+    """Every optional field at once, and some rows that see nothing."""
+    b, hq, d = 2, 4, 32
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    angle = random(1, sk + 8, d // 4, seed=4, dtype=parameter)
+    ids = torch.arange(sk) * 3 // sk
+    hidden = random(1, 1, sq, sk, seed=5, dtype=parameter)
+    bias = random(1, hq, sq, sk, seed=6, dtype=parameter).masked_fill(hidden > 1.5, float("-inf"))
+    return plain(
+        dtype,
+        sq,
+        sk,
+        b=b,
+        hq=hq,
+        d=d,
+        softcap=20.0,
+        query_cos=angle.cos(),
+        query_sin=angle.sin(),
+        key_cos=angle.cos(),
+        key_sin=angle.sin(),
+        query_offsets=torch.tensor([sk - sq, 5]),
+        window_left=120,
+        window_right=40,
+        key_lengths=torch.tensor([sk, sk - 17]),
+        prefix_lengths=torch.tensor([60, 0]),
+        query_ids=ids[None, :sq].contiguous(),
+        key_ids=ids[None],
+        dense_mask=random(b, 1, 1, sk, seed=7) > -1.0,
+        slopes=random(1, hq, seed=8, dtype=parameter).abs() * 0.1,
+        table=random(1, hq, 40, seed=9, dtype=parameter),
+        table_left=25,
+        dense_bias=bias,
+        sink=random(1, hq, seed=10, dtype=parameter),
+        dropout_p=0.2,
+        dropout_seed=torch.tensor([2**40 + 3, 7]),
+    )
+
+
+def native_run(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Gradients]:
+    out, lse = torch.ops.fastattn.cpu_forward(*problem.arguments())
+    names = [name for name in GRADIENT_FIELDS if getattr(problem, name) is not None]
+    needs = sum(1 << bit for bit, name in enumerate(GRADIENT_FIELDS) if name in names)
+    grads = torch.ops.fastattn.cpu_backward(grad_out, grad_lse, out, lse, needs, *problem.arguments())
+    return out, lse, {name: grads[GRADIENT_FIELDS.index(name)] for name in names}
+
+
+def reference_run(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Gradients]:
+    names = [name for name in GRADIENT_FIELDS if getattr(problem, name) is not None]
+    leaves = {name: getattr(problem, name).detach().clone().requires_grad_() for name in names}
+    out, lse = reference.forward(dataclasses.replace(problem, **leaves))
+    loss = (out.double() * grad_out.double()).sum()
+    if grad_lse is not None:
+        loss = loss + (lse.masked_fill(lse.isinf(), 0.0).double() * grad_lse.double()).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return out.detach(), lse.detach(), dict(zip(names, grads, strict=True))
+
+
+def widened(problem: Problem) -> Problem:
+    def wide(value: object) -> object:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return Problem(**{f.name: wide(getattr(problem, f.name)) for f in dataclasses.fields(problem)})
+
+
+def assert_within_budget(name: str, got: Tensor, exact: Tensor, peer: Tensor, u: float) -> None:
+    """|got - exact| <= 2 max|peer - exact| + roundings of the result and of its typical term, element by element."""
+    size = exact.abs().nan_to_num(posinf=0.0)
+    error = torch.where(exact.isinf() & (got.double() == exact), 0.0, (got.double() - exact).abs())
+    budget = 2 * torch.where(peer.double() == exact, 0.0, (peer.double() - exact).abs()).max()
+    if got.dtype == torch.float64:  # the oracle is no more exact than the kernels
+        budget = 100 * u * (1 + size.max())
+    allowed = budget + 2 * u * size + 8 * u * size.mean()
+    assert (error <= allowed).all(), f"{name}: error {error.max():.3g}, budget {budget:.3g}"
+
+
+def check(problem: Problem) -> None:
+    """Output, lse and every gradient of the native kernels against the oracle."""
+    dtype = problem.query.dtype
+    u = torch.finfo(dtype).eps / 2
+    sq, dv = problem.query_length, problem.value.shape[3]
+    grad_out = random(problem.batch_size, problem.num_heads, sq, dv, seed=20, dtype=dtype)
+    grad_lse = random(problem.batch_size, problem.num_heads, sq, seed=21, dtype=problem.parameter_dtype)
+    out, lse, grads = native_run(problem, grad_out, grad_lse)
+    exact_out, exact_lse, exact = reference_run(widened(problem), grad_out, grad_lse)
+    peer_out, peer_lse, peer = reference_run(problem, grad_out, grad_lse)
+    # q and k may be rounded to the operand type after rotation, P before the second product: one more rounding each
+    rounding = 4 * u if dtype == torch.bfloat16 else u
+    # the backward recomputes P from lse as rounded to the parameter dtype: a relative error of |lse| roundings
+    recomputed = torch.finfo(problem.parameter_dtype).eps * (1 + exact_lse.abs().nan_to_num(posinf=0.0).max().item())
+    assert_within_budget("out", out, exact_out, peer_out, rounding)
+    relaxed = torch.finfo(problem.parameter_dtype).eps if dtype != torch.bfloat16 or problem.query_cos is None else u
+    assert_within_budget("lse", lse, exact_lse, peer_lse, 4 * relaxed)
+    for name, grad in grads.items():
+        assert grad.shape == getattr(problem, name).shape
+        assert grad.dtype == getattr(problem, name).dtype
+        if name in SHAPED:
+            assert_within_budget(name, grad, exact[name], peer[name], 2 * rounding + recomputed)
+        else:
+            # sums of many terms that cancel: bounded by the unit roundoff of the inputs times the mass of |dS|
+            mass = problem.query_length * problem.key_length * problem.num_heads
+            distance = problem.key_length if name == "slopes" else 1
+            error = (grad.double() - exact[name]).abs().max()
+            assert error <= 4 * u * distance * mass**0.5 + 2 * (peer[name].double() - exact[name]).abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_field_at_once(dtype: torch.dtype) -> None:
+    check(everything(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 33, 47, 48, 49, 63, 65, 191, 192, 193, 255, 256, 257, 385])
+def test_borders_of_tiles(dtype: torch.dtype, length: int) -> None:
+    check(plain(dtype, length, length + 1, b=1, hq=2, hk=1, d=24, window_right=0, query_offset=1))
+    check(plain(dtype, 65, length, b=1, hq=1, hk=1, d=8))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 16, 31, 40, 65, 128, 200])
+def test_borders_of_head_dimensions(dim: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = plain(dtype, 33, 50, d=dim)
+        check(dataclasses.replace(problem, value=random(2, 2, 50, dim % 37 + 1, seed=3, dtype=dtype)))
+
+
+ISA_SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from tests import test_cpu_backend as t
+assert t.native.cpu_info()["isa"] == sys.argv[2], t.native.cpu_info()
+for dtype in t.DTYPES:
+    t.check(t.everything(dtype))
+    t.check(t.plain(dtype, 70, 300, d=64, window_right=0, query_offset=230))
+    t.check(t.plain(dtype, 3, 130, d=20, hq=6))
+t.test_exponential_over_its_range()
+for case in t.LEAKS:
+    t.test_masked_rows_never_leak(torch.bfloat16, case)
+"""
+
+
+def run_isolated(isa: str, script: str = ISA_SCRIPT) -> subprocess.CompletedProcess[str]:
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "FASTATTN_CPU_ISA": isa, "PYTHONPATH": root}
+    command = [sys.executable, "-c", script, root, isa]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
+def test_forced_instruction_set(isa: str) -> None:
+    info = native.cpu_info()
+    if isa not in info["supported"]:  # type: ignore[operator]
+        pytest.skip(f"this processor has no {isa}" if isa in info["compiled"] else f"{isa} is not compiled in")  # type: ignore[operator]
+    result = run_isolated(isa)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_unknown_instruction_set_is_an_error() -> None:
+    script = "from tests import test_cpu_backend as t; t.plain; q = t.plain(t.torch.float32, 2, 2)\n"
+    result = run_isolated("mmx", script + "t.torch.ops.fastattn.cpu_forward(*q.arguments())")
+    assert result.returncode != 0
+    assert "FASTATTN_CPU_ISA=mmx" in result.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [210, 900])
+def test_bits_do_not_depend_on_the_thread_count(dtype: torch.dtype, keys: int) -> None:
+    problem = everything(dtype, 150, keys)
+    grad_out = random(2, 4, 150, 32, seed=20, dtype=dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(native_run(problem, grad_out, None))
+    finally:
+        torch.set_num_threads(before)
+    for out, lse, grads in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+        for name, grad in grads.items():
+            assert torch.equal(grad, results[0][2][name]), name
+
+
+LEAKS = ("key", "value", "query", "grad_out", "dense_bias")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", LEAKS)
+def test_masked_rows_never_leak(dtype: torch.dtype, where: str) -> None:
+    """NaN and infinity in rows nobody sees change no bit of anything that is seen."""
+    sq, sk = 70, 130
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    visible = torch.ones(1, 1, sq, sk, dtype=torch.bool)
+    visible[..., 100] = visible[..., 3] = False  # hidden keys
+    visible[:, :, 11] = visible[:, :, 64] = False  # rows that see nothing
+    bias = random(1, 1, sq, sk, seed=30, dtype=parameter)
+    problem = plain(dtype, sq, sk, d=40, dense_mask=visible, dense_bias=bias)
+    grad_out = random(2, 4, sq, 40, seed=31, dtype=dtype)
+    clean = native_run(problem, grad_out, None)
+    poisoned = {name: getattr(problem, name).clone() for name in ("query", "key", "value", "dense_bias")}
+    poisoned["grad_out"] = grad_out.clone()
+    if where in ("key", "value"):
+        poisoned[where][:, :, 100, 5], poisoned[where][:, :, 3] = float("nan"), float("inf")
+    elif where == "dense_bias":
+        poisoned[where][..., 100], poisoned[where][..., 3] = float("nan"), float("inf")
+    else:
+        poisoned[where][:, :, 11], poisoned[where][:, :, 64, 0] = float("nan"), float("-inf")
+    grad_out = poisoned.pop("grad_out")
+    out, lse, grads = native_run(dataclasses.replace(problem, **poisoned), grad_out, None)
+    assert torch.equal(out, clean[0])
+    assert torch.equal(lse, clean[1])
+    for name, grad in grads.items():
+        assert torch.equal(grad, clean[2][name]), name
+
+
+@pytest.mark.parametrize("field", ["key", "value", "query"])
+def test_visible_rows_propagate(field: str) -> None:
+    """A NaN reaches the rows that see it, and those alone."""
+    problem = plain(torch.float32, 40, 40, window_right=0)
+    tensor = getattr(problem, field).clone()
+    tensor[:, :, 25, 2] = float("nan")
+    problem = dataclasses.replace(problem, **{field: tensor})
+    out, _ = torch.ops.fastattn.cpu_forward(*problem.arguments())
+    touched = out.isnan().any(dim=-1)
+    rows = torch.arange(40)
+    assert torch.equal(touched, (rows == 25 if field == "query" else rows >= 25).expand_as(touched))
+
+
+def test_exponential_over_its_range() -> None:
+    """With keys (1, 0) and values (1, 0) the output is the logistic function of q: exp with nothing to hide it."""
+    x = torch.linspace(-86.0, 30.0, 20001, dtype=torch.float64)
+    for dtype, tolerance in ((torch.float32, 5e-7), (torch.float64, 2e-15)):
+        q = x.to(dtype)
+        k = torch.tensor([1.0, 0.0], dtype=dtype)[None, None, :, None]
+        problem = Problem(query=q[None, None, :, None], key=k, value=k, scale=1.0)
+        out, lse = torch.ops.fastattn.cpu_forward(*problem.arguments())
+        exact = torch.sigmoid(q.double())
+        # the logits themselves are rounded to u |x| in base 2
+        allowed = tolerance + torch.finfo(dtype).eps * q.double().abs()
+        assert ((out.double().flatten() - exact).abs() <= allowed * exact).all()
+        exact_lse = torch.nn.functional.softplus(q.double(), threshold=100)
+        assert ((lse.double().flatten() - exact_lse).abs() <= 2 * tolerance * (1 + exact_lse)).all()
+
+
+def test_extreme_scores() -> None:
+    """finfo.min is a number (a row of it is the average), -inf is a mask, and large logits do not overflow."""
+    low = torch.finfo(torch.float32).min
+    problem = plain(torch.float32, 4, 50, b=1, hq=1, hk=1)
+    bias = torch.zeros(1, 1, 4, 50)
+    bias[:, :, 0], bias[:, :, 1], bias[:, :, 2, 7] = low, float("-inf"), 3e38
+    out, lse = torch.ops.fastattn.cpu_forward(*dataclasses.replace(problem, dense_bias=bias).arguments())
+    torch.testing.assert_close(out[0, 0, 0], problem.value[0, 0].mean(dim=0), rtol=1e-5, atol=1e-6)
+    assert (out[0, 0, 1] == 0).all()
+    assert lse[0, 0, 1] == float("inf")
+    torch.testing.assert_close(out[0, 0, 2], problem.value[0, 0, 7])
+    check(dataclasses.replace(problem, scale=60.0))
+
+
+def test_memory_order_follows_the_query() -> None:
+    q = random(2, 30, 4, 16, seed=1).transpose(1, 2)
+    k = random(2, 4, 30, 16, seed=2)
+    problem = Problem(query=q, key=k, value=k, scale=0.25)
+    out, lse, grads = native_run(problem, torch.ones(2, 4, 30, 16), None)
+    assert out.stride() == grads["query"].stride() == q.stride()
+    assert grads["key"].is_contiguous()
+    assert lse.is_contiguous()
+
+
+def test_strided_and_broadcast_views() -> None:
+    wide = random(2, 40, 3, 5, 24, seed=1)  # (B, S, qkv, H, D), as a fused projection leaves it
+    q, k, v = wide.permute(2, 0, 3, 1, 4)
+    shared = random(1, 1, 40, 24, seed=2).expand(2, 5, 40, 24)
+    column = random(2, 5, 40, 1, seed=3).expand(2, 5, 40, 40)
+    flipped = random(40, 40, seed=4).t()[None, None]
+    for key, bias in ((k, column), (shared, flipped), (k, column[..., ::2].repeat_interleave(2, -1))):
+        problem = Problem(query=q, key=key, value=v, scale=0.2, dense_bias=bias)
+        check(problem)
+        dense = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
+        dense = {n: x.contiguous() if isinstance(x, Tensor) else x for n, x in dense.items()}
+        grad_out = torch.ones(2, 5, 40, 24)
+        for a, b in zip(
+            native_run(problem, grad_out, None)[:2], native_run(Problem(**dense), grad_out, None)[:2], strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_strides_past_32_bits() -> None:
+    # 8 GiB of addresses, of which a handful of pages are ever touched
+    base = torch.empty(2**32 + 4096, dtype=torch.float16)
+    far = [base.as_strided((1, 2, 9, 16), (0, 2**31 + 512 * n, 16, 1), 1024 * n) for n in range(3)]
+    near = [random(1, 2, 9, 16, seed=n, dtype=torch.float16) for n in range(3)]
+    for a, b in zip(far, near, strict=True):
+        a.copy_(b)
+    grad_out = torch.ones(1, 2, 9, 16, dtype=torch.float16)
+    runs = [native_run(Problem(query=q, key=k, value=v, scale=0.2), grad_out, None) for q, k, v in (far, near)]
+    assert torch.equal(runs[0][0], runs[1][0])
+    for name in SHAPED:
+        assert torch.equal(runs[0][2][name], runs[1][2][name])
+
+
+@pytest.mark.parametrize("value", [-(2**63), -(2**40), -1, 10**6, 2**62, 2**63 - 1])
+def test_values_out_of_range_are_clamped(value: int) -> None:
+    """Lengths, offsets and windows are data: no value of theirs reads outside a tensor."""
+    q = plain(torch.float32, 20, 30, window_left=3, window_right=2)
+    angle = random(1, 7, 8, seed=1)
+    rotary = {"query_cos": angle.cos(), "query_sin": angle.sin(), "key_cos": angle.cos(), "key_sin": angle.sin()}
+    slopes, table = random(1, 4, seed=2), random(1, 4, 9, seed=3)
+    extreme = torch.tensor([value])
+    for fields in (
+        {"query_offsets": extreme, **rotary, "slopes": slopes * 0, "table": table},
+        {"query_offset": value, **rotary, "table": table, "table_left": value},
+        {"key_lengths": extreme},
+        {"prefix_lengths": extreme},
+        {"window_left": max(value, -1), "window_right": max(value, -1)},
+    ):
+        problem = dataclasses.replace(q, **fields)
+        out, _, grads = native_run(problem, torch.ones_like(q.query), None)
+        assert out.isfinite().all()
+        assert all(grad.isfinite().all() for grad in grads.values())
+    empty, _ = torch.ops.fastattn.cpu_forward(*dataclasses.replace(q, key_lengths=torch.tensor([-5])).arguments())
+    full, _ = torch.ops.fastattn.cpu_forward(*dataclasses.replace(q, key_lengths=torch.tensor([2**62])).arguments())
+    assert (empty == 0).all()
+    assert torch.equal(full, torch.ops.fastattn.cpu_forward(*q.arguments())[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 6), (2, 0, 5, 6), (2, 4, 0, 6), (2, 4, 5, 0)])
+def test_empty_dimensions(shape: tuple[int, int, int, int]) -> None:
+    b, h, sq, sk = shape
+    problem = plain(torch.float32, sq, sk, b=b, hq=h, hk=h, slopes=random(1, h, seed=1), sink=random(1, h, seed=2))
+    out, lse, grads = native_run(problem, torch.ones(b, h, sq, 32), torch.ones(b, h, sq))
+    assert out.shape == (b, h, sq, 32)
+    assert (out == 0).all()
+    if sk == 0 and out.numel():
+        assert torch.equal(lse, problem.sink[..., None].expand_as(lse))  # type: ignore[index]
+        torch.testing.assert_close(grads["sink"], torch.full((1, h), float(b * sq)))
+    assert all((grads[name] == 0).all() for name in (*SHAPED, "slopes"))
+
+
+def test_only_the_gradients_asked_for() -> None:
+    problem = everything(torch.float32)
+    grad_out = random(2, 4, 150, 32, seed=20)
+    out, lse, every = native_run(problem, grad_out, None)
+    for bit, name in enumerate(GRADIENT_FIELDS):
+        grads = torch.ops.fastattn.cpu_backward(grad_out, None, out, lse, 1 << bit, *problem.arguments())
+        assert [grad.numel() == 0 for grad in grads] == [other != name for other in GRADIENT_FIELDS]
+        assert torch.equal(grads[bit], every[name])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 33, 47), (1, 4, 33, 47), (2, 1, 33, 47), (1, 1, 33, 47), (1, 1, 1, 47), (2, 4, 33, 1), (1, 1, 1, 1)],
+)
+def test_gradient_of_a_broadcast_bias(shape: tuple[int, ...]) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        check(plain(dtype, 33, 47, dense_bias=random(*shape, seed=40, dtype=dtype)))
+
+
+def test_malformed_arguments_are_refused() -> None:
+    good = plain(torch.float32, 5, 6)
+    for fields in (
+        {"key": good.key[..., :-1]},
+        {"value": good.value.double()},
+        {"query": good.query.transpose(2, 3)},
+        {"key": good.key[:, :1].expand(-1, 3, -1, -1)},
+        {"slopes": torch.ones(1, 4, dtype=torch.float64)},
+        {"table": torch.ones(1, 4, 0)},
+        {"dense_mask": torch.ones(1, 1, 5, 7, dtype=torch.bool)},
+        {"query_ids": torch.zeros(1, 5, dtype=torch.int64)},
+        {"key_lengths": torch.ones(2, dtype=torch.int32)},
+    ):
+        with pytest.raises(RuntimeError, match="fastattn"):
+            torch.ops.fastattn.cpu_forward(*dataclasses.replace(good, **fields).arguments())
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+def test_library_has_no_python_symbol() -> None:
+    command = ["nm", "-D", "--undefined-only", str(native.library_path)]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert " Py" not in symbols
+    assert "_Py" not in symbols
