@@ -4,6 +4,7 @@ from fastattn.biases import ALiBi, Bias, DenseBias, DistanceTable, T5Bias, alibi
 from fastattn.dispatch import Explanation, UnsupportedError
 from fastattn.functional import attention, backends, explain, last_call
 from fastattn.masks import BoolMask, Causal, Documents, KeyLengths, Mask, PrefixLM, SlidingWindow
+from fastattn.nn import replace_attention, restore_attention
 from fastattn.rotary import Rotary
 from fastattn.sdpa import scaled_dot_product_attention
 
@@ -29,6 +30,8 @@ __all__ = [
     "backends",
     "explain",
     "last_call",
+    "replace_attention",
+    "restore_attention",
     "scaled_dot_product_attention",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ _UNBATCHED = frozenset({"dropout_seed"})
 def fused_attention(backend: str, problem: Problem) -> tuple[Tensor, Tensor]:
     """Output and lse of `problem` on a fused backend, differentiable."""
     args = problem.arguments()
-    if torch.compiler.is_compiling():
-        # Dynamo traces a Function only where something is to be differentiated, and only with distinct tensors.
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch._C._functorch.peek_interpreter_stack() is None:
+        # Where nothing is to be differentiated or mapped the Function only costs time, and Dynamo cannot trace it.
         if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in args):
             return FusedAttention.forward(backend, *args)
-        args = _distinct(args)
+    if compiling:
+        args = _distinct(args)  # Dynamo wants distinct tensors
     return FusedAttention.apply(backend, *args)
 
 
@@ -143,6 +146,11 @@ class FusedBackward(torch.autograd.Function):
                 unfolded = unfolded.sum(dim=1, keepdim=True)
             out.append(unfolded)
         return tuple(out), (0,) * len(out)
+
+
+# Function.apply asks for the signature at every call; inspecting it anew costs more than the rest of the boundary.
+for _function in (FusedAttention, FusedBackward):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 
 def _batch_axis(dim: int | None) -> int:
