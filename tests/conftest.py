@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,12 +49,25 @@ def only_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return backend
 
 
+def _poison_native_memory() -> None:
+    """Fill with garbage what native code allocates, on CPUs: tensors made through the stable ABI, which
+    `fill_uninitialized_memory` does not reach, and scratch from malloc."""
+    c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    ctypes.c_bool.in_dll(c10, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = True  # 0x7fedbeef, a float32 NaN
+    if sys.platform == "linux":
+        m_perturb, pattern = -6, 0x01  # glibc writes the complement, 0xfe: -1.7e38 in float32
+        ctypes.CDLL(None).mallopt(m_perturb, pattern)
+
+
+_poison_native_memory()
+
+
 @pytest.fixture(autouse=True)
 def _surroundings() -> Iterator[None]:
-    """Seeds; NaN in every fresh allocation, native ones included; one thread; no grad-mode or thread leak.
+    """Seeds; NaN in every fresh tensor; one thread; gradients still enabled after.
 
-    `use_deterministic_algorithms` is what makes ATen honour `fill_uninitialized_memory`: aten::empty and its kin,
-    which torch.empty and the stable ABI both call, then fill with NaN (integers with their largest value).
+    `use_deterministic_algorithms` is what makes ATen honour `fill_uninitialized_memory`: aten::empty and its kin then
+    fill with NaN (integers with their largest value).
     """
     threads = torch.get_num_threads()
     torch.manual_seed(0)

@@ -220,8 +220,8 @@ def _allowance(call: Call, name: str, truth: Result, exact: Tensor, stored: torc
 
     One rounding of the result to the dtype it is stored in, and the roundings of a few float32 (float64) operations
     on each of the terms it is a sum of: a score s carries |s| roundings into its weight.  A gradient of a half
-    precision call may also see the output and the weights rounded once to that dtype.  Weights below the smallest normal
-    number may be flushed to 0.
+    precision call may also see the output and the weights rounded once to that dtype.  Weights below
+    the smallest normal number may be flushed to 0.
     """
     wide = call.scene.parameter_dtype
     unit = 8 * torch.finfo(wide).eps * (1 + truth.top)

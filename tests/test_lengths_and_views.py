@@ -205,3 +205,13 @@ def test_results_do_not_alias_inputs(backend: str, device: str) -> None:
     kept = v.clone()
     out.add_(1.0)
     assert torch.equal(v, kept)
+
+
+def test_fresh_memory_is_poisoned() -> None:
+    """What conftest promises: no test passes because an unwritten element happened to be 0."""
+    assert torch.empty(1000).isnan().all()
+    assert torch.randn(3).new_empty(1000, dtype=torch.bfloat16).isnan().all()
+    if torch.cuda.is_available():
+        return
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    assert not torch.empty(1000).eq(0).any(), "native allocations"

@@ -23,21 +23,23 @@ def _id(x: object) -> str:
     "features", [(), ("causal", "alibi"), ("rotary", "softcap"), ("table_wide", "sink")], ids="+".join
 )
 def test_twice_torchs_error(features: tuple[str, ...], dtype: torch.dtype, backend: str, device: str) -> None:
-    """max |error| <= 2 * max |torch's error in this dtype| + one rounding of the result."""
+    """Twice torch's error in the same dtype, plus one rounding of the result; both by their root mean square.
+
+    The largest of 10^5 errors is itself a random number: two correct ways to sum differ in it by more than twice.  It is
+    held to four times torch's.
+    """
     call = Call(features, LONG, dtype)
     truth, plain, ours = call.naive(torch.float64), call.naive(dtype), call.fused(backend, device)
-    names = ["out", "lse", "query", "key", "value"]
-    for name in names:
+    for name in ("out", "lse", "query", "key", "value"):
         exact, torchs, got = (
-            (getattr(r, name, None) if name in ("out", "lse") else r.grads[name]) for r in (truth, plain, ours)
+            getattr(r, name) if name in ("out", "lse") else r.grads[name] for r in (truth, plain, ours)
         )
-        finite = exact.isfinite()
-        error = (got.double() - exact)[finite].abs().max().item()
-        torch_error = (torchs.double() - exact)[finite].abs().max().item()
-        rounding = torch.finfo(got.dtype).eps / 2 * exact[finite].abs().max().item()
-        assert error <= 2 * torch_error + rounding, (
-            f"{name}: {error:.3e}, torch {torch_error:.3e}, rounding {rounding:.3e}"
-        )
+        seen = exact.isfinite()
+        unit = torch.finfo(got.dtype).eps / 2
+        for measure, factor in ((lambda x: x.square().mean().sqrt().item(), 2), (lambda x: x.abs().max().item(), 4)):
+            error, torch_error = (measure((x.double() - exact)[seen]) for x in (got, torchs))
+            budget = factor * torch_error + unit * measure(exact[seen])
+            assert error <= budget, f"{name}: {error:.3e}, allowed {budget:.3e}, torch {torch_error:.3e}"
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=_id)
