@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,15 +19,19 @@ _UNBATCHED = frozenset({"dropout_seed"})
 
 def fused_attention(backend: str, problem: Problem) -> tuple[Tensor, Tensor]:
     """Output and lse of `problem` on a fused backend, differentiable."""
-    args = problem.arguments()
+    return call(FusedAttention, backend, *problem.arguments())
+
+
+def call(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), by the shortest way and in a form that torch.compile can trace."""
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._functorch.peek_interpreter_stack() is None:
         # Where nothing is to be differentiated or mapped the Function only costs time, and Dynamo cannot trace it.
         if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return FusedAttention.forward(backend, *args)
-    if compiling:
-        args = _distinct(args)  # Dynamo wants distinct tensors
-    return FusedAttention.apply(backend, *args)
+            return function.forward(*args)
+        if compiling:
+            args = tuple(_distinct(args))
+    return function.apply(*args)
 
 
 def _distinct(args: tuple[Any, ...]) -> list[Any]:
@@ -71,10 +75,7 @@ class FusedAttention(torch.autograd.Function):
         args = [
             next(remaining) if is_tensor else scalar for is_tensor, scalar in zip(_IS_TENSOR, ctx.scalars, strict=True)
         ]
-        if _may_be_transformed():
-            grads = FusedBackward.apply(ctx.backend, needs, grad_out, grad_lse, out, lse, *args)
-        else:
-            grads = FusedBackward.forward(ctx.backend, needs, grad_out, grad_lse, out, lse, *args)
+        grads = call_backward(FusedBackward, ctx.backend, needs, grad_out, grad_lse, out, lse, *args)
         for bit, place in enumerate(_GRADIENT_PLACES):
             if needs >> bit & 1:
                 none[1 + place] = grads[bit]
@@ -92,11 +93,19 @@ class FusedAttention(torch.autograd.Function):
         return (_unfold(out, info.batch_size), _unfold(lse, info.batch_size)), (0, 0)
 
 
-def _may_be_transformed() -> bool:
-    """Whether anything may differentiate or map the backward pass: create_graph=True or a functorch transform."""
+def call_backward(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """The Function of a backward pass: applied where anything may differentiate or map that pass (create_graph=True or
+    a functorch transform), else its forward alone."""
     if torch.compiler.is_compiling():
-        return False
-    return torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+        return function.forward(*args)
+    transformed = torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+    return function.apply(*args) if transformed else function.forward(*args)
+
+
+def no_second_derivative(backend: str) -> NoReturn:
+    raise NotImplementedError(
+        f"fastattn: the {backend} backend has no second derivative; use backend='reference' for double backward"
+    )
 
 
 class FusedBackward(torch.autograd.Function):
@@ -114,9 +123,7 @@ class FusedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            f"fastattn: the {ctx.backend} backend has no second derivative; use backend='reference' for double backward"
-        )
+        no_second_derivative(ctx.backend)
 
     @staticmethod
     def vmap(
@@ -130,27 +137,50 @@ class FusedBackward(torch.autograd.Function):
             return tuple(torch.stack(grads) for grads in zip(*per_sample, strict=True)), (0,) * len(GRADIENT_FIELDS)
         query = names.index("query")
         batch = tensors_and_args[query].shape[_batch_axis(dims[query])]
-        # Parameters shared by all samples still get one gradient per sample, so each is given its own copy.
-        size = info.batch_size
-        folded = _fold_all(size, batch, tensors_and_args, dims, names, own_copy=frozenset(GRADIENT_FIELDS))
+        own_copy = frozenset(GRADIENT_FIELDS)
+        folded = _fold_all(info.batch_size, batch, tensors_and_args, dims, names, own_copy=own_copy)
         grads = FusedBackward.apply(backend, needs, *folded)
-        out: list[Tensor] = []
-        for bit, (name, grad) in enumerate(zip(GRADIENT_FIELDS, grads, strict=True)):
-            if not needs >> bit & 1:
-                out.append(grad.new_empty((size, 0)))
-                continue
-            place = names.index(name)
-            unfolded = _unfold(grad, size)
-            axis = _batch_axis(dims[place])
-            if tensors_and_args[place].shape[axis] == 1 and batch != 1:
-                unfolded = unfolded.sum(dim=1, keepdim=True)
-            out.append(unfolded)
-        return tuple(out), (0,) * len(out)
+        unfolded = unfold_gradients(
+            info.batch_size, batch, grads, needs, GRADIENT_FIELDS, tensors_and_args, dims, names
+        )  # fmt: skip
+        return unfolded, (0,) * len(GRADIENT_FIELDS)
 
 
-# Function.apply asks for the signature at every call; inspecting it anew costs more than the rest of the boundary.
-for _function in (FusedAttention, FusedBackward):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+def unfold_gradients(
+    size: int,
+    batch: int,
+    grads: tuple[Tensor, ...],
+    needs: int,
+    gradient_names: tuple[str, ...],
+    args: tuple[Any, ...],
+    dims: tuple[int | None, ...],
+    names: tuple[str, ...],
+) -> tuple[Tensor, ...]:
+    """Gradients of a folded call, one per sample, in the shapes of the arguments they belong to.
+
+    The call was folded with `own_copy` for all of them: parameters shared by all samples get one gradient per sample.
+    """
+    out: list[Tensor] = []
+    for bit, (name, grad) in enumerate(zip(gradient_names, grads, strict=True)):
+        if not needs >> bit & 1:
+            out.append(grad.new_empty((size, 0)))
+            continue
+        place = names.index(name)
+        unfolded = _unfold(grad, size)
+        if args[place].shape[_batch_axis(dims[place])] == 1 and batch != 1:
+            unfolded = unfolded.sum(dim=1, keepdim=True)
+        out.append(unfolded)
+    return tuple(out)
+
+
+def keep_signatures(*functions: type[torch.autograd.Function]) -> None:
+    """Function.apply asks for the signature at every call; inspecting it anew costs more than the rest of the
+    boundary."""
+    for function in functions:
+        function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+
+
+keep_signatures(FusedAttention, FusedBackward)
 
 
 def _batch_axis(dim: int | None) -> int:

@@ -1,42 +1,63 @@
-"""The operators, declared once: schemas built from `Problem`'s fields, and what they return under fake tensors.
+"""The operators, declared once: schemas built from the problems' fields, and what they return under fake tensors.
 
-Each fused backend has the pair ``fastattn::<backend>_forward`` and ``fastattn::<backend>_backward`` with these
-schemas; its implementation is registered elsewhere (the native libraries register theirs when they load).
+Each fused backend has these, with the schemas below; implementations are registered elsewhere (the native libraries
+register theirs when they load):
+
+    fastattn::<backend>_forward, _backward                   attention (`Problem`)
+    fastattn::<backend>_softmax_forward, _softmax_backward   masked softmax (`SoftmaxProblem`)
+    fastattn::<backend>_rotate, _rotate_                     rotary embedding (`Rotation`), the second in place
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, TENSOR_FIELDS, Problem
+from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
+from fastattn.rotation import Rotation
+from fastattn.softmax_problem import SOFTMAX_FIELDS, SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
 
 FUSED_BACKENDS = ("triton", "cpu")
 
 _SCALAR_TYPES = {"float": "float", "bool": "bool", "int": "SymInt"}
 
 
-def _problem_schema() -> str:
-    types = {name: Problem.__dataclass_fields__[name].type for name in FIELD_NAMES}
+def _arguments(kind: type, mutable: frozenset[str] = frozenset(), without: frozenset[str] = frozenset()) -> str:
+    """The fields of a problem as an operator's argument list; `mutable` ones are written to."""
     parts = []
-    for name in FIELD_NAMES:
-        annotation = str(types[name])
-        if name in TENSOR_FIELDS:
-            parts.append(f"Tensor{'?' if 'None' in annotation else ''} {name}")
+    for field in fields(kind):
+        annotation = str(field.type)
+        if field.name in without:
+            continue
+        if annotation.startswith("Tensor"):
+            alias = f"({chr(ord('a') + len(parts))}!)" if field.name in mutable else ""
+            parts.append(f"Tensor{alias}{'?' if 'None' in annotation else ''} {field.name}")
         else:
-            parts.append(f"{_SCALAR_TYPES[annotation]} {name}")
+            parts.append(f"{_SCALAR_TYPES[annotation]} {field.name}")
     return ", ".join(parts)
 
 
-PROBLEM_SCHEMA = _problem_schema()
+def _tensors(count: int) -> str:
+    return f"({', '.join(['Tensor'] * count)})"
+
+
+PROBLEM_SCHEMA = _arguments(Problem)
 FORWARD_SCHEMA = f"({PROBLEM_SCHEMA}) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, int needs, {PROBLEM_SCHEMA}) -> ("
-    + ", ".join("Tensor" for _ in GRADIENT_FIELDS)
-    + ")"
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, int needs, {PROBLEM_SCHEMA}) -> "
+    + _tensors(len(GRADIENT_FIELDS))
 )
+SOFTMAX_FORWARD_SCHEMA = f"({_arguments(SoftmaxProblem)}) -> Tensor"
+# The softmax's output says all that its backward needs of the scores, masks of single elements included.
+SOFTMAX_BACKWARD_SCHEMA = (
+    f"(Tensor grad_out, Tensor out, int needs, {_arguments(SoftmaxProblem, without=frozenset({'scores'}))}) -> "
+    + _tensors(len(SOFTMAX_GRADIENT_FIELDS))
+)
+ROTATE_SCHEMA = f"({_arguments(Rotation)}) -> (Tensor, Tensor)"
+ROTATE_INPLACE_SCHEMA = f"({_arguments(Rotation, mutable=frozenset({'query', 'key'}))}) -> ()"
 
 
 def empty_like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -57,10 +78,10 @@ def _fake_forward(*args: object) -> tuple[Tensor, Tensor]:
 def _fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: int, *args: object
 ) -> tuple[Tensor, ...]:
-    fields = dict(zip(FIELD_NAMES, args, strict=True))
+    given = dict(zip(FIELD_NAMES, args, strict=True))
     grads = []
     for bit, name in enumerate(GRADIENT_FIELDS):
-        like = fields[name]
+        like = given[name]
         if not needs >> bit & 1:
             grads.append(grad_out.new_empty(0))
         elif name in ("query", "key", "value"):
@@ -70,12 +91,39 @@ def _fake_backward(
     return tuple(grads)
 
 
+def _fake_softmax_forward(scores: Tensor, *args: object) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def _fake_softmax_backward(grad_out: Tensor, out: Tensor, needs: int, *args: object) -> tuple[Tensor, ...]:
+    given = dict(zip(SOFTMAX_FIELDS, (out, *args), strict=True))
+    grads = []
+    for bit, name in enumerate(SOFTMAX_GRADIENT_FIELDS):
+        like = given[name]
+        grads.append(like.new_empty(like.shape) if needs >> bit & 1 else out.new_empty(0))  # type: ignore[attr-defined]
+    return tuple(grads)
+
+
+def _fake_rotate(query: Tensor, key: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return empty_like_layout(query, tuple(query.shape)), empty_like_layout(key, tuple(key.shape))  # type: ignore[arg-type]
+
+
+def _fake_rotate_inplace(*args: object) -> None:
+    return None
+
+
 _library = torch.library.Library("fastattn", "DEF")
 for _name in FUSED_BACKENDS:
-    _library.define(f"{_name}_forward{FORWARD_SCHEMA}")
-    _library.define(f"{_name}_backward{BACKWARD_SCHEMA}")
-    torch.library.register_fake(f"fastattn::{_name}_forward", _fake_forward, lib=_library)
-    torch.library.register_fake(f"fastattn::{_name}_backward", _fake_backward, lib=_library)
+    for _op, _schema, _fake in (
+        ("forward", FORWARD_SCHEMA, _fake_forward),
+        ("backward", BACKWARD_SCHEMA, _fake_backward),
+        ("softmax_forward", SOFTMAX_FORWARD_SCHEMA, _fake_softmax_forward),
+        ("softmax_backward", SOFTMAX_BACKWARD_SCHEMA, _fake_softmax_backward),
+        ("rotate", ROTATE_SCHEMA, _fake_rotate),
+        ("rotate_", ROTATE_INPLACE_SCHEMA, _fake_rotate_inplace),
+    ):
+        _library.define(f"{_name}_{_op}{_schema}")
+        torch.library.register_fake(f"fastattn::{_name}_{_op}", _fake, lib=_library)
 
 
 def implement(name: str, function: Callable[..., object], dispatch_key: str) -> None:
