@@ -6,7 +6,9 @@ from fastattn.functional import attention, backends, explain, last_call
 from fastattn.masks import BoolMask, Causal, Documents, KeyLengths, Mask, PrefixLM, SlidingWindow
 from fastattn.nn import replace_attention, restore_attention
 from fastattn.rotary import Rotary
+from fastattn.rotate import apply_rotary
 from fastattn.sdpa import scaled_dot_product_attention
+from fastattn.softmax import masked_softmax
 
 __all__ = [
     "ALiBi",
@@ -26,10 +28,12 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "alibi_slopes",
+    "apply_rotary",
     "attention",
     "backends",
     "explain",
     "last_call",
+    "masked_softmax",
     "replace_attention",
     "restore_attention",
     "scaled_dot_product_attention",

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Backend
+from fastattn.backends.base import AnyProblem, Backend
 from fastattn.backends.cpu import CpuBackend
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.backends.triton import TritonBackend
 from fastattn.problem import Problem
+from fastattn.rotation import Rotation
+from fastattn.softmax_problem import SoftmaxProblem
 
 # Asked in this order.
 _BACKENDS: dict[str, Backend] = {
@@ -32,12 +34,12 @@ def backends() -> list[Backend]:
     return list(_BACKENDS.values())
 
 
-def _refusals(backend: Backend, problem: Problem) -> list[str]:
+def _refusals(backend: Backend, problem: AnyProblem) -> list[str]:
     reason = backend.reason
     return [reason] if reason is not None else backend.unsupported_reasons(problem)
 
 
-def choose(problem: Problem, name: str | None) -> tuple[Backend, dict[str, list[str]]]:
+def choose(problem: AnyProblem, name: str | None) -> tuple[Backend, dict[str, list[str]]]:
     """The backend that runs `problem` and the refusals of those asked before it.
 
     Raises:
@@ -99,13 +101,28 @@ def explain(problem: Problem, name: str | None) -> Explanation:
 
 
 def run(problem: Problem, name: str | None) -> tuple[Tensor, Tensor]:
-    """Run the problem on the chosen backend."""
+    """Run attention on the chosen backend: output and lse."""
+    return _chosen(problem, name).run(problem)
+
+
+def softmax(problem: SoftmaxProblem, name: str | None) -> Tensor:
+    """Run the masked softmax on the chosen backend."""
+    return _chosen(problem, name).softmax(problem)
+
+
+def rotate(rotation: Rotation, name: str | None, inplace: bool) -> tuple[Tensor, Tensor]:
+    """Rotate query and key on the chosen backend."""
+    return _chosen(rotation, name).rotate(rotation, inplace)
+
+
+def _chosen(problem: AnyProblem, name: str | None) -> Backend:
+    """The backend that runs the problem now: recorded for `last_call`, with a warning where it is a fallback."""
     backend, refusals = choose(problem, name)
     if not torch.compiler.is_compiling():
         _local.last = (backend.name, backend.kernel(problem), problem.features(), refusals)
         if refusals and backend.name == "reference":
             _warn_fallback(tuple((other, *why) for other, why in refusals.items()))
-    return backend.run(problem)
+    return backend
 
 
 def last_call() -> Explanation | None:
@@ -124,4 +141,4 @@ def _warn_fallback(refusals: tuple[tuple[str, ...], ...]) -> None:
     if refusals not in _warned:
         _warned.add(refusals)
         listing = "; ".join(f"{other}: {', '.join(why)}" for other, *why in refusals)
-        warnings.warn(f"fastattn runs the slow reference formula ({listing})", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"fastattn runs the slow reference formula ({listing})", RuntimeWarning, stacklevel=5)

@@ -169,7 +169,8 @@ def explain(
 
 
 def last_call() -> Explanation | None:
-    """What ran for the last eager call of `attention` in this thread; None before the first.
+    """What ran for the last eager call of `attention`, `masked_softmax` or `apply_rotary` in this thread; None before
+    the first.
 
     Calls inside a torch.compile graph are not recorded.
     """
@@ -200,18 +201,7 @@ def lower(
     key_length = key.shape[2]
     parameter_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     fields: dict[str, object] = {}
-    if query_offset is None:
-        offset: int | Tensor = key_length - query_length
-    elif isinstance(query_offset, Tensor):
-        offset = check_integer("query_offset", query_offset).long()
-        check_device("query_offset", offset, query.device)
-        check_shape("query_offset", offset, (batch,))
-    else:
-        offset = check_index("query_offset", query_offset)
-    if isinstance(offset, Tensor):
-        fields["query_offsets"] = offset
-    else:
-        fields["query_offset"] = offset
+    offset = lower_offset(fields, query_offset, batch, query_length, key_length, query.device)
     if mask is not None or bias is not None or rotary is not None:
         draft = Draft(
             batch, heads, query_length, key_length, head_dim, query.device, parameter_dtype, offset, fields
@@ -240,17 +230,36 @@ def lower(
                 else torch.zeros(2, dtype=torch.int64, device=query.device)
             )
     scale = default_scale(head_dim) if scale is None else check_number("scale", scale)
-    return Problem(query=_dense_rows(query), key=_dense_rows(key), value=_dense_rows(value), scale=scale, **fields)  # type: ignore[arg-type]
+    return Problem(query=dense_rows(query), key=dense_rows(key), value=dense_rows(value), scale=scale, **fields)  # type: ignore[arg-type]
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def lower_offset(
+    fields: dict[str, object],
+    query_offset: int | Tensor | None,
+    batch: int,
+    query_length: int,
+    key_length: int,
+    device: torch.device,
+) -> int | Tensor:
+    """Check the `query_offset` of a call, write it into the fields and return it; None = Sk - Sq."""
+    if isinstance(query_offset, Tensor):
+        offsets = check_integer("query_offset", query_offset).long()
+        check_device("query_offset", offsets, device)
+        check_shape("query_offset", offsets, (batch,))
+        fields["query_offsets"] = offsets
+        return offsets
+    offset = key_length - query_length if query_offset is None else check_index("query_offset", query_offset)
+    fields["query_offset"] = offset
+    return offset
+
+
+def dense_rows(x: Tensor) -> Tensor:
     """x itself if its last dimension is dense, as every kernel reads it; else a copy that is."""
     return x if x.stride(3) == 1 or x.shape[3] <= 1 else x.contiguous()
 
 
-def _lower_objects(
-    draft: Draft, query: Tensor, key: Tensor, mask: Mask | None, bias: Bias | None, rotary: Rotary | None
-) -> tuple[Tensor, Tensor]:
+def lower_mask_and_bias(draft: Draft, mask: Mask | None, bias: Bias | None) -> None:
+    """Check that they are masks and biases, and write them into the draft."""
     if mask is not None:
         if not isinstance(mask, Mask):
             fail(
@@ -264,6 +273,12 @@ def _lower_objects(
         if not isinstance(bias, Bias):
             fail(TypeError, "bias", "a fastattn bias (DenseBias(tensor) for a tensor)", describe(bias))
         bias.lower(draft)
+
+
+def _lower_objects(
+    draft: Draft, query: Tensor, key: Tensor, mask: Mask | None, bias: Bias | None, rotary: Rotary | None
+) -> tuple[Tensor, Tensor]:
+    lower_mask_and_bias(draft, mask, bias)
     if rotary is not None:
         if not isinstance(rotary, Rotary):
             fail(TypeError, "rotary", "a fastattn.Rotary", describe(rotary))

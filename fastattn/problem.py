@@ -63,6 +63,14 @@ class Problem:
     dropout_seed: Tensor | None = None  # (2,) int64 (key, counter offset) when dropout_p > 0
 
     @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
     def batch_size(self) -> int:
         return self.query.shape[0]
 

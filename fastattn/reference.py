@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastattn.philox import keep_mask
 from fastattn.problem import Problem
+from fastattn.rotation import Rotation
+from fastattn.softmax_problem import SoftmaxProblem
 
 NEG_INF = float("-inf")
 
@@ -178,3 +180,41 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     # Rows without any visible key: 0 * NaN of an incoming gradient must not reach v.
     out = out.masked_fill(masked.all(dim=-1, keepdim=True), 0.0)
     return out.to(problem.query.dtype), lse
+
+
+def softmax(problem: SoftmaxProblem) -> Tensor:
+    """Masked softmax (B, H, Sq, Sk) in the dtype of the scores.
+
+    A place counts as masked where a mask says so and where score plus bias is -inf.  It gets 0 whatever else its row
+    holds, and nothing that stands there is seen, forward or backward.
+    """
+    view = problem.attention()
+    dtype = view.parameter_dtype
+    s = problem.scores.to(dtype) * problem.scale
+    added = bias(view, dtype)
+    if added is not None:
+        s = s + added
+    masked = s == NEG_INF
+    mask = visible(view)
+    if mask is not None:
+        masked = masked | ~mask
+    s = s.masked_fill(masked, NEG_INF)
+    top = s.detach().amax(dim=-1, keepdim=True) if s.shape[-1] else s.new_zeros((*s.shape[:-1], 1))
+    p = torch.exp(s - top.masked_fill(top == NEG_INF, 0.0))
+    total = p.sum(dim=-1, keepdim=True)
+    out = p / total.masked_fill(total == 0, 1.0)
+    # again, for the gradient: 0 * NaN of an incoming one must not reach the row
+    return out.masked_fill(masked, 0.0).to(problem.dtype)
+
+
+def rotate_pair(rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Rotated query and key in their own dtype, computed in that of the tables; differentiable in the tables too."""
+    rows = rotation.positions
+    if rows is None:
+        rows = torch.arange(rotation.query.shape[2], device=rotation.device)[None]
+    sin = -rotation.sin if rotation.conjugate else rotation.sin
+    query, key = [
+        rotate(x.to(rotation.cos.dtype), rotation.cos, sin, rows, rotation.interleaved).to(x.dtype)
+        for x in (rotation.query, rotation.key)
+    ]
+    return query, key

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastattn import native
 from fastattn.autograd import fused_attention
-from fastattn.backends.base import Backend
+from fastattn.backends.base import AnyProblem, Backend, what_runs
 from fastattn.problem import Problem
+from fastattn.rotation import Rotation
+from fastattn.rotation_autograd import fused_rotation
+from fastattn.softmax_autograd import fused_softmax
+from fastattn.softmax_problem import SoftmaxProblem
 
 
 class CpuBackend(Backend):
@@ -17,13 +22,22 @@ class CpuBackend(Backend):
     def reason(self) -> str | None:
         return None if native.load_cpu_library() else native.load_error
 
-    def unsupported_reasons(self, problem: Problem) -> list[str]:
-        if problem.query.device.type != "cpu":
-            return [f"the tensors are on {problem.query.device}; this backend runs on cpu"]
+    def unsupported_reasons(self, problem: AnyProblem) -> list[str]:
+        if problem.device.type != "cpu":
+            return [f"the tensors are on {problem.device}; this backend runs on cpu"]
         return []
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
         return fused_attention(self.name, problem)
 
-    def kernel(self, problem: Problem) -> str:
-        return f"cpu attention, {native.cpu_info()['isa']}"
+    def softmax(self, problem: SoftmaxProblem) -> Tensor:
+        return fused_softmax(self.name, problem)
+
+    def rotate(self, rotation: Rotation, inplace: bool) -> tuple[Tensor, Tensor]:
+        if inplace:
+            torch.ops.fastattn.cpu_rotate_(*rotation.arguments())
+            return rotation.query, rotation.key
+        return fused_rotation(self.name, rotation)
+
+    def kernel(self, problem: AnyProblem) -> str:
+        return f"cpu {what_runs(problem)}, {native.cpu_info()['isa']}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.backends.base import Backend
+from fastattn.backends.base import AnyProblem, Backend
 from fastattn.problem import Problem
+from fastattn.rotation import Rotation
+from fastattn.softmax_problem import SoftmaxProblem
 
 
 class ReferenceBackend(Backend):
@@ -16,13 +18,22 @@ class ReferenceBackend(Backend):
     def reason(self) -> str | None:
         return None
 
-    def unsupported_reasons(self, problem: Problem) -> list[str]:
+    def unsupported_reasons(self, problem: AnyProblem) -> list[str]:
         return []
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
         return reference.forward(problem)
 
-    def kernel(self, problem: Problem) -> str:
+    def softmax(self, problem: SoftmaxProblem) -> Tensor:
+        return reference.softmax(problem)
+
+    def rotate(self, rotation: Rotation, inplace: bool) -> tuple[Tensor, Tensor]:
+        query, key = reference.rotate_pair(rotation)
+        if inplace:
+            return rotation.query.copy_(query), rotation.key.copy_(key)
+        return query, key
+
+    def kernel(self, problem: AnyProblem) -> str:
         return "reference (plain torch)"
 
     def plan(self, problem: Problem) -> dict[str, object]:
