@@ -222,7 +222,8 @@ def _module_only(inputs: Inputs) -> Callable[[], Tensor]:
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("fastattn", "fastattn.attention", _fastattn),
+        Peer("fastattn", "fastattn.attention, its own choice", _fastattn),
+        Peer("fastattn-triton", "fastattn.attention, backend triton", functools.partial(_fastattn, backend="triton")),
         Peer(
             "fastattn-sdpa",
             "fastattn.scaled_dot_product_attention",

@@ -15,7 +15,7 @@ from fastattn.bench.scenarios import Case, Shape
 
 # FlexAttention is compiled anew for every case, tens of seconds on a small CPU: there, suites name it where it counts.
 CPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-math", "naive")
-GPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "naive")
+GPU_PEERS = ("fastattn", "fastattn-triton", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "naive")
 GPU_WIDTHS = ((128, 16), (64, 32), (256, 8))  # head dim, heads: the same 2048 wide model in all
 COMPILED_PEERS = ("flex", "naive-compiled")
 LIBRARY_PEERS = ("flash-attn", "xformers")
@@ -90,7 +90,9 @@ def compiled(device: str, quick: bool) -> Suite:
     else:
         shapes = [Shape(4, heads, 4096, 4096, dim) for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)]
         cases = [Case("compiled", name, s, torch.bfloat16) for name in ("causal", "plain", "t5") for s in shapes]
-    return Suite("compiled", "compiled peers", tuple(cases), ("fastattn", "sdpa", "naive", *COMPILED_PEERS))
+    return Suite(
+        "compiled", "compiled peers", tuple(cases), ("fastattn", "fastattn-triton", "sdpa", "naive", *COMPILED_PEERS)
+    )
 
 
 def mask(device: str, quick: bool) -> Suite:
