@@ -83,7 +83,8 @@ def _fake_backward(
     for bit, name in enumerate(GRADIENT_FIELDS):
         like = given[name]
         if not needs >> bit & 1:
-            grads.append(grad_out.new_empty(0))
+            # in the dtype its gradient would have
+            grads.append((lse if name in ("slopes", "table", "sink") else grad_out).new_empty(0))
         elif name in ("query", "key", "value"):
             grads.append(empty_like_layout(like, tuple(like.shape)))  # type: ignore[arg-type, attr-defined]
         else:
