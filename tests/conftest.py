@@ -22,24 +22,25 @@ settings.register_profile("default", derandomize=True, max_examples=40, database
 settings.register_profile("explore", derandomize=False, max_examples=400, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Where the tensors of a backend's tests live; a backend that is not named here runs on CPU tensors.
-BACKEND_DEVICES = {"triton": "cuda", "cuda": "cuda"}
+# Backends that run on CUDA tensors.  Their tests are in test_gpu.py; the tests here make CPU tensors.
+GPU_BACKENDS = ("triton", "cuda")
 
 
 def _backends() -> list[object]:
-    marks = {b.name: [] if b.available else [pytest.mark.skip(reason=b.reason)] for b in fastattn.backends()}
-    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
+    listed = [b for b in fastattn.backends() if b.name not in GPU_BACKENDS]
+    return [pytest.param(b.name, marks=[] if b.available else [pytest.mark.skip(reason=b.reason)]) for b in listed]
 
 
 @pytest.fixture(params=_backends())
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend's name, skipped with the backend's own reason where it cannot run."""
+    """Every CPU backend's name, skipped with the backend's own reason where it cannot run."""
     return request.param
 
 
 @pytest.fixture
 def device(backend: str) -> str:
-    return BACKEND_DEVICES.get(backend, "cpu")
+    """Where the tensors of the backend live."""
+    return "cpu"
 
 
 @pytest.fixture

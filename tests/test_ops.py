@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import GPU_BACKENDS
 from features import FEATURES, Shape
 from oracle import Call
 
@@ -14,7 +15,7 @@ from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
 FUSED = [
     pytest.param(b.name, marks=[] if b.available else [pytest.mark.skip(reason=b.reason)])
     for b in fastattn.backends()
-    if b.name in ops.FUSED_BACKENDS
+    if b.name in ops.FUSED_BACKENDS and b.name not in GPU_BACKENDS
 ]
 COMBINATIONS = [
     (),

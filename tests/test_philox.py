@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastattn
+from fastattn import functional
 from fastattn.philox import keep_mask, philox_4x32
 
 # Random123 1.14, tests/kat_vectors: philox4x32 10 <counter> <key> <result>
@@ -50,3 +52,17 @@ def test_keep_mask_is_the_documented_function_of_place(seed: tuple[int, int], dr
             for c, col in enumerate(cols):
                 words = _philox((col >> 2, row, head, seed[1] & low), (seed[0] & low, (seed[0] >> 32) & low))
                 assert bool(kept[n, r, c]) == (words[col & 3] >= int(dropout_p * 2**32))
+
+
+def test_a_word_at_the_threshold_is_kept(backend: str) -> None:
+    """keep iff word >= floor(p * 2^32), to the last bit, in every backend."""
+    q = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
+    torch.manual_seed(0)
+    seed = functional.lower(q, q, q, dropout_p=0.5).dropout_seed
+    key = (int(seed[0]) & 0xFFFFFFFF, (int(seed[0]) >> 32) & 0xFFFFFFFF)
+    word = _philox((0, 0, 0, int(seed[1]) & 0xFFFFFFFF), key)[0]
+    for threshold, kept in ((word - 1, True), (word, True), (word + 1, False)):
+        torch.manual_seed(0)
+        out = fastattn.attention(q, q, q + 1, dropout_p=threshold / 2**32, backend=backend)
+        assert (out != 0).all() == kept
+        assert bool(keep_mask(seed, threshold / 2**32, torch.tensor([0]), torch.tensor([0]), range(1))) == kept

@@ -23,10 +23,10 @@ def _id(x: object) -> str:
     "features", [(), ("causal", "alibi"), ("rotary", "softcap"), ("table_wide", "sink")], ids="+".join
 )
 def test_twice_torchs_error(features: tuple[str, ...], dtype: torch.dtype, backend: str, device: str) -> None:
-    """Twice torch's error in the same dtype, plus one rounding of the result; both by their root mean square.
+    """Twice the error of torch in the same dtype plus one rounding of the result, both as root mean squares.
 
-    The largest of 10^5 errors is itself a random number: two correct ways to sum differ in it by more than twice.  It is
-    held to four times torch's.
+    The largest of 10^5 errors is itself a random number: two correct ways to sum differ in it by more than twice.
+    It is held to four times that of torch.
     """
     call = Call(features, LONG, dtype)
     truth, plain, ours = call.naive(torch.float64), call.naive(dtype), call.fused(backend, device)
