@@ -106,7 +106,8 @@ def _query_tiles(
     o_m = tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     o_dv = tl.arange(0, BDV)
-    for m0 in range(lo, hi, BM):
+    STAGES: tl.constexpr = 1 if GENERAL and bias.table is not None and BD <= 64 else None  # as in the forward
+    for m0 in tl.range(lo, hi, BM, num_stages=STAGES):
         i = m0 + o_m
         row = tl.cast(m0, tl.int64)
         at_q = p_q + row * q.si + (o_m[:, None] * q.si + o_d[None, :])
@@ -244,7 +245,8 @@ def _key_tiles(
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     o_dv = tl.arange(0, BDV)
-    for n0 in range(lo, hi, BN):
+    STAGES: tl.constexpr = 1 if GENERAL and bias.table is not None and BD <= 64 else None
+    for n0 in tl.range(lo, hi, BN, num_stages=STAGES):
         j = n0 + o_n
         row = tl.cast(n0, tl.int64)
         at_k = p_k + row * k.si + (o_n[None, :] * k.si + o_d[:, None])

@@ -34,7 +34,9 @@ def _tiles(
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     o_dv = tl.arange(0, BDV)
-    for n0 in range(lo, hi, BN):
+    # Table look-ups of near tiles are not worth staging in shared memory, where they would take more than K and V.
+    STAGES: tl.constexpr = 1 if GENERAL and bias.table is not None and BD <= 64 else None
+    for n0 in tl.range(lo, hi, BN, num_stages=STAGES):
         j = n0 + o_n
         # 64 bits for where the tile starts, the stride's own width inside it (half the address registers)
         row = tl.cast(n0, tl.int64)

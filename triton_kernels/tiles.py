@@ -20,20 +20,43 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (largest padded head dimension, tile) by kernel, for 2-byte elements; the first row that fits the head is taken.
-# The figures that chose each row are registers, stack and shared memory read from the compiled code (tests/aot).
-_HALF = {
-    "forward": ((64, Tile(128, 64, 4, 3)), (128, Tile(128, 64, 8, 2)), (256, Tile(128, 64, 8, 2))),
-    "backward_kv": ((64, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 2)), (256, Tile(32, 64, 8, 1))),
-    "backward_q": ((64, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 2)), (256, Tile(64, 32, 8, 1))),
-    "bias_gradient": ((64, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 4, 1)), (256, Tile(64, 64, 8, 1))),
+# Rows of (largest padded head dimension, tile), by kernel and shared memory, for 2-byte elements; the first row that
+# fits the head is taken.  Beside a choice: registers a thread (limit 255) and stack bytes of the plain kernel, as
+# tests/resources/triton.json holds them; each row is the largest tile tried that keeps the stack at 0.
+_HALF: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
+    "forward": {
+        # 128 x 64 with 4 warps: stack 88 at D = 64.  64 rows with 4 warps leave room for two blocks per processor,
+        # which is what overlaps one block's softmax with the other's products.
+        LARGE: ((64, Tile(64, 64, 4, 3)), (128, Tile(128, 64, 8, 2)), (256, Tile(128, 32, 8, 2))),
+        # D = 256: 128 x 32 has a stack of 320 on sm_80, where operands of mma live in registers
+        MEDIUM: ((64, Tile(64, 64, 4, 3)), (128, Tile(128, 64, 8, 2)), (256, Tile(64, 32, 8, 2))),
+        SMALL: ((64, Tile(64, 64, 4, 2)), (128, Tile(64, 32, 4, 2)), (256, Tile(64, 32, 8, 1))),
+    },
+    "backward_kv": {
+        # D = 128: 64 x 128 has a stack of 240, 32 x 128 of 88 when causal
+        LARGE: ((64, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 2)), (256, Tile(32, 32, 8, 1))),
+        # D = 64: 64 x 64 has a stack of 16 on sm_80
+        MEDIUM: ((64, Tile(32, 64, 4, 2)), (128, Tile(64, 64, 8, 2)), (256, Tile(32, 32, 8, 1))),
+        SMALL: ((64, Tile(32, 64, 4, 2)), (128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 8, 1))),
+    },
+    "backward_q": {
+        LARGE: ((64, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(32, 32, 8, 1))),
+        # D = 64: 64 x 64 has a stack of 32 on sm_80
+        MEDIUM: ((64, Tile(64, 32, 4, 2)), (128, Tile(64, 64, 8, 2)), (256, Tile(32, 32, 8, 1))),
+        SMALL: ((64, Tile(64, 32, 4, 2)), (128, Tile(64, 32, 4, 2)), (256, Tile(32, 32, 8, 1))),
+    },
+    "bias_gradient": {
+        LARGE: ((64, Tile(64, 64, 4, 1)), (128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 8, 1))),
+        MEDIUM: ((64, Tile(64, 64, 8, 1)), (128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 8, 1))),
+        SMALL: ((64, Tile(64, 64, 8, 1)), (128, Tile(32, 32, 4, 1)), (256, Tile(32, 32, 8, 1))),
+    },
 }
-# 4-byte elements: operands take twice the room, and the products run on the vector units.
+# 4-byte elements: operands take twice the room, and the products run on the vector units; one set for every device.
 _SINGLE = {
-    "forward": ((64, Tile(64, 32, 4, 2)), (128, Tile(64, 32, 8, 1)), (256, Tile(32, 32, 8, 1))),
-    "backward_kv": ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 8, 1)), (256, Tile(16, 32, 8, 1))),
-    "backward_q": ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 8, 1)), (256, Tile(32, 16, 8, 1))),
-    "bias_gradient": ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 8, 1)), (256, Tile(32, 32, 8, 1))),
+    "forward": ((64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 8, 1)), (256, Tile(32, 16, 8, 1))),
+    "backward_kv": ((64, Tile(32, 32, 8, 1)), (128, Tile(16, 32, 8, 1)), (256, Tile(16, 16, 8, 1))),
+    "backward_q": ((64, Tile(32, 16, 8, 1)), (128, Tile(32, 16, 8, 1)), (256, Tile(16, 16, 8, 1))),
+    "bias_gradient": ((64, Tile(32, 32, 8, 1)), (128, Tile(32, 32, 8, 1)), (256, Tile(16, 16, 8, 1))),
 }
 
 _override: dict[str, Tile] = {}
@@ -49,14 +72,12 @@ def tile(kernel: str, head_dim: int, itemsize: int, shared_memory: int = LARGE) 
     """
     if kernel in _override:
         return _override[kernel]
-    rows = (_HALF if itemsize == 2 else _SINGLE)[kernel]
-    chosen = next(row for limit, row in rows if head_dim <= limit)
-    if shared_memory < MEDIUM and head_dim > 64:
-        # less than half the room: one stage, and half the keys
-        chosen = chosen._replace(BN=max(chosen.BN // 2, 16), num_stages=1)
-    elif shared_memory < LARGE and head_dim > 128:
-        chosen = chosen._replace(num_stages=1)
-    return chosen
+    if itemsize == 2:
+        room = next((size for size in (LARGE, MEDIUM) if shared_memory >= size), SMALL)
+        rows = _HALF[kernel][room]
+    else:
+        rows = _SINGLE[kernel]
+    return next(row for limit, row in rows if head_dim <= limit)
 
 
 @contextmanager

@@ -1,0 +1,22 @@
+"""Runs tests/triton in a process of its own: Triton reads TRITON_INTERPRET when a kernel is decorated."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "triton"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
+def test_in_the_interpreter(file: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=FOLDER.parent.parent)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
