@@ -13,7 +13,6 @@ import torch
 
 from fastattn.bench.scenarios import Case, Shape
 
-# FlexAttention is compiled anew for every case, tens of seconds on a small CPU: there, suites name it where it counts.
 CPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-math", "naive")
 GPU_PEERS = ("fastattn", "fastattn-triton", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "naive")
 GPU_WIDTHS = ((128, 16), (64, 32), (256, 8))  # head dim, heads: the same 2048 wide model in all
@@ -53,9 +52,8 @@ def _sweep(
     ]
 
 
-def _peers(device: str, *, compiled: bool) -> tuple[str, ...]:
-    peers = CPU_PEERS if device == "cpu" else (*GPU_PEERS, *LIBRARY_PEERS)
-    return (*peers, "flex") if compiled else peers
+def _peers(device: str) -> tuple[str, ...]:
+    return CPU_PEERS if device == "cpu" else (*GPU_PEERS, *LIBRARY_PEERS)
 
 
 def _one_length(device: str, quick: bool) -> tuple[Shape, torch.dtype]:
@@ -79,20 +77,19 @@ def attention(device: str, quick: bool) -> Suite:
             cases += _sweep(
                 "attention", ("plain", "causal"), (torch.bfloat16,), lengths, tokens=16384, heads=heads, dim=dim
             )
-    return Suite("attention", "plain and causal attention", tuple(cases), _peers(device, compiled=False))
+    return Suite("attention", "plain and causal attention", tuple(cases), _peers(device))
 
 
 def compiled(device: str, quick: bool) -> Suite:
     """Peers that are compiled for every case, on few of them: compilation would eat the time of a full sweep."""
     if device == "cpu":
         shape, dtype = _one_length(device, quick)
-        cases = [Case("compiled", name, shape, dtype) for name in ("causal", "alibi")]
-    else:
-        shapes = [Shape(4, heads, 4096, 4096, dim) for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)]
-        cases = [Case("compiled", name, s, torch.bfloat16) for name in ("causal", "plain", "t5") for s in shapes]
-    return Suite(
-        "compiled", "compiled peers", tuple(cases), ("fastattn", "fastattn-triton", "sdpa", "naive", *COMPILED_PEERS)
-    )
+        cases = [Case("compiled", name, shape, dtype) for name in ("causal", "window", "alibi")]
+        return Suite("compiled", "compiled peers", tuple(cases), ("fastattn", "sdpa", "naive", "flex"))
+    shapes = [Shape(4, heads, 4096, 4096, dim) for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)]
+    cases = [Case("compiled", name, s, torch.bfloat16) for name in ("causal", "plain", "t5") for s in shapes]
+    peers = ("fastattn", "fastattn-triton", "sdpa", "naive", *COMPILED_PEERS)
+    return Suite("compiled", "compiled peers", tuple(cases), peers)
 
 
 def mask(device: str, quick: bool) -> Suite:
@@ -101,7 +98,7 @@ def mask(device: str, quick: bool) -> Suite:
     names = ("causal", "window", "lengths", "prefix", "documents", "bool-mask")
     cases = [Case("mask", name, shape, dtype) for name in names]
     cases.append(Case("mask", "causal", replace(shape, kv_heads=shape.heads // 4), dtype))
-    return Suite("mask", "masks", tuple(cases), _peers(device, compiled=device == "cpu" and not quick))
+    return Suite("mask", "masks", tuple(cases), _peers(device))
 
 
 def bias(device: str, quick: bool) -> Suite:
@@ -109,9 +106,7 @@ def bias(device: str, quick: bool) -> Suite:
     shape, dtype = _one_length(device, quick)
     names = ("alibi", "alibi-learned", "t5", "table", "dense-bias", "rotary", "softcap", "sink", "dropout")
     cases = [Case("bias", name, shape, dtype) for name in names]
-    return Suite(
-        "bias", "biases, rotation, dropout", tuple(cases), _peers(device, compiled=device == "cpu" and not quick)
-    )
+    return Suite("bias", "biases, rotation, dropout", tuple(cases), _peers(device))
 
 
 def sweep(device: str, quick: bool) -> Suite:
@@ -122,7 +117,7 @@ def sweep(device: str, quick: bool) -> Suite:
     else:
         lengths = (1024, 4096) if quick else (512, 1024, 2048, 4096, 8192)
         cases = _sweep("sweep", ("t5", "alibi"), (torch.bfloat16,), lengths, tokens=16384, heads=16, dim=128)
-    return Suite("sweep", "T5 bias and ALiBi against length", tuple(cases), _peers(device, compiled=False))
+    return Suite("sweep", "T5 bias and ALiBi against length", tuple(cases), _peers(device))
 
 
 def module(device: str, quick: bool) -> Suite:
@@ -143,7 +138,7 @@ def decode(device: str, quick: bool) -> Suite:
         for kv_heads in (16, 4)
         for length in lengths
     ]
-    return Suite("decode", "one query against a cache", tuple(cases), _peers(device, compiled=False))
+    return Suite("decode", "one query against a cache", tuple(cases), _peers(device))
 
 
 def overhead(device: str, quick: bool) -> Suite:
@@ -167,7 +162,7 @@ SUITES: dict[str, Callable[[str, bool], Suite]] = {
 # groups: names that stand for several suites
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(SUITES),
-    "cpu": ("attention", "sweep", "mask", "bias", "module", "decode", "overhead"),
+    "cpu": ("attention", "sweep", "mask", "bias", "module", "decode", "overhead", "compiled"),
     "gpu": ("attention", "overhead", "bias", "compiled", "mask", "module"),  # what matters most first: time may run out
 }
 
