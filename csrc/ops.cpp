@@ -275,8 +275,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cpu_backward(
 
   const auto wanted = [&](int bit, const View& of) { return (needs >> bit & 1) && of; };
   BackwardOutput o;
-  Tensor dq = nothing(dtype), dk = dq, dv_ = dq, dslopes = nothing(parameter), dtable = dslopes, dsink = dslopes;
-  Tensor dbias = dq;
+  // Every output is a tensor of its own: operators must not return aliases.
+  Tensor dq = nothing(dtype), dk = nothing(dtype), dv_ = nothing(dtype), dbias = nothing(dtype);
+  Tensor dslopes = nothing(parameter), dtable = nothing(parameter), dsink = nothing(parameter);
   if (wanted(0, p.query)) {
     dq = empty_like_layout(query, b, hq, sq, p.head_dim, dtype);
     o.dquery = view_of("dquery", dq, {b, hq, sq, p.head_dim});
@@ -325,3 +326,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&fastattn::cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&fastattn::cpu_backward));
 }
+
+#include "row_ops.h"

@@ -88,6 +88,7 @@ class Backward {
 
   void delta_item(i64 index) {
     const i64 b = index / p.query_heads, h = index % p.query_heads;
+    FlushScope flush;
     Arena measure(nullptr);
     const i64 width = round_up(larger(p.value_dim, i64{1}), kLane);
     const auto layout = [&](Arena& arena, Acc** x, Acc** y) {
@@ -162,6 +163,7 @@ class Backward {
     layout(measure);
     Arena arena(thread_scratch(measure.used()));
     const Scratch s = layout(arena);
+    FlushScope flush;
     TileScope<Mode> tiles;
     const i64 group = p.group(), head = kv_head * group;
 
@@ -347,6 +349,7 @@ class Backward {
 
   void reduce_item(i64 index) {
     const i64 blocks = ceil_div(p.query_length, kReduceRows);
+    FlushScope flush;
     const i64 unit = index / blocks, first = index % blocks * kReduceRows;
     const i64 size = dq_rows * dq_width;
     for (i64 i = first; i < smaller(first + kReduceRows, p.query_length); ++i) {

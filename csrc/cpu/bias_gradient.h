@@ -60,6 +60,7 @@ class BiasGradient {
     layout(measure);
     Arena arena(thread_scratch(measure.used()));
     const Scratch s = layout(arena);
+    FlushScope flush;
     TileScope<Mode> tiles;
 
     const i64 first = own_rows ? row_block * kRows : 0;

@@ -120,6 +120,7 @@ class Forward {
     layout(measure);
     Arena arena(thread_scratch(measure.used()));
     const Scratch s = layout(arena);
+    FlushScope flush;
     TileScope<Mode> tiles;
 
     Scorer<Acc> scorers[kMaxHeads];
@@ -141,7 +142,7 @@ class Forward {
     for (i64 origin = round_down(low, tile); origin < high; origin += tile) {
       const i64 keys = smaller(tile, high - origin);
       const i64 padded = round_up(keys, Mode::kColumnMultiple);
-      if (!documents_meet(p, item.b, item.first, item.rows, origin, keys)) continue;
+      if (document_columns(p, item.b, item.first, item.rows, origin, {0, keys}).empty()) continue;
       const bool bad_keys =
           pack_transposed<Mode>(key_rows, origin, keys, padded, depth, width, s.staging, s.keys, s.key_bad);
       const bool bad_values =
@@ -161,11 +162,12 @@ class Forward {
     const bool one_head = item.head_of(first_row) == item.head_of(first_row + rows - 1);
     const i64 i0 = one_head ? item.query_of(first_row) : item.first;
     const i64 i1 = one_head ? item.query_of(first_row + rows - 1) : item.first + item.rows - 1;
-    const i64 low = larger(geometry.visible(i0).low - origin, i64{0});
-    const i64 high = smaller(geometry.visible(i1).high - origin, keys);
-    if (low >= high) return;
-    const i64 begin = round_down(low, Mode::kPanel);
-    const i64 end = smaller(round_up(high, Mode::kColumnMultiple), padded);
+    const Interval columns = document_columns(
+        p, item.b, i0, i1 - i0 + 1, origin,
+        {larger(geometry.visible(i0).low - origin, i64{0}), smaller(geometry.visible(i1).high - origin, keys)});
+    if (columns.empty()) return;
+    const i64 begin = round_down(columns.low, Mode::kPanel);
+    const i64 end = smaller(round_up(columns.high, Mode::kColumnMultiple), padded);
 
     const A* query = s.query + first_row * depth;
     const i64 steps = depth / Mode::kPair;

@@ -43,20 +43,23 @@ struct BatchGeometry {
   }
 };
 
-// Documents usually come in runs: a tile none of whose keys has an id within the range of the rows' ids is empty.
-inline bool documents_meet(const Problem& p, i64 b, i64 first, i64 rows, i64 origin, i64 keys) {
-  if (!p.query_ids) return true;
+// Narrows columns [low, high) of the tile at `origin` to those whose id lies within the range of the rows' ids.
+// Documents usually come in runs: whole tiles become empty, and the work is proportional to the visible area.
+inline Interval document_columns(const Problem& p, i64 b, i64 first, i64 rows, i64 origin, Interval columns) {
+  if (!p.query_ids) return columns;
   const auto id = [&](const View& v, i64 i) { return *reinterpret_cast<const i64*>(v.at(b, i)); };
-  i64 low = id(p.query_ids, first), high = low;
+  i64 least = id(p.query_ids, first), most = least;
   for (i64 i = 1; i < rows; ++i) {
-    low = smaller(low, id(p.query_ids, first + i));
-    high = larger(high, id(p.query_ids, first + i));
+    least = smaller(least, id(p.query_ids, first + i));
+    most = larger(most, id(p.query_ids, first + i));
   }
-  for (i64 j = 0; j < keys; ++j) {
+  const auto outside = [&](i64 j) {
     const i64 x = id(p.key_ids, origin + j);
-    if (x >= low && x <= high) return true;
-  }
-  return false;
+    return x < least || x > most;
+  };
+  while (columns.low < columns.high && outside(columns.low)) ++columns.low;
+  while (columns.low < columns.high && outside(columns.high - 1)) --columns.high;
+  return columns;
 }
 
 // Every mask at once, for the rare pairs that are handled one by one (non-finite inputs).

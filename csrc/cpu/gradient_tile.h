@@ -92,11 +92,17 @@ class GradientTile {
 
   // False when no query of the tile sees any of the keys.
   bool span(const BatchGeometry& geometry, const Keys& keys, i64 first, i64 rows, Span* out) const {
-    const i64 low = larger(geometry.visible(first).low - keys.origin, i64{0});
-    const i64 high = smaller(geometry.visible(first + rows - 1).high - keys.origin, keys.count);
-    if (low >= high || !documents_meet(p, keys.b, first, rows, keys.origin, keys.count)) return false;
-    *out = Span{first, rows, round_down(low, Mode::kPanel), smaller(round_up(high, Mode::kColumnMultiple), keys.padded),
-                false, false};
+    const Interval columns =
+        document_columns(p, keys.b, first, rows, keys.origin,
+                         {larger(geometry.visible(first).low - keys.origin, i64{0}),
+                          smaller(geometry.visible(first + rows - 1).high - keys.origin, keys.count)});
+    if (columns.empty()) return false;
+    *out = Span{first,
+                rows,
+                round_down(columns.low, Mode::kPanel),
+                smaller(round_up(columns.high, Mode::kColumnMultiple), keys.padded),
+                false,
+                false};
     return true;
   }
 

@@ -4,6 +4,8 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "masked_softmax.h"
+#include "rotary.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -36,10 +38,26 @@ static void run_backward(const Problem& problem, const BackwardInput& input, con
   }
 }
 
+static void run_softmax_forward(const Problem& problem, const SoftmaxForward& views, const Parallel& parallel) {
+  if (problem.query.dtype == DType::kFloat64) return softmax_forward<double>(problem, views, parallel);
+  softmax_forward<float>(problem, views, parallel);
+}
+
+static void run_softmax_backward(const Problem& problem, const SoftmaxBackward& views, const Parallel& parallel) {
+  if (problem.query.dtype == DType::kFloat64) return softmax_backward<double>(problem, views, parallel);
+  softmax_backward<float>(problem, views, parallel);
+}
+
+static void run_rotate(const Rotation& rotation, const Parallel& parallel) {
+  if (rotation.from[0].dtype == DType::kFloat64) return rotate<double>(rotation, parallel);
+  rotate<float>(rotation, parallel);
+}
+
 #define FASTATTN_STRING2(x) #x
 #define FASTATTN_STRING(x) FASTATTN_STRING2(x)
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA), run_forward, run_backward};
+const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA), run_forward,          run_backward,
+                         run_softmax_forward,           run_softmax_backward, run_rotate};
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -102,6 +102,21 @@ FASTATTN_INLINE T reduce_add(Vec<T> v) {
   return parts[0];
 }
 
+// Results too small for a normal number become zero while this lives.  Weights far below the largest one times small
+// values would otherwise be denormal, and every multiply-add with one costs a microcode assist of a hundred cycles and
+// more (ALiBi's far keys did that).  Denormal inputs are still read as what they are.
+struct FlushScope {
+#if defined(__SSE2__)
+  FlushScope() : before(_mm_getcsr()) { _mm_setcsr(before | 0x8000u); }
+  ~FlushScope() { _mm_setcsr(before); }
+  unsigned before;
+#else
+  FlushScope() {}
+#endif
+  FlushScope(const FlushScope&) = delete;
+  FlushScope& operator=(const FlushScope&) = delete;
+};
+
 // In-register transpose of a square block: log2(lanes) stages that swap off-diagonal halves.
 template <class T, int kStage, int... kLane>
 FASTATTN_INLINE void transpose_stage(Vec<T>* rows, std::integer_sequence<int, kLane...>) {
