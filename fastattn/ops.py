@@ -68,6 +68,11 @@ def empty_like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty(shape)
 
 
+def absent_gradient(name: str, grad_out: Tensor, lse: Tensor) -> Tensor:
+    """What stands in the place of a gradient that is not needed: empty, in the dtype the gradient would have."""
+    return (lse if name in ("slopes", "table", "sink") else grad_out).new_empty(0)
+
+
 def _fake_forward(*args: object) -> tuple[Tensor, Tensor]:
     problem = Problem(**dict(zip(FIELD_NAMES, args, strict=True)))  # type: ignore[arg-type]
     query, value = problem.query, problem.value
@@ -83,8 +88,7 @@ def _fake_backward(
     for bit, name in enumerate(GRADIENT_FIELDS):
         like = given[name]
         if not needs >> bit & 1:
-            # in the dtype its gradient would have
-            grads.append((lse if name in ("slopes", "table", "sink") else grad_out).new_empty(0))
+            grads.append(absent_gradient(name, grad_out, lse))
         elif name in ("query", "key", "value"):
             grads.append(empty_like_layout(like, tuple(like.shape)))  # type: ignore[arg-type, attr-defined]
         else:

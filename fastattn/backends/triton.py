@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.autograd import FusedAttention
 from fastattn.backends.base import AnyProblem, Backend, what_runs
-from fastattn.ops import implement
+from fastattn.ops import absent_gradient, implement
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
 from fastattn.rotation import ROTATION_FIELDS, Rotation
 from fastattn.rotation_autograd import fused_rotation
@@ -119,7 +119,7 @@ def _backward(
 
     wanted = frozenset(name for bit, name in enumerate(GRADIENT_FIELDS) if needs >> bit & 1)
     grads = attention_backward(_problem(args), grad_out, grad_lse, out, lse, wanted)
-    return tuple(grads[name] if name in grads else grad_out.new_empty(0) for name in GRADIENT_FIELDS)
+    return tuple(grads[name] if name in grads else absent_gradient(name, grad_out, lse) for name in GRADIENT_FIELDS)
 
 
 def _softmax_forward(*args: Any) -> Tensor:
