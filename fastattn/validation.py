@@ -75,7 +75,7 @@ def check_number(name: str, x: object) -> float:
     """A finite real number, as a float."""
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         fail(TypeError, name, "a number", describe(x))
-    if not math.isfinite(x):
+    if not -math.inf < x < math.inf:  # by comparison: torch.compile traces it for symbolic numbers too
         fail(ValueError, name, "a finite number", x)
     return float(x)
 
