@@ -167,7 +167,7 @@ def _bars(rows: list[Row], title: str, where: str, path: Path) -> Path:
                     axes.text(0.005 * top, at, "cannot", va="center", fontsize=6, color="#999999")
                     continue
                 axes.barh(at, amount, thickness * 0.92, color=COLOURS[variant], label=variant if place == 0 else None)
-                text = f"{amount:.3g}"
+                text = f"{amount:.0f}" if amount >= 100 else f"{amount:.3g}"
                 if row.ratio is not None and variant != row.baseline and axes is line[0][0]:
                     text += f"  ({row.ratio:.2f}x)"
                 axes.text(amount + 0.008 * top, at, text, va="center", fontsize=6.5)

@@ -65,18 +65,17 @@ def _one_length(device: str, quick: bool) -> tuple[Shape, torch.dtype]:
 
 def attention(device: str, quick: bool) -> Suite:
     """Plain and causal attention against length."""
+    names = ("plain", "causal")
     if device == "cpu":
-        lengths = (256, 1024) if quick else (256, 512, 1024, 2048, 4096)
-        dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16)
-        tokens = 2048 if quick else 4096
-        cases = _sweep("attention", ("plain", "causal"), dtypes, lengths, tokens=tokens, heads=8, dim=64)
+        tokens, lengths = (2048, (256, 1024)) if quick else (4096, (256, 512, 1024, 2048, 4096))
+        cases = _sweep("attention", names, (torch.float32,), lengths, tokens=tokens, heads=8, dim=64)
+        if not quick:
+            cases += _sweep("attention", names, (torch.bfloat16,), (512, 2048), tokens=tokens, heads=8, dim=64)
     else:
         lengths = (1024, 4096) if quick else (512, 1024, 2048, 4096, 8192, 16384)
         cases = []
         for dim, heads in GPU_WIDTHS[:1] if quick else GPU_WIDTHS:
-            cases += _sweep(
-                "attention", ("plain", "causal"), (torch.bfloat16,), lengths, tokens=16384, heads=heads, dim=dim
-            )
+            cases += _sweep("attention", names, (torch.bfloat16,), lengths, tokens=16384, heads=heads, dim=dim)
     return Suite("attention", "plain and causal attention", tuple(cases), _peers(device))
 
 

@@ -105,7 +105,7 @@ def training_sample(prepared: Prepared, clock: Clock, calls: int = 1) -> Sample:
 
 
 def interleave(
-    samples: Mapping[str, Sample], *, budget: float, least: int = 5, most: int = 60
+    samples: Mapping[str, Sample], *, budget: float, least: int = 3, most: int = 60
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds per variant and direction, one sample of each variant per round.
 
