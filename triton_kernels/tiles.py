@@ -80,6 +80,20 @@ def tile(kernel: str, head_dim: int, itemsize: int, shared_memory: int = LARGE) 
     return next(row for limit, row in rows if head_dim <= limit)
 
 
+def row_tile(columns: int) -> Tile:
+    """The tile of the kernels that hold whole rows of `columns` elements (masked softmax).
+
+    Rows of up to 16384 columns are one tile, padded to a power of two, with as many rows as make 2048 elements: 8 to
+    32 registers a thread for each of the one or two tensors that are held, never more.  Longer rows go by in parts.
+    """
+    if "rows" in _override:
+        return _override["rows"]
+    width = max(16, 1 << (columns - 1).bit_length()) if columns > 1 else 16
+    if width > 16384:
+        return Tile(1, 8192, 8, 1)
+    return Tile(max(1, min(16, 2048 // width)), width, min(16, max(4, width // 512)), 1)
+
+
 @contextmanager
 def override(**tiles: Tile) -> Iterator[None]:
     """Use these tiles inside the block: ``with override(forward=Tile(64, 64, 4, 2)):`` (tests and tuning)."""
