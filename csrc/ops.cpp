@@ -239,25 +239,28 @@ void run_parallel(i64 count, void (*item)(void*, i64), void* context) {
 
 Parallel threads() { return {static_cast<i64>(torch::stable::get_num_threads()), run_parallel}; }
 
-std::tuple<Tensor, Tensor> cpu_forward(FASTATTN_PROBLEM_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor> cpu_forward(FASTATTN_PROBLEM_PARAMETERS) {
   const Problem p = unpack(FASTATTN_PROBLEM_ARGUMENTS);
   const DType parameter = p.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   Tensor out = empty_like_layout(query, p.batch, p.query_heads, p.query_length, p.value_dim, p.query.dtype);
   Tensor lse = empty_strided({p.batch, p.query_heads, p.query_length},
                              {p.query_heads * p.query_length, p.query_length, 1}, parameter);
+  Tensor statistics = empty_strided({p.batch, p.query_heads, p.query_length, 2},
+                                    {p.query_heads * p.query_length * 2, p.query_length * 2, 2, 1}, parameter);
   if (p.batch && p.query_heads && p.query_length) {
     ForwardOutput o;
     o.out = view_of("out", out, {p.batch, p.query_heads, p.query_length, p.value_dim});
     o.lse = view_of("lse", lse, {p.batch, p.query_heads, p.query_length});
+    o.statistics = view_of("statistics", statistics, {p.batch, p.query_heads, p.query_length, 2});
     cpu::kernels().forward(p, o, threads());
   }
-  return {out, lse};
+  return {out, lse, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cpu_backward(const Tensor& grad_out,
                                                                                 const OptionalTensor& grad_lse,
-                                                                                const Tensor& out, const Tensor& lse,
-                                                                                i64 needs,
+                                                                                const Tensor& out,
+                                                                                const Tensor& statistics, i64 needs,
                                                                                 FASTATTN_PROBLEM_PARAMETERS) {
   const Problem p = unpack(FASTATTN_PROBLEM_ARGUMENTS);
   const DType dtype = p.query.dtype;
@@ -265,12 +268,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cpu_backward(
   BackwardInput in;
   in.grad_out = view_of("grad_out", grad_out, {b, hq, sq, dv});
   in.out = view_of("out", out, {b, hq, sq, dv});
-  in.lse = view_of("lse", lse, {b, hq, sq});
+  in.statistics = view_of("statistics", statistics, {b, hq, sq, 2});
   in.grad_lse = optional_view("grad_lse", grad_lse, {b, hq, sq});
   const DType parameter = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   require_dtype("grad_out", in.grad_out, dtype);
   require_dtype("out", in.out, dtype);
-  require_dtype("lse", in.lse, parameter);
+  require_dtype("statistics", in.statistics, parameter);
   require_dtype("grad_lse", in.grad_lse, parameter);
 
   const auto wanted = [&](int bit, const View& of) { return (needs >> bit & 1) && of; };

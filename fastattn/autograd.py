@@ -19,7 +19,8 @@ _UNBATCHED = frozenset({"dropout_seed"})
 
 def fused_attention(backend: str, problem: Problem) -> tuple[Tensor, Tensor]:
     """Output and lse of `problem` on a fused backend, differentiable."""
-    return call(FusedAttention, backend, *problem.arguments())
+    out, lse, _ = call(FusedAttention, backend, *problem.arguments())
+    return out, lse
 
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -48,34 +49,40 @@ def _distinct(args: tuple[Any, ...]) -> list[Any]:
 
 
 class FusedAttention(torch.autograd.Function):
-    """out, lse = FusedAttention.apply(backend, *problem.arguments())."""
+    """out, lse, statistics = FusedAttention.apply(backend, *problem.arguments()); the statistics have no gradient."""
 
     @staticmethod
-    def forward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return getattr(torch.ops.fastattn, f"{backend}_forward")(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         backend, *args = inputs
         ctx.set_materialize_grads(False)
         ctx.backend = backend
         ctx.scalars = [None if is_tensor else arg for is_tensor, arg in zip(_IS_TENSOR, args, strict=True)]
-        ctx.save_for_backward(*output, *[arg for is_tensor, arg in zip(_IS_TENSOR, args, strict=True) if is_tensor])
+        out, _, statistics = output
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(
+            out, statistics, *[arg for is_tensor, arg in zip(_IS_TENSOR, args, strict=True) if is_tensor]
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         none: list[Tensor | None] = [None] * (1 + len(FIELD_NAMES))
         needs = sum(1 << bit for bit, place in enumerate(_GRADIENT_PLACES) if ctx.needs_input_grad[1 + place])
         if not needs or (grad_out is None and grad_lse is None):
             return tuple(none)
-        out, lse, *tensors = ctx.saved_tensors
+        out, statistics, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         remaining = iter(tensors)
         args = [
             next(remaining) if is_tensor else scalar for is_tensor, scalar in zip(_IS_TENSOR, ctx.scalars, strict=True)
         ]
-        grads = call_backward(FusedBackward, ctx.backend, needs, grad_out, grad_lse, out, lse, *args)
+        grads = call_backward(FusedBackward, ctx.backend, needs, grad_out, grad_lse, out, statistics, *args)
         for bit, place in enumerate(_GRADIENT_PLACES):
             if needs >> bit & 1:
                 none[1 + place] = grads[bit]
@@ -85,12 +92,12 @@ class FusedAttention(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], backend: str, *args: Any) -> tuple[Any, Any]:
         if _one_seed_for_all(args, in_dims[1:], FIELD_NAMES):
             samples = _each_sample(info.batch_size, args, in_dims[1:])
-            out, lse = zip(*[FusedAttention.apply(backend, *sample) for sample in samples], strict=True)
-            return (torch.stack(out), torch.stack(lse)), (0, 0)
+            results = zip(*[FusedAttention.apply(backend, *sample) for sample in samples], strict=True)
+            return tuple(torch.stack(each) for each in results), (0, 0, 0)
         batch = args[0].shape[_batch_axis(in_dims[1])]
         folded = _fold_all(info.batch_size, batch, args, in_dims[1:], FIELD_NAMES)
-        out, lse = FusedAttention.apply(backend, *folded)
-        return (_unfold(out, info.batch_size), _unfold(lse, info.batch_size)), (0, 0)
+        results = FusedAttention.apply(backend, *folded)
+        return tuple(_unfold(each, info.batch_size) for each in results), (0, 0, 0)
 
 
 def call_backward(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -113,9 +120,9 @@ class FusedBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        backend: str, needs: int, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+        backend: str, needs: int, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, statistics: Tensor, *args: Any
     ) -> tuple[Tensor, ...]:
-        return getattr(torch.ops.fastattn, f"{backend}_backward")(grad_out, grad_lse, out, lse, needs, *args)
+        return getattr(torch.ops.fastattn, f"{backend}_backward")(grad_out, grad_lse, out, statistics, needs, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -129,7 +136,7 @@ class FusedBackward(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], backend: str, needs: int, *tensors_and_args: Any
     ) -> tuple[Any, Any]:
-        names = ("grad_out", "grad_lse", "out", "lse", *FIELD_NAMES)
+        names = ("grad_out", "grad_lse", "out", "statistics", *FIELD_NAMES)
         dims = in_dims[2:]
         if _one_seed_for_all(tensors_and_args, dims, names):
             samples = _each_sample(info.batch_size, tensors_and_args, dims)

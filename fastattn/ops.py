@@ -45,9 +45,10 @@ def _tensors(count: int) -> str:
 
 
 PROBLEM_SCHEMA = _arguments(Problem)
-FORWARD_SCHEMA = f"({PROBLEM_SCHEMA}) -> (Tensor, Tensor)"
+# Beside out and lse, statistics (B, Hq, Sq, 2): what the backend's own backward recomputes the weights from.
+FORWARD_SCHEMA = f"({PROBLEM_SCHEMA}) -> (Tensor, Tensor, Tensor)"
 BACKWARD_SCHEMA = (
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, int needs, {PROBLEM_SCHEMA}) -> "
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor statistics, int needs, {PROBLEM_SCHEMA}) -> "
     + _tensors(len(GRADIENT_FIELDS))
 )
 SOFTMAX_FORWARD_SCHEMA = f"({_arguments(SoftmaxProblem)}) -> Tensor"
@@ -68,27 +69,28 @@ def empty_like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty(shape)
 
 
-def absent_gradient(name: str, grad_out: Tensor, lse: Tensor) -> Tensor:
+def absent_gradient(name: str, grad_out: Tensor, statistics: Tensor) -> Tensor:
     """What stands in the place of a gradient that is not needed: empty, in the dtype the gradient would have."""
-    return (lse if name in ("slopes", "table", "sink") else grad_out).new_empty(0)
+    return (statistics if name in ("slopes", "table", "sink") else grad_out).new_empty(0)
 
 
-def _fake_forward(*args: object) -> tuple[Tensor, Tensor]:
+def _fake_forward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(**dict(zip(FIELD_NAMES, args, strict=True)))  # type: ignore[arg-type]
     query, value = problem.query, problem.value
     out = empty_like_layout(query, (*query.shape[:3], value.shape[3]))
-    return out, query.new_empty(query.shape[:3], dtype=problem.parameter_dtype)
+    rows, dtype = query.shape[:3], problem.parameter_dtype
+    return out, query.new_empty(rows, dtype=dtype), query.new_empty((*rows, 2), dtype=dtype)
 
 
 def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: int, *args: object
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, statistics: Tensor, needs: int, *args: object
 ) -> tuple[Tensor, ...]:
     given = dict(zip(FIELD_NAMES, args, strict=True))
     grads = []
     for bit, name in enumerate(GRADIENT_FIELDS):
         like = given[name]
         if not needs >> bit & 1:
-            grads.append(absent_gradient(name, grad_out, lse))
+            grads.append(absent_gradient(name, grad_out, statistics))
         elif name in ("query", "key", "value"):
             grads.append(empty_like_layout(like, tuple(like.shape)))  # type: ignore[arg-type, attr-defined]
         else:

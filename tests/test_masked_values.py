@@ -225,3 +225,22 @@ def test_a_constant_added_to_all_scores_changes_nothing(backend: str, device: st
     b, lse_b = fastattn.attention(q, k, v, bias=shift, return_lse=True, backend=backend)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse_a + 64.0, lse_b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
+def test_gradients_of_a_row_of_equal_huge_scores(low: float, backend: str, device: str) -> None:
+    """Every key of such a row weighs 1 / n, also in the backward: beside -1e9, log(n) is less than rounding."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 2, 40, 16, device=device) for _ in range(3)]
+    bias = torch.randn(40, 40, device=device)
+    bias[3] = low
+    bias[9, :20], bias[9, 20:] = low, float("-inf")
+    grad = torch.randn(2, 2, 40, 16, device=device)
+
+    def gradients(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        q, k, v, b = (x.to(dtype).requires_grad_() for x in (*leaves, bias))
+        out = fastattn.attention(q, k, v, bias=fastattn.DenseBias(b), backend=name)
+        return torch.autograd.grad(out, (q, k, v, b), grad.to(dtype))
+
+    for ours, exact in zip(gradients(backend, torch.float32), gradients("reference", torch.float32), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=2e-5)

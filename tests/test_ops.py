@@ -50,11 +50,11 @@ def test_opcheck(name: str, dtype: torch.dtype, features: tuple[str, ...]) -> No
     args = problem_of(call).arguments()
     forward = getattr(torch.ops.fastattn, f"{name}_forward").default
     torch.library.opcheck(forward, args)
-    out, lse = forward(*args)
+    out, lse, statistics = forward(*args)
     backward = getattr(torch.ops.fastattn, f"{name}_backward").default
     needs = sum(1 << bit for bit, field in enumerate(GRADIENT_FIELDS) if args[FIELD_NAMES.index(field)] is not None)
     for grad_lse in (None, torch.ones_like(lse)):
-        torch.library.opcheck(backward, (torch.ones_like(out), grad_lse, out, lse, needs, *args))
+        torch.library.opcheck(backward, (torch.ones_like(out), grad_lse, out, statistics, needs, *args))
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
@@ -67,9 +67,9 @@ def test_fake_tensors_have_the_strides_of_real_ones(name: str, layout: str) -> N
     forward, backward = (getattr(torch.ops.fastattn, f"{name}_{pass_}") for pass_ in ("forward", "backward"))
 
     def run(args: tuple[object, ...]) -> list[tuple[object, ...]]:
-        out, lse = forward(*args)
-        grads = backward(torch.empty_like(out), None, out, lse, 0b1001111, *args)
-        return [(tuple(t.shape), t.stride(), t.dtype) for t in (out, lse, *grads)]
+        out, lse, statistics = forward(*args)
+        grads = backward(torch.empty_like(out), None, out, statistics, 0b1001111, *args)
+        return [(tuple(t.shape), t.stride(), t.dtype) for t in (out, lse, statistics, *grads)]
 
     with torch._subclasses.FakeTensorMode() as mode:
         fake = run(tuple(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
@@ -82,11 +82,11 @@ def test_only_needed_gradients_are_computed(name: str) -> None:
     features = ("alibi", "table", "dense_heads", "sink", "causal")
     args = problem_of(Call(features, Shape(query_length=9, key_length=11))).arguments()
     forward, backward = (getattr(torch.ops.fastattn, f"{name}_{pass_}") for pass_ in ("forward", "backward"))
-    out, lse = forward(*args)
+    out, _, statistics = forward(*args)
     grad_out = torch.randn_like(out)
-    everything = backward(grad_out, None, out, lse, 127, *args)
+    everything = backward(grad_out, None, out, statistics, 127, *args)
     for bit in range(len(GRADIENT_FIELDS)):
-        grads = backward(grad_out, None, out, lse, 1 << bit, *args)
+        grads = backward(grad_out, None, out, statistics, 1 << bit, *args)
         for other, grad in enumerate(grads):
             if other == bit:
                 assert torch.equal(grad, everything[bit]), GRADIENT_FIELDS[bit]

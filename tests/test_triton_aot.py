@@ -81,8 +81,8 @@ def _launches(case: Case) -> list[aot.Launch]:
         mock.patch.object(attention, "shared_memory", return_value=SHARED[case.arch]),
         aot.record_launches() as caught,
     ):
-        out, lse = attention.attention_forward(problem)
-        attention_backward(problem, torch.empty_like(out), None, out, lse, wanted)
+        out, _, statistics = attention.attention_forward(problem)
+        attention_backward(problem, torch.empty_like(out), None, out, statistics, wanted)
     return caught
 
 

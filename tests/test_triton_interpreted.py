@@ -18,5 +18,6 @@ def test_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=FOLDER.parent.parent)
+    root = FOLDER.parent.parent
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

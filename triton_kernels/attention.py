@@ -11,73 +11,23 @@ from torch import Tensor
 from fastattn.problem import Problem
 
 from . import tiles
-from .arguments import Bias, Extra, Interval, Mask, Numbers, Operand
 from .attention_forward import attention_forward_kernel
+from .features import Features, operand
 from .layout import dense, empty_like_layout
 from .rotary import rotate
 
 
-def operand(x: Tensor) -> Operand:
-    return Operand(x, x.stride(0), x.stride(1), x.stride(2))
-
-
-def _vector(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """A (B|1, ...) tensor with a dense last dimension, and its batch stride (0 where it broadcasts)."""
-    if x is None:
-        return None, 0
-    if x.dim() > 1:
-        x = dense(x)
-    return x, x.stride(0) if x.shape[0] > 1 else 0
-
-
-def _dense4(x: Tensor | None) -> tuple[Tensor | None, int, int, int, int]:
-    """A (B|1, H|1, Sq|1, Sk|1) tensor and its strides, 0 where it broadcasts."""
-    if x is None:
-        return None, 0, 0, 0, 0
-    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
-    return x, *strides  # type: ignore[return-value]
-
-
-class Call:
-    """A problem in the form the kernels take: shared by the forward and all backward launches."""
+class Call(Features):
+    """An attention problem in the form the kernels take: shared by the forward and all backward launches."""
 
     def __init__(self, problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.problem = problem
+        super().__init__(problem)
         self.q, self.k, self.v = dense(query), dense(key), dense(value)
-        self.interval = Interval(
-            *_vector(problem.query_offsets), *_vector(problem.key_lengths), *_vector(problem.prefix_lengths)
-        )
-        bits = None if problem.dense_mask is None else problem.dense_mask.view(torch.uint8)
-        self.mask = Mask(*_vector(problem.query_ids), *_vector(problem.key_ids), *_dense4(bits))
-        table = None if problem.table is None else dense(problem.table)
-        slopes = None if problem.slopes is None else dense(problem.slopes)
-        self.bias = Bias(
-            *_vector(slopes),
-            table,
-            0 if table is None or table.shape[0] == 1 else table.stride(0),
-            0 if table is None else table.stride(1),
-            *_dense4(problem.dense_bias),
-        )
-        self.extra = Extra(*_vector(problem.sink), problem.dropout_seed)
-        self.numbers = Numbers(
-            scale=problem.scale,
-            softcap=problem.softcap,
-            query_offset=problem.query_offset,
-            window_left=problem.window_left,
-            window_right=problem.window_right,
-            table_left=problem.table_left,
-            table_right=0 if table is None else table.shape[-1] - 1 - problem.table_left,
-            drop_threshold=int(problem.dropout_p * 2**32),
-            keep_scale=1.0 / (1.0 - problem.dropout_p),
-            query_length=problem.query_length,
-            key_length=problem.key_length,
-        )
         self.dim, self.value_dim = problem.query.shape[3], problem.value.shape[3]
         self.padded = max(16, triton.next_power_of_2(self.dim)), max(16, triton.next_power_of_2(self.value_dim))
         self.group = problem.num_heads // problem.num_kv_heads if problem.num_kv_heads else 1
         self.flags = {
-            "HAS_LEFT": problem.window_left >= 0,
-            "HAS_RIGHT": problem.window_right >= 0,
+            **self.window_flags,
             "HAS_SOFTCAP": problem.softcap != 0,
             "HAS_DROPOUT": problem.dropout_p > 0,
             "PRECISION": precision(problem.query.dtype),
@@ -137,19 +87,21 @@ def rotated(problem: Problem) -> tuple[Tensor, Tensor]:
     return rotate(problem.query, problem.key, tables, interleaved=problem.interleaved, query_offset=offset)  # type: ignore[arg-type]
 
 
-def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, Sq, Dv) in the query's dtype and lse (B, Hq, Sq) float32."""
+def attention_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, Hq, Sq, Dv) in the query's dtype, lse (B, Hq, Sq) float32, and (B, Hq, Sq, 2) float32: each row's
+    largest score and the logarithm of its denominator relative to that, both to base 2, for the backward."""
     call = Call(problem, *rotated(problem), problem.value)
     batch, heads, length, _ = problem.query.shape
     out = empty_like_layout(problem.query, (batch, heads, length, call.value_dim))
     lse = problem.query.new_empty((batch, heads, length), dtype=torch.float32)
+    statistics = lse.new_empty((batch, heads, length, 2))
     tile = call.tile("forward")
     num_tiles = triton.cdiv(length, tile.BM)
     if num_tiles * batch * heads:
         attention_forward_kernel[(num_tiles * batch * heads,)](
-            operand(call.q), operand(call.k), operand(call.v), operand(out), lse,
+            operand(call.q), operand(call.k), operand(call.v), operand(out), lse, statistics,
             call.mask, call.bias, call.extra, call.interval, call.numbers,
             HEADS=heads, GROUP=call.group, TILES=num_tiles,
             **call.constants(tile),
         )  # fmt: skip
-    return out, lse
+    return out, lse, statistics

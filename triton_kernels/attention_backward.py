@@ -17,12 +17,8 @@ from .ranges import split
 from .scores import (
     FAR_LEFT,
     FAR_RIGHT,
-    FLAT,
-    FLAT_STEP,
     LOG2E,
-    LOWEST_BIAS,
     NEAR,
-    NEG_INF,
     finite_or_zero,
     keep_tile,
     keys_of_queries,
@@ -34,7 +30,7 @@ from .scores import (
 
 @triton.jit
 def attention_delta_kernel(
-    o, do, p_lse, p_grad_lse, p_delta, extra, p_dsink, HEADS, TILES, query_length,
+    o, do, p_statistics, p_grad_lse, p_delta, extra, p_dsink, HEADS, TILES, query_length,
     DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """delta (B, Hq, Sq), and one partial sum of the sink's gradient per program."""
@@ -53,18 +49,19 @@ def attention_delta_kernel(
     delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), axis=1)
     if p_grad_lse is not None:
         delta -= tl.load(p_grad_lse + at, mask=i < query_length, other=0.0)
-    lse = tl.load(p_lse + at, mask=i < query_length, other=float("inf"))
+    largest = tl.load(p_statistics + 2 * at, mask=i < query_length, other=0.0)
+    log_sum = tl.load(p_statistics + 2 * at + 1, mask=i < query_length, other=float("inf"))
     # a row without any visible key has no gradient, whatever came in
-    delta = tl.where(lse == float("inf"), 0.0, delta)
+    delta = tl.where(log_sum == float("inf"), 0.0, delta)
     tl.store(p_delta + at, delta, mask=i < query_length)
     if p_dsink is not None:
-        sink = tl.load(extra.sink + b * extra.sink_sb + h).to(tl.float32)
-        tl.store(p_dsink + pid, -tl.sum(tl.exp(sink - lse) * delta, axis=0))
+        sink = tl.load(extra.sink + b * extra.sink_sb + h).to(tl.float32) * LOG2E
+        tl.store(p_dsink + pid, -tl.sum(tl.exp2(sink - largest - log_sum) * delta, axis=0))
 
 
 @triton.jit
 def weights_and_gradient(
-    product, dw, lse, delta, keep, i, j, p, mask, bias, interval, numbers, b, h,
+    product, dw, largest, log_sum, delta, keep, i, j, p, mask, bias, interval, numbers, b, h,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     GENERAL: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
@@ -73,10 +70,7 @@ def weights_and_gradient(
     s, capped = scores(
         product, i, j, p, mask, bias, interval, numbers, b, h, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, GENERAL, SIDE
     )
-    w = tl.exp2(s - lse * LOG2E)
-    if bias.dense is not None:
-        visible_keys = tl.floor((lse * -1.0 + LOWEST_BIAS) / FLAT_STEP + 0.5)
-        w = tl.where((lse < FLAT) & (s != NEG_INF), 1.0 / visible_keys, w)
+    w = tl.exp2(s - largest - log_sum)
     if HAS_DROPOUT:
         dropped = tl.where(keep, w * numbers.keep_scale, 0.0)
         dw = tl.where(keep, dw * numbers.keep_scale, 0.0)
@@ -95,7 +89,7 @@ def weights_and_gradient(
 
 @triton.jit
 def _query_tiles(
-    b_dk, b_dv, b_k, b_v, lo, hi, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_lse, p_delta,
+    b_dk, b_dv, b_k, b_v, lo, hi, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_statistics, p_delta,
     mask, bias, extra, interval, numbers,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -118,12 +112,14 @@ def _query_tiles(
             b_do = tl.load(at_do, mask=(i < numbers.query_length)[:, None] & (o_dv < DV)[None, :], other=0.0)
             b_q = finite_or_zero(b_q)
             b_do = finite_or_zero(b_do)
-            lse = tl.load(p_lse + i, mask=i < numbers.query_length, other=float("inf"))
+            largest = tl.load(p_statistics + 2 * i, mask=i < numbers.query_length, other=0.0)
+            log_sum = tl.load(p_statistics + 2 * i + 1, mask=i < numbers.query_length, other=float("inf"))
             delta = tl.load(p_delta + i, mask=i < numbers.query_length, other=0.0)
         else:
             b_q = tl.load(at_q) if BD == D else tl.load(at_q, mask=(o_d < D)[None, :], other=0.0)
             b_do = tl.load(at_do) if BDV == DV else tl.load(at_do, mask=(o_dv < DV)[None, :], other=0.0)
-            lse = tl.load(p_lse + i)
+            largest = tl.load(p_statistics + 2 * i)
+            log_sum = tl.load(p_statistics + 2 * i + 1)
             delta = tl.load(p_delta + i)
         # [BN, BM]
         product = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
@@ -132,7 +128,8 @@ def _query_tiles(
         if HAS_DROPOUT:
             keep = tl.trans(keep_tile(m0, n0, bh, extra.seed, numbers, BM, BN))
         dropped, _, ds = weights_and_gradient(
-            product, dw, lse[None, :], delta[None, :], keep, i[None, :], j[:, None], (i + offset)[None, :],
+            product, dw, largest[None, :], log_sum[None, :], delta[None, :], keep,
+            i[None, :], j[:, None], (i + offset)[None, :],
             mask, bias, interval, numbers, b, h, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, GENERAL, SIDE,
         )  # fmt: skip
         b_dv = tl.dot(dropped.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
@@ -142,7 +139,7 @@ def _query_tiles(
 
 @triton.jit
 def attention_backward_kv_kernel(
-    q, k, v, do, dk, dv, p_lse, p_delta, mask, bias, extra, interval, numbers, HEADS, GROUP, TILES,
+    q, k, v, do, dk, dv, p_statistics, p_delta, mask, bias, extra, interval, numbers, HEADS, GROUP, TILES,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -190,11 +187,11 @@ def attention_backward_kv_kernel(
         bh = b * HEADS + h
         p_q = q.ptr + b * q.sb + h * q.sh
         p_do = do.ptr + b * do.sb + h * do.sh
-        p_lse_h = p_lse + bh * numbers.query_length
-        p_delta_h = p_delta + bh * numbers.query_length
+        p_rows = p_statistics + 2 * bh * numbers.query_length
+        p_deltas = p_delta + bh * numbers.query_length
         if ALWAYS_GENERAL:
             b_dk, b_dv = _query_tiles(
-                b_dk, b_dv, b_k, b_v, start, hi, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_lse_h, p_delta_h,
+                b_dk, b_dv, b_k, b_v, start, hi, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas,
                 mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True, NEAR,
             )  # fmt: skip
@@ -204,24 +201,24 @@ def attention_backward_kv_kernel(
                 near = left
             if HAS_TABLE and not STARTS_GENERAL:
                 b_dk, b_dv = _query_tiles(
-                    b_dk, b_dv, b_k, b_v, full, right, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_lse_h, p_delta_h,
+                    b_dk, b_dv, b_k, b_v, full, right, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas,
                     mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                     HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False, FAR_RIGHT,
                 )  # fmt: skip
             if HAS_TABLE or STARTS_GENERAL:
                 b_dk, b_dv = _query_tiles(
                     b_dk, b_dv, b_k, b_v, right if HAS_TABLE and not STARTS_GENERAL else start, tl.minimum(near, hi),
-                    j, n0, offset, bh, h, b, q, do, p_q, p_do, p_lse_h, p_delta_h,
+                    j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas,
                     mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                     HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True, NEAR,
                 )  # fmt: skip
             b_dk, b_dv = _query_tiles(
-                b_dk, b_dv, b_k, b_v, near, full_end, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_lse_h, p_delta_h,
+                b_dk, b_dv, b_k, b_v, near, full_end, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas,
                 mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False, FAR_LEFT if HAS_TABLE else NEAR,
             )  # fmt: skip
             b_dk, b_dv = _query_tiles(
-                b_dk, b_dv, b_k, b_v, full_end, hi, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_lse_h, p_delta_h,
+                b_dk, b_dv, b_k, b_v, full_end, hi, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas,
                 mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True, NEAR,
             )  # fmt: skip
@@ -234,8 +231,8 @@ def attention_backward_kv_kernel(
 
 @triton.jit
 def _key_tiles(
-    b_dq, slope_sum, left_sum, right_sum, b_q, b_do, lse, delta, lo, hi, i, p, m0, bh, h, b, k, v, p_k, p_v,
-    mask, bias, extra, interval, numbers,
+    b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, lo, hi,
+    i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, NEEDS_SLOPES: tl.constexpr, NEEDS_TABLE: tl.constexpr,
@@ -267,7 +264,7 @@ def _key_tiles(
         if HAS_DROPOUT:
             keep = keep_tile(m0, n0, bh, extra.seed, numbers, BM, BN)
         _, ds, ds_product = weights_and_gradient(
-            product, dw, lse[:, None], delta[:, None], keep, i[:, None], j[None, :], p[:, None],
+            product, dw, largest[:, None], log_sum[:, None], delta[:, None], keep, i[:, None], j[None, :], p[:, None],
             mask, bias, interval, numbers, b, h, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, GENERAL, SIDE,
         )  # fmt: skip
         distance = j[None, :] - p[:, None]
@@ -289,7 +286,7 @@ def _key_tiles(
 
 @triton.jit
 def attention_backward_q_kernel(
-    q, k, v, do, dq, p_lse, p_delta, p_dslopes, p_dtable_ends, mask, bias, extra, interval, numbers,
+    q, k, v, do, dq, p_statistics, p_delta, p_dslopes, p_dtable_ends, mask, bias, extra, interval, numbers,
     HEADS, GROUP, TILES,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -327,7 +324,8 @@ def attention_backward_q_kernel(
     b_q = tl.load(q.ptr + b * q.sb + h * q.sh + row[:, None] * q.si + o_d[None, :], mask=in_q, other=0.0)
     b_do = tl.load(do.ptr + b * do.sb + h * do.sh + row[:, None] * do.si + o_dv[None, :], mask=in_do, other=0.0)
     at = bh.to(tl.int64) * numbers.query_length + i
-    lse = tl.load(p_lse + at, mask=i < numbers.query_length, other=float("inf"))
+    largest = tl.load(p_statistics + 2 * at, mask=i < numbers.query_length, other=0.0)
+    log_sum = tl.load(p_statistics + 2 * at + 1, mask=i < numbers.query_length, other=float("inf"))
     delta = tl.load(p_delta + at, mask=i < numbers.query_length, other=0.0)
     p_k = k.ptr + b * k.sb + (h // GROUP) * k.sh
     p_v = v.ptr + b * v.sb + (h // GROUP) * v.sh
@@ -338,13 +336,13 @@ def attention_backward_q_kernel(
 
     if HAS_LEFT or ALWAYS_GENERAL:
         b_dq, slope_sum, left_sum, right_sum = _key_tiles(
-            b_dq, slope_sum, left_sum, right_sum, b_q, b_do, lse, delta, start, tl.minimum(full, hi),
+            b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, start, tl.minimum(full, hi),
             i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, NEEDS_SLOPES, NEEDS_TABLE, True, NEAR,
         )  # fmt: skip
     if not ALWAYS_GENERAL:
         b_dq, slope_sum, left_sum, right_sum = _key_tiles(
-            b_dq, slope_sum, left_sum, right_sum, b_q, b_do, lse, delta, full, near,
+            b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, full, near,
             i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, NEEDS_SLOPES, NEEDS_TABLE,
             False, FAR_LEFT if HAS_TABLE else NEAR,
@@ -355,18 +353,18 @@ def attention_backward_q_kernel(
                 tail = near
             else:
                 b_dq, slope_sum, left_sum, right_sum = _key_tiles(
-                    b_dq, slope_sum, left_sum, right_sum, b_q, b_do, lse, delta, near, far,
+                    b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, near, far,
                     i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                     HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, NEEDS_SLOPES, NEEDS_TABLE, True, NEAR,
                 )  # fmt: skip
                 b_dq, slope_sum, left_sum, right_sum = _key_tiles(
-                    b_dq, slope_sum, left_sum, right_sum, b_q, b_do, lse, delta, far, full_end,
+                    b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, far, full_end,
                     i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                     HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, NEEDS_SLOPES, NEEDS_TABLE,
                     False, FAR_RIGHT,
                 )  # fmt: skip
         b_dq, slope_sum, left_sum, right_sum = _key_tiles(
-            b_dq, slope_sum, left_sum, right_sum, b_q, b_do, lse, delta, tail, hi,
+            b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, tail, hi,
             i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, NEEDS_SLOPES, NEEDS_TABLE, True, NEAR,
         )  # fmt: skip

@@ -6,21 +6,7 @@ import triton
 import triton.language as tl
 
 from .ranges import split
-from .scores import (
-    FAR_LEFT,
-    FAR_RIGHT,
-    FLAT,
-    FLAT_STEP,
-    LN2,
-    LOG2E,
-    LOWEST_BIAS,
-    NEAR,
-    NEG_INF,
-    keep_tile,
-    keys_of_queries,
-    query_offset,
-    scores,
-)
+from .scores import FAR_LEFT, FAR_RIGHT, LN2, LOG2E, NEAR, NEG_INF, keep_tile, keys_of_queries, query_offset, scores
 
 
 @triton.jit
@@ -85,7 +71,7 @@ def _tiles(
 
 @triton.jit
 def attention_forward_kernel(
-    q, k, v, o, p_lse, mask, bias, extra, interval, numbers, HEADS, GROUP, TILES,
+    q, k, v, o, p_lse, p_statistics, mask, bias, extra, interval, numbers, HEADS, GROUP, TILES,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -168,9 +154,11 @@ def attention_forward_kernel(
     if HAS_DROPOUT:
         out *= numbers.keep_scale
     lse = tl.where(empty, float("inf"), m_i * LN2 + tl.log(total))
-    if bias.dense is not None:
-        lse = tl.where(lse < FLAT, total * -FLAT_STEP + LOWEST_BIAS, lse)
-    tl.store(p_lse + bh.to(tl.int64) * numbers.query_length + i, lse, mask=i < numbers.query_length)
+    at = bh.to(tl.int64) * numbers.query_length + i
+    tl.store(p_lse + at, lse, mask=i < numbers.query_length)
+    # The backward takes the two terms of lse apart: beside scores of 1e9 the logarithm would be lost in their sum.
+    tl.store(p_statistics + 2 * at, tl.where(empty, 0.0, m_i), mask=i < numbers.query_length)
+    tl.store(p_statistics + 2 * at + 1, tl.where(empty, float("inf"), tl.log2(total)), mask=i < numbers.query_length)
     in_o = (i < numbers.query_length)[:, None] & (o_dv < DV)[None, :]
     at_o = o.ptr + b * o.sb + h * o.sh + row[:, None] * o.si + o_dv[None, :]
     tl.store(at_o, out.to(o.ptr.dtype.element_ty), mask=in_o)

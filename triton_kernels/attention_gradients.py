@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
 
 from fastattn.problem import GRADIENT_FIELDS, Problem
 
-from .attention import Call, launch_options, operand, rotated
+from .attention import Call, launch_options, rotated
 from .attention_backward import attention_backward_kv_kernel, attention_backward_q_kernel, attention_delta_kernel
 from .bias_gradient import dense_bias_gradient_kernel, table_gradient_kernel
+from .features import operand
 from .layout import dense, empty_like_layout
 from .rotary import rotate
+from .tiles import Tile
 
 # Programs the table kernel aims for: enough for every GPU of today; each costs one tile of float32.
 _TABLE_PROGRAMS = 1024
@@ -23,7 +27,7 @@ def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients of the fields named in `needs`.
@@ -31,7 +35,7 @@ def attention_backward(
     Args:
         grad_out: (B, Hq, Sq, Dv).
         grad_lse: (B, Hq, Sq) or None.
-        out, lse: what the forward returned.
+        out, statistics: what the forward returned.
     """
     call = Call(problem, *rotated(problem), problem.value)
     grad_out = dense(grad_out)
@@ -40,28 +44,28 @@ def attention_backward(
     if not (batch * heads * length):
         return {name: grad.zero_() for name, grad in grads.items()}
 
-    delta = torch.empty_like(lse)
+    delta = statistics.new_empty((batch, heads, length))
     tile = call.tile("backward_q")
     num_tiles = triton.cdiv(length, tile.BM)
-    partial_sink = lse.new_empty(batch, heads, num_tiles) if "sink" in needs else None
+    partial_sink = delta.new_empty(batch, heads, num_tiles) if "sink" in needs else None
     attention_delta_kernel[(num_tiles * batch * heads,)](
-        operand(dense(out)), operand(grad_out), lse, None if grad_lse is None else grad_lse.contiguous(), delta,
+        operand(dense(out)), operand(grad_out), statistics, None if grad_lse is None else grad_lse.contiguous(), delta,
         call.extra, partial_sink, HEADS=heads, TILES=num_tiles, query_length=length,
         DV=call.value_dim, BM=tile.BM, BDV=call.padded[1], **launch_options(tile),
     )  # fmt: skip
     if partial_sink is not None:
-        grads["sink"] = _reduce_batch(partial_sink.sum(-1), problem.sink)
+        grads["sink"] = reduce_batch(partial_sink.sum(-1), problem.sink)
     tensors = (operand(call.q), operand(call.k), operand(call.v), operand(grad_out))
     features = (call.mask, call.bias, call.extra, call.interval, call.numbers)
 
     if "key" in needs or "value" in needs:
-        _launch_kv(call, tensors, features, lse, delta, grads)
+        _launch_kv(call, tensors, features, statistics, delta, grads)
     if needs & {"query", "slopes", "table"}:
-        _launch_q(call, tensors, features, lse, delta, grads)
+        _launch_q(call, tensors, features, statistics, delta, grads)
     if "dense_bias" in needs:
-        _launch_dense_bias(call, tensors, features, lse, delta, grads["dense_bias"])
+        _launch_dense_bias(call, tensors, features, statistics, delta, grads["dense_bias"])
     if "table" in needs:
-        grads["table"] = grads["table"] + _table_interior(call, tensors, features, lse, delta)
+        grads["table"] = grads["table"] + _table_interior(call, tensors, features, statistics, delta)
     if problem.query_cos is not None:
         _unrotate(problem, grads)
     return grads
@@ -86,14 +90,14 @@ def _empty_gradient(problem: Problem, name: str) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _reduce_batch(grad: Tensor, like: Tensor | None) -> Tensor:
+def reduce_batch(grad: Tensor, like: Tensor | None) -> Tensor:
     """A per-batch gradient summed over the batch where the parameter has none."""
     assert like is not None
     return grad.sum(0, keepdim=True) if like.shape[0] == 1 and grad.shape[0] != 1 else grad
 
 
 def _launch_kv(
-    call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor, grads: dict[str, Tensor]
+    call: Call, tensors: tuple, features: tuple, statistics: Tensor, delta: Tensor, grads: dict[str, Tensor]
 ) -> None:
     problem = call.problem
     tile = call.tile("backward_kv")
@@ -106,30 +110,30 @@ def _launch_kv(
     if not num_tiles:
         return
     attention_backward_kv_kernel[(num_tiles * problem.batch_size * problem.num_kv_heads,)](
-        *tensors, operand(dk), operand(dv), lse, delta, *features,
+        *tensors, operand(dk), operand(dv), statistics, delta, *features,
         HEADS=problem.num_heads, GROUP=call.group, TILES=num_tiles, **call.constants(tile),
     )  # fmt: skip
 
 
 def _launch_q(
-    call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor, grads: dict[str, Tensor]
+    call: Call, tensors: tuple, features: tuple, statistics: Tensor, delta: Tensor, grads: dict[str, Tensor]
 ) -> None:
     problem = call.problem
     batch, heads, length, _ = problem.query.shape
     tile = call.tile("backward_q")
     num_tiles = triton.cdiv(length, tile.BM)
-    partial_slopes = lse.new_empty(batch, heads, num_tiles) if "slopes" in grads else None
-    partial_ends = lse.new_empty(batch, heads, num_tiles, 2) if "table" in grads else None
+    partial_slopes = delta.new_empty(batch, heads, num_tiles) if "slopes" in grads else None
+    partial_ends = delta.new_empty(batch, heads, num_tiles, 2) if "table" in grads else None
     dq = grads.get("query")
     dq = _empty_gradient(problem, "query") if dq is None else dq
     attention_backward_q_kernel[(num_tiles * batch * heads,)](
-        *tensors, operand(dq), lse, delta, partial_slopes, partial_ends, *features,
+        *tensors, operand(dq), statistics, delta, partial_slopes, partial_ends, *features,
         HEADS=heads, GROUP=call.group, TILES=num_tiles, **call.constants(tile),
     )  # fmt: skip
     if partial_slopes is not None:
-        grads["slopes"] = _reduce_batch(partial_slopes.sum(-1), problem.slopes)
+        grads["slopes"] = reduce_batch(partial_slopes.sum(-1), problem.slopes)
     if partial_ends is not None:
-        ends = _reduce_batch(partial_ends.sum(2), problem.table)
+        ends = reduce_batch(partial_ends.sum(2), problem.table)
         table = grads["table"].zero_()
         # a table of one entry has both ends in it
         table[..., 0] += ends[..., 0]
@@ -137,35 +141,65 @@ def _launch_q(
 
 
 def _launch_dense_bias(call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor, grad: Tensor) -> None:
-    problem = call.problem
-    batch, heads, length, _ = problem.query.shape
     tile = call.tile("bias_gradient")
+    programs, where = dense_bias_grid(call.problem, grad, tile)
+    if programs:
+        dense_bias_gradient_kernel[(programs,)](
+            *tensors, lse, delta, grad, *features, HEADS=call.problem.num_heads, GROUP=call.group,
+            **where, **call.constants(tile),
+        )  # fmt: skip
+
+
+def dense_bias_grid(problem: Problem, grad: Tensor, tile: Tile) -> tuple[int, dict[str, object]]:
+    """Programs that own the tiles of a dense bias's gradient, and what tells them which score tiles to sum."""
+    batch, heads, length, _ = problem.query.shape
     tiles_m, tiles_n = triton.cdiv(length, tile.BM), triton.cdiv(problem.key_length, tile.BN)
     grad_b, grad_h, rows, cols = grad.shape
     # a length of 1 is the same whether it broadcasts or not
     grad_m = 1 if rows == 1 else tiles_m
     grad_n = 1 if cols == 1 else tiles_n
-    if not grad.numel():
-        return
-    dense_bias_gradient_kernel[(grad_b * grad_h * grad_m * grad_n,)](
-        *tensors, lse, delta, grad, *features, HEADS=problem.num_heads, GROUP=call.group,
-        GRAD_B=grad_b, GRAD_H=grad_h, GRAD_M=grad_m, GRAD_N=grad_n,
-        SUM_B=1 if grad_b == batch else batch, SUM_H=1 if grad_h == heads else heads,
-        SUM_M=tiles_m if rows == 1 else 1, SUM_N=tiles_n if cols == 1 else 1,
-        ONE_ROW=rows == 1, ONE_COL=cols == 1, **call.constants(tile),
-    )  # fmt: skip
+    where = {
+        "GRAD_B": grad_b,
+        "GRAD_H": grad_h,
+        "GRAD_M": grad_m,
+        "GRAD_N": grad_n,
+        "SUM_B": 1 if grad_b == batch else batch,
+        "SUM_H": 1 if grad_h == heads else heads,
+        "SUM_M": tiles_m if rows == 1 else 1,
+        "SUM_N": tiles_n if cols == 1 else 1,
+        "ONE_ROW": rows == 1,
+        "ONE_COL": cols == 1,
+    }
+    return (grad_b * grad_h * grad_m * grad_n if grad.numel() else 0), where
 
 
 def _table_interior(call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor) -> Tensor | float:
-    """Gradient of the table's entries between its two ends, zero at the ends; broadcasts to the table's shape."""
-    problem = call.problem
+    tile = call.tile("bias_gradient")
+    assert tile.BM == tile.BN, "a block diagonal needs square tiles"
+
+    def launch(programs: int, partial: Tensor, where: dict[str, int]) -> None:
+        table_gradient_kernel[(programs,)](
+            *tensors, lse, delta, partial, *features, HEADS=call.problem.num_heads, GROUP=call.group,
+            **where, **call.constants(tile),
+        )  # fmt: skip
+
+    return table_interior(call.problem, tile.BM, launch)
+
+
+def table_interior(
+    problem: Problem, size: int, launch: Callable[[int, Tensor, dict[str, int]], None]
+) -> Tensor | float:
+    """Gradient of the table's entries between its two ends, zero at the ends; broadcasts to the table's shape.
+
+    Args:
+        size: rows and columns of a score tile.
+        launch: given a number of programs and where they are, adds up the dS tiles of each program's block diagonal in
+            its (size, size) part of a tensor.
+    """
     assert problem.table is not None
     batch, heads, length, _ = problem.query.shape
     columns = problem.table.shape[-1]
     left, right = problem.table_left, columns - 1 - problem.table_left
-    tile = call.tile("bias_gradient")
-    size = tile.BM
-    assert tile.BM == tile.BN, "a block diagonal needs square tiles"
     tiles_m, tiles_n = triton.cdiv(length, size), triton.cdiv(problem.key_length, size)
     first, last = -(tiles_m - 1), tiles_n - 1
     if problem.query_offsets is None:
@@ -179,12 +213,18 @@ def _table_interior(call: Call, tensors: tuple, features: tuple, lse: Tensor, de
     # batches whose distances or tables differ are kept apart
     apart = batch if problem.query_offsets is not None or problem.table.shape[0] > 1 else 1
     splits = max(1, min(_TABLE_PROGRAMS // (diagonals * heads * apart), min(tiles_m, tiles_n)))
-    partial = lse.new_empty(apart, heads, diagonals, splits, size, size)
-    table_gradient_kernel[(apart * heads * diagonals * splits,)](
-        *tensors, lse, delta, partial, *features, HEADS=heads, GROUP=call.group,
-        FIRST_DIAGONAL=first, DIAGONALS=diagonals, SPLITS=splits, SUM_B=batch // apart,
-        TILES_M=tiles_m, TILES_N=tiles_n, **call.constants(tile),
-    )  # fmt: skip
+    partial = torch.empty(
+        (apart, heads, diagonals, splits, size, size), dtype=torch.float32, device=problem.query.device
+    )
+    where = {
+        "FIRST_DIAGONAL": first,
+        "DIAGONALS": diagonals,
+        "SPLITS": splits,
+        "SUM_B": batch // apart,
+        "TILES_M": tiles_m,
+        "TILES_N": tiles_n,
+    }
+    launch(apart * heads * diagonals * splits, partial, where)
     sums = _join_diagonals(_diagonal_sums(partial.sum(3)))
     # sums[..., x] belongs to j - i = size * first - (size - 1) + x, and table column c to j - i = c - left + offset
     position = problem.query_offset if problem.query_offsets is None else problem.query_offsets[:, None]
@@ -195,7 +235,7 @@ def _table_interior(call: Call, tensors: tuple, features: tuple, lse: Tensor, de
     inside[:, -1] = False
     index = index.clamp(0, sums.shape[-1] - 1)[:, None].expand(-1, heads, -1)
     grad = sums.gather(-1, index) * inside[:, None]
-    return _reduce_batch(grad, problem.table)
+    return reduce_batch(grad, problem.table)
 
 
 def _diagonal_sums(tiles: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .scores import NEAR, finite_or_zero, keep_tile, keys_of_queries, query_offs
 
 @triton.jit
 def _score_gradient(
-    b, h, m0, n0, q, k, v, do, p_lse, p_delta, mask, bias, extra, interval, numbers, HEADS, GROUP,
+    b, h, m0, n0, q, k, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers, HEADS, GROUP,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -42,7 +42,8 @@ def _score_gradient(
     b_v = tl.load(p_v + col[None, :] * v.si + o_dv[:, None], mask=inside_j[None, :] & (o_dv < DV)[:, None], other=0.0)
     bh = b * HEADS + h
     at = bh * numbers.query_length + i
-    lse = tl.load(p_lse + at, mask=inside_i, other=float("inf"))
+    largest = tl.load(p_statistics + 2 * at, mask=inside_i, other=0.0)
+    log_sum = tl.load(p_statistics + 2 * at + 1, mask=inside_i, other=float("inf"))
     delta = tl.load(p_delta + at, mask=inside_i, other=0.0)
     product = tl.dot(b_q, finite_or_zero(b_k), input_precision=PRECISION)
     dw = tl.dot(b_do, finite_or_zero(b_v), input_precision=PRECISION)
@@ -51,7 +52,7 @@ def _score_gradient(
         keep = keep_tile(m0, n0, bh, extra.seed, numbers, BM, BN)
     p = i + query_offset(interval, numbers, b)
     _, ds, _ = weights_and_gradient(
-        product, dw, lse[:, None], delta[:, None], keep, i[:, None], j[None, :], p[:, None],
+        product, dw, largest[:, None], log_sum[:, None], delta[:, None], keep, i[:, None], j[None, :], p[:, None],
         mask, bias, interval, numbers, b, h, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, True, NEAR,
     )  # fmt: skip
     return ds
@@ -70,7 +71,7 @@ def _any_visible(
 
 @triton.jit
 def dense_bias_gradient_kernel(
-    q, k, v, do, p_lse, p_delta, p_grad, mask, bias, extra, interval, numbers, HEADS, GROUP,
+    q, k, v, do, p_statistics, p_delta, p_grad, mask, bias, extra, interval, numbers, HEADS, GROUP,
     GRAD_B, GRAD_H, GRAD_M, GRAD_N, SUM_B, SUM_H, SUM_M, SUM_N,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -91,7 +92,7 @@ def dense_bias_gradient_kernel(
         b = tl.cast(i_b + r // (SUM_N * SUM_M * SUM_H), tl.int64)
         if _any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
             acc += _score_gradient(
-                b, h, m0, n0, q, k, v, do, p_lse, p_delta, mask, bias, extra, interval, numbers, HEADS, GROUP,
+                b, h, m0, n0, q, k, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers, HEADS, GROUP,
                 D, DV, BM, BN, BD, BDV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
     i = i_m * BM + tl.arange(0, BM)
@@ -112,7 +113,7 @@ def dense_bias_gradient_kernel(
 
 @triton.jit
 def table_gradient_kernel(
-    q, k, v, do, p_lse, p_delta, p_partial, mask, bias, extra, interval, numbers, HEADS, GROUP,
+    q, k, v, do, p_statistics, p_delta, p_partial, mask, bias, extra, interval, numbers, HEADS, GROUP,
     FIRST_DIAGONAL, DIAGONALS, SPLITS, SUM_B, TILES_M, TILES_N,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -136,8 +137,8 @@ def table_gradient_kernel(
             n0 = (i_m + diagonal) * BN
             if _any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
                 acc += _score_gradient(
-                    b, h, m0, n0, q, k, v, do, p_lse, p_delta, mask, bias, extra, interval, numbers, HEADS, GROUP,
-                    D, DV, BM, BN, BD, BDV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+                    b, h, m0, n0, q, k, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
+                    HEADS, GROUP, D, DV, BM, BN, BD, BDV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
                 )  # fmt: skip
     p_tile = p_partial + pid.to(tl.int64) * (BM * BN)
     tl.store(p_tile + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :], acc)

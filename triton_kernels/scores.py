@@ -14,10 +14,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 # A finite bias as low as finfo.min would become -inf times log2(e); torch treats it as a number, so it stops here.
 LOWEST_BIAS = tl.constexpr(-1e30)
-# In a row with nothing but such biases every visible key weighs the same, 1 / n, but LOWEST_BIAS + log(n) rounds to
-# LOWEST_BIAS: its lse is written as LOWEST_BIAS - n * FLAT_STEP instead, from which the backward reads n.
-FLAT = tl.constexpr(-5e29)
-FLAT_STEP = tl.constexpr(1e24)
 
 # Where a tile lies relative to the distance table's reach and the diagonal.
 NEAR = tl.constexpr(0)

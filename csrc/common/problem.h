@@ -75,6 +75,10 @@ struct Problem {
 struct ForwardOutput {
   View out;  // (B, Hq, Sq, Dv)
   View lse;  // (B, Hq, Sq)
+  // (B, Hq, Sq, 2): a row's largest score, in the units the kernel holds scores in, and the base-2 logarithm of its
+  // denominator relative to that score.  Their sum, lse, rounds: beside scores of 1e9 the logarithm would be lost, and
+  // with it every weight the backward recomputes.
+  View statistics;
 };
 
 // Null views are gradients nobody asked for.  Parameter gradients have the shape of their parameter.
@@ -83,7 +87,7 @@ struct BackwardOutput {
 };
 
 struct BackwardInput {
-  View grad_out, grad_lse, out, lse;
+  View grad_out, grad_lse, out, statistics;
 };
 
 // How a kernel gets at the threads: run(context, i) for every i in [0, count), in any order, on any thread.

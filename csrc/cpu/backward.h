@@ -117,7 +117,10 @@ class Backward {
       if (in.grad_lse) value -= *reinterpret_cast<const Acc*>(in.grad_lse.at(b, h, i));
       result[i] = value;
       if (out.dsink) {
-        const double share = __builtin_exp(sink - *reinterpret_cast<const Acc*>(in.lse.at(b, h, i)));
+        const Acc* const statistics = reinterpret_cast<const Acc*>(in.statistics.at(b, h, i));
+        const double largest = statistics[0] * (Scorer<Acc>::is_plain(p) ? p.scale : 1.0), log_sum = statistics[1];
+        double share = __builtin_exp2((sink - largest) * kLog2E - log_sum);
+        if (log_sum == __builtin_inf()) share = sink > -__builtin_inf();  // the sink is all that such a row sees
         if (share != 0) dsink -= share * value;
       }
     }

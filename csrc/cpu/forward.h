@@ -269,8 +269,9 @@ class Forward {
     const i64 h = item.head + item.head_of(row), i = item.query_of(row);
     const Acc sum = s.sum[row];
     Acc scale = 0, lse = kInfinity<Acc>;
+    double log_sum = __builtin_inf();  // base 2; a row without keys has no weight whatever its scores
     if (p.sink) {
-      finish_with_sink(scorer, s, row, &scale, &lse);
+      finish_with_sink(scorer, s, row, &scale, &lse, &log_sum);
     } else if (sum != 0) {
       const double top = static_cast<double>(s.maximum[row]) * (scorer.plain ? p.scale : 1.0);
       if constexpr (sizeof(Acc) == 4)
@@ -278,7 +279,11 @@ class Forward {
       else
         lse = top + __builtin_log(sum);
       scale = 1 / sum;
+      log_sum = __builtin_log2(sum);
     }
+    Acc* const statistics = reinterpret_cast<Acc*>(o.statistics.mutable_at(item.b, h, i));
+    statistics[0] = log_sum == __builtin_inf() ? 0 : s.maximum[row];
+    statistics[1] = static_cast<Acc>(log_sum);
     *reinterpret_cast<Acc*>(o.lse.mutable_at(item.b, h, i)) = lse;
     Acc* const acc = s.accumulator + row * value_width;
     for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * scale);
@@ -286,7 +291,8 @@ class Forward {
   }
 
   // The sink joins the denominator at the end, in double: a large one cannot overflow, a small one costs no rescaling.
-  void finish_with_sink(const Scorer<Acc>& scorer, const Scratch& s, i64 row, Acc* scale, Acc* lse) const {
+  void finish_with_sink(const Scorer<Acc>& scorer, const Scratch& s, i64 row, Acc* scale, Acc* lse,
+                        double* log_sum) const {
     const double sink = *reinterpret_cast<const Acc*>(p.sink.at(scorer.b, scorer.h));
     double sum = s.sum[row], shrink = 1;
     double top = sum == 0 ? -__builtin_inf() : s.maximum[row] * (scorer.plain ? p.scale : 1.0);
@@ -299,6 +305,9 @@ class Forward {
       sum += __builtin_exp(sink - top);
     }
     *scale = static_cast<Acc>(shrink / sum);
+    if (s.sum[row] != 0)
+      *log_sum =
+          __builtin_log2(sum) + (shrink < 1 ? (sink - s.maximum[row] * (scorer.plain ? p.scale : 1.0)) * kLog2E : 0);
     *lse = static_cast<Acc>(top + __builtin_log(sum));
   }
 };

@@ -1,5 +1,5 @@
 // The heart of the backward: dS of one tile of queries and keys, recomputed from q, k, v, the output gradient and lse.
-//     S = Q K^T -> score pipeline -> P = exp(S - lse);   dP = dO V^T;   dS = P (keep dP / (1 - p) - Delta)
+//     S = Q K^T -> score pipeline -> P = exp(S - max) / sum;   dP = dO V^T;   dS = P (keep dP / (1 - p) - Delta)
 // Shared by the gradient of q, k, v and the small parameters (backward.h) and by the gradient of a broadcast dense
 // bias (bias_gradient.h).
 #pragma once
@@ -125,8 +125,8 @@ class GradientTile {
                Mode::kPanel * value_steps, s.products + q.begin, tile, false);
     if (keys.bad_keys || keys.bad_values || q.bad_queries || q.bad_grads) fix_products(s, scorer, keys, q);
 
-    const Acc* const lse = reinterpret_cast<const Acc*>(in.lse.at(scorer.b, scorer.h, q.first));
-    const i64 lse_stride = in.lse.stride[2];
+    const Acc* const statistics = reinterpret_cast<const Acc*>(in.statistics.at(scorer.b, scorer.h, q.first));
+    const i64 statistics_stride = in.statistics.stride[2];
     const Acc* const row_delta = delta + (scorer.b * p.query_heads + scorer.h) * p.query_length + q.first;
     const bool capped = scorer.cap != 0;
     for (i64 r = 0; r < q.rows; ++r) {
@@ -145,11 +145,11 @@ class GradientTile {
         factors = s.dropout;
       }
       if (scorer.plain)
-        differentiate<true>(score, product, live.low, live.high, lse[r * lse_stride], row_delta[r], scorer.scale,
-                            factors);
+        differentiate<true>(score, product, live.low, live.high, statistics + r * statistics_stride, row_delta[r],
+                            scorer.factor, factors);
       else
-        differentiate<false>(score, product, live.low, live.high, lse[r * lse_stride], row_delta[r], scorer.scale,
-                             factors);
+        differentiate<false>(score, product, live.low, live.high, statistics + r * statistics_stride, row_delta[r],
+                             scorer.factor, factors);
       row(r, i, product);
       if (capped)
         for (i64 j = live.low; j < live.high; j += kLane)
@@ -183,17 +183,16 @@ class GradientTile {
   }
 
  private:
-  // s: scores -> weights; dp: dO.V -> dS.  A masked pair is exactly zero in both, whatever lse and Delta are.
-  // Plain scores are scaled before lse is taken off: folding log2(e) into lse would round it a second time, and
-  // every weight of the row with it.
+  // s: scores -> weights; dp: dO.V -> dS.  A masked pair is exactly zero in both, whatever the row's statistics and
+  // Delta are. The exponent is the forward's own, so that a weight is the one that went into the output.
   template <bool kPlain>
-  static void differentiate(Acc* s, Acc* dp, i64 begin, i64 end, Acc lse, Acc row_delta, Acc scale,
+  static void differentiate(Acc* s, Acc* dp, i64 begin, i64 end, const Acc* statistics, Acc row_delta, Acc factor,
                             const Acc* factors) {
     const Vec<Acc> zero = {};
-    const Acc log2e = static_cast<Acc>(kLog2E);
+    const Acc largest = statistics[0], log_sum = statistics[1];
     for (i64 j = begin; j < end; j += kLane) {
       const Vec<Acc> score = load(s + j);
-      const Vec<Acc> weight = exp2(((kPlain ? score * scale : score) - lse) * log2e);
+      const Vec<Acc> weight = exp2(exponent<kPlain>(score, largest, factor) - log_sum);
       Vec<Acc> gradient = load(dp + j);
       Vec<Acc> kept = weight;
       if (factors) {

@@ -23,11 +23,13 @@ struct Scorer {
   const T* table = nullptr;
   i64 table_stride = 1, table_size = 0, table_left = 0;
 
+  static bool is_plain(const Problem& p) { return !(p.softcap || p.slopes || p.table || p.dense_bias) && p.scale > 0; }
+
   Scorer() = default;
   Scorer(const Problem& p, i64 batch, i64 head) : problem(&p), geometry(p, batch), b(batch), h(head) {
     scale = static_cast<T>(p.scale);
     cap = static_cast<T>(p.softcap);
-    plain = !(p.softcap || p.slopes || p.table || p.dense_bias) && p.scale > 0;
+    plain = is_plain(p);
     masked_by_element = p.query_ids || p.dense_mask || p.dense_bias;
     factor = static_cast<T>(plain ? p.scale * kLog2E : kLog2E);
     if (p.slopes) slope = *reinterpret_cast<const T*>(p.slopes.at(b, h));

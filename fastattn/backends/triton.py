@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.autograd import FusedAttention
+from fastattn.autograd import fused_attention
 from fastattn.backends.base import AnyProblem, Backend, what_runs
 from fastattn.ops import absent_gradient, implement
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
@@ -81,7 +81,7 @@ class TritonBackend(Backend):
         return []
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        return FusedAttention.apply(self.name, *problem.arguments())
+        return fused_attention(self.name, problem)
 
     def softmax(self, problem: SoftmaxProblem) -> Tensor:
         return fused_softmax(self.name, problem)
@@ -106,20 +106,22 @@ def _problem(args: tuple[Any, ...]) -> Problem:
     return Problem(**dict(zip(FIELD_NAMES, args, strict=True)))
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from fastattn.triton_kernels.attention import attention_forward
 
     return attention_forward(_problem(args))
 
 
 def _backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: int, *args: Any
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, statistics: Tensor, needs: int, *args: Any
 ) -> tuple[Tensor, ...]:
     from fastattn.triton_kernels.attention_gradients import attention_backward
 
     wanted = frozenset(name for bit, name in enumerate(GRADIENT_FIELDS) if needs >> bit & 1)
-    grads = attention_backward(_problem(args), grad_out, grad_lse, out, lse, wanted)
-    return tuple(grads[name] if name in grads else absent_gradient(name, grad_out, lse) for name in GRADIENT_FIELDS)
+    grads = attention_backward(_problem(args), grad_out, grad_lse, out, statistics, wanted)
+    return tuple(
+        grads[name] if name in grads else absent_gradient(name, grad_out, statistics) for name in GRADIENT_FIELDS
+    )
 
 
 def _softmax_forward(*args: Any) -> Tensor:

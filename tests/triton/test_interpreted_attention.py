@@ -125,9 +125,9 @@ def test_same_result_for_any_tile() -> None:
     results = []
     for block in (16, 32, 64):
         with tiles.override(**{kernel: Tile(block, block, 4, 1) for kernel in SMALL}):
-            out, lse = attention_forward(problem)
-            grads = attention_backward(problem, grad, None, out, lse, wanted)
-            results.append({"out": out, "lse": lse, **grads})
+            out, _, statistics = attention_forward(problem)
+            grads = attention_backward(problem, grad, None, out, statistics, wanted)
+            results.append({"out": out, **grads})
     for name, first in results[0].items():
         for other in results[1:]:
             torch.testing.assert_close(other[name], first, rtol=1e-4, atol=1e-5)
@@ -136,10 +136,10 @@ def test_same_result_for_any_tile() -> None:
 def test_gradients_are_bit_identical() -> None:
     call = Call(("causal", "table", "alibi", "dense_full"), SHAPE)
     problem = lower(**_arguments(call))
-    out, lse = attention_forward(problem)
+    out, _, statistics = attention_forward(problem)
     wanted = frozenset(name for name in GRADIENT_FIELDS if getattr(problem, name) is not None)
     grad = torch.randn_like(out)
-    runs = [attention_backward(problem, grad, None, out, lse, wanted) for _ in range(2)]
+    runs = [attention_backward(problem, grad, None, out, statistics, wanted) for _ in range(2)]
     for name in wanted:
         assert torch.equal(runs[0][name], runs[1][name]), name
 
@@ -168,8 +168,8 @@ def test_reads_and_writes_stay_inside() -> None:
     grad = guarded(2, 2, 33, 24)
     results = []
     for each in (problem, plain):
-        out, lse = attention_forward(each)
-        results.append([out, lse, *attention_backward(each, grad, None, out, lse, wanted).values()])
+        out, _, statistics = attention_forward(each)
+        results.append([out, statistics, *attention_backward(each, grad, None, out, statistics, wanted).values()])
     for sliced, whole in zip(*results, strict=True):
         assert sliced.isfinite().all()
         assert torch.equal(sliced, whole)
