@@ -84,7 +84,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, interleaved: bool)
     The leading R dimensions rotate, pair by pair: (x0 c - x1 s, x1 c + x0 s).  Rows are clamped to the table.
     """
     rows = rows.clamp(0, cos.shape[1] - 1)
-    batch = max(rows.shape[0], cos.shape[0])
+    batch = rows.shape[0] if cos.shape[0] == 1 else cos.shape[0]
     index = rows.expand(batch, -1)[..., None].expand(-1, -1, cos.shape[-1])
     c = cos.expand(batch, -1, -1).gather(1, index)[:, None].to(x.dtype)
     s = sin.expand(batch, -1, -1).gather(1, index)[:, None].to(x.dtype)
