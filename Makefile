@@ -1,4 +1,4 @@
-# make demo | test | lint | format | wheel | bench | gpu | clean          (variables: PYTHON, TORCH, TRITON, PIP_ARGS, PYTEST_ARGS)
+# make demo | test | aot | lint | format | wheel | bench | gpu | clean          (variables: PYTHON, TORCH, TRITON, PIP_ARGS, PYTEST_ARGS)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,13 +15,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format wheel bench gpu install clean
+.PHONY: demo test aot lint format wheel bench gpu install clean
 
 demo: install
 	$(PY) -m fastattn demo
 
 test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# every Triton kernel, feature, tile and architecture, compiled and held to tests/resources/triton.json (most of an hour)
+aot: install
+	AOT_ALL=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_triton_aot.py
 
 lint: install
 	$(PY) -m ruff check .
