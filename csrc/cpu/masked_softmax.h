@@ -18,13 +18,13 @@ namespace fastattn::cpu::FASTATTN_ISA {
 // Elements a work item should have: enough to hide the cost of handing it out, few enough to stay in a core's cache.
 constexpr i64 kItemElements = i64{1} << 15;
 
-// A row with unit stride of `n` elements: zero but for [seen.low, seen.high), which comes from `values`.
+// Writes a row of `n` elements with unit stride: `values` at [seen.low, seen.high), zero beside it.
 template <class T>
 inline void write_row(DType type, const T* values, Interval seen, i64 n, char* target) {
   const i64 size = element_size(type);
   if (seen.empty()) seen = {0, 0};
   std::memset(target, 0, seen.low * size);
-  store_row(type, values + seen.low, seen.high - seen.low, target + seen.low * size);
+  store_row(type, values, seen.high - seen.low, target + seen.low * size);
   std::memset(target + seen.high * size, 0, (n - seen.high) * size);
 }
 
@@ -76,7 +76,8 @@ class SoftmaxRows {
         without_numbers(scorer, i, seen, s);
       }
     }
-    write_row(out.dtype, s.row, seen, p.key_length, out.mutable_at(scorer.b, scorer.h, i));
+    write_row(out.dtype, s.row + (seen.empty() ? 0 : seen.low), seen, p.key_length,
+              out.mutable_at(scorer.b, scorer.h, i));
   }
 
   // The scores of row i, in units of the scorer's, -inf where masked.
@@ -126,6 +127,8 @@ class SoftmaxGradients {
   }
 
  private:
+  static constexpr DType kOwn = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
+
   const Problem& p;
   const SoftmaxBackward& v;
   bool own_rows, own_columns, shared_batch, shared_heads;
@@ -133,8 +136,8 @@ class SoftmaxGradients {
   Buffer<double> slope_parts, table_parts, bias_parts;  // (B, H, blocks, ...)
 
   struct Scratch {
-    T *out, *grad;
-    double* bias;  // (rows of the block, bias_columns), where several rows of scores share one of the bias
+    T *out, *grad;  // of the part of a row that is looked at, from its first column on
+    double* bias;   // (rows of the block, bias_columns), where several rows of scores share one of the bias
   };
 
   bool sums_bias() const { return own_rows && (shared_batch || shared_heads || !own_columns); }
@@ -174,7 +177,8 @@ class SoftmaxGradients {
     if (table) std::memset(table, 0, v.dtable.size[2] * sizeof(double));
     if (bias) std::memset(bias, 0, bias_columns * sizeof(double));
     for (i64 i = first; i < last; ++i) {
-      const Interval seen = score_gradient(scorer, i, s);
+      const Interval seen = scorer.geometry.visible(i);
+      score_gradient(scorer, i, seen, s);
       if (v.ddense_bias && own_rows && !sums_bias())
         write_row(v.ddense_bias.dtype, s.out, seen, p.key_length, v.ddense_bias.mutable_at(b, h, i));
       if (!seen.empty()) {
@@ -184,38 +188,53 @@ class SoftmaxGradients {
         if (sums_bias()) add_to_bias(seen, s.out, s.bias + (i - first) * bias_columns);
       }
       if (v.dscores) {
-        for (i64 j = round_down(seen.low, kLanes<T>); j < seen.high; j += kLanes<T>)
-          store(s.grad + j, load(s.out + j) * scorer.scale);
+        for (i64 k = 0; k < seen.high - seen.low; k += kLanes<T>) store(s.grad + k, load(s.out + k) * scorer.scale);
         write_row(v.dscores.dtype, s.grad, seen, p.key_length, v.dscores.mutable_at(b, h, i));
       }
     }
     if (v.dslopes) slope_parts.data()[part] = slope;
   }
 
-  // dS = y * (dy - sum(y dy)) of row i, into s.out in whole vectors, 0 where y is.  Whatever stands in dy where y is 0
-  // is not seen: those places are masked, or too small to matter.
-  Interval score_gradient(const Scorer<T>& scorer, i64 i, const Scratch& s) const {
-    const Interval seen = scorer.geometry.visible(i);
-    if (seen.empty()) return {0, 0};
-    const Interval live{round_down(seen.low, kLanes<T>), round_up(seen.high, kLanes<T>)};
-    load_row(v.out.dtype, v.out.at(scorer.b, scorer.h, i, seen.low), v.out.stride[3], seen.high - seen.low,
-             s.out + seen.low);
-    load_row(v.grad_out.dtype, v.grad_out.at(scorer.b, scorer.h, i, seen.low), v.grad_out.stride[3],
-             seen.high - seen.low, s.grad + seen.low);
-    for (i64 j = live.low; j < seen.low; ++j) s.out[j] = 0;
-    for (i64 j = seen.high; j < live.high; ++j) s.out[j] = 0;
+  // dS = y * (dy - sum(y dy)) of row i into s.out, 0 where y is, the last vector padded with zeros.  Whatever stands in
+  // dy where y is 0 is not seen: those places are masked, or too small to matter.
+  void score_gradient(const Scorer<T>& scorer, i64 i, Interval seen, const Scratch& s) const {
+    if (seen.empty()) return;
+    constexpr int n = kLanes<T>;
+    const i64 count = seen.high - seen.low, whole = round_down(count, n);
+    const T* const y = values(v.out, scorer, i, seen, s.out);
+    const T* const dy = values(v.grad_out, scorer, i, seen, s.grad);
+    T last_y[n] = {}, last_dy[n] = {};
+    std::memcpy(last_y, y + whole, (count - whole) * sizeof(T));
+    std::memcpy(last_dy, dy + whole, (count - whole) * sizeof(T));
+
     const Vec<T> zero = {};
-    Vec<T> sum = zero;
-    for (i64 j = live.low; j < live.high; j += kLanes<T>) {
-      const Vec<T> y = load(s.out + j), product = y * load(s.grad + j);
-      sum += y == T(0) ? zero : product;
+    const auto product = [&](const T* a, const T* b) {
+      const Vec<T> left = load(a), both = left * load(b);
+      return left == T(0) ? zero : both;
+    };
+    Vec<T> sum = product(last_y, last_dy), other = zero;
+    i64 k = 0;
+    for (; k + 2 * n <= whole; k += 2 * n) {
+      sum += product(y + k, dy + k);
+      other += product(y + k + n, dy + k + n);
     }
-    const T delta = reduce_add<T>(sum);
-    for (i64 j = live.low; j < live.high; j += kLanes<T>) {
-      const Vec<T> y = load(s.out + j), ds = y * (load(s.grad + j) - delta);
-      store(s.out + j, y == T(0) ? zero : ds);
-    }
-    return seen;
+    if (k < whole) sum += product(y + k, dy + k);
+    const T delta = reduce_add<T>(sum + other);
+
+    const auto gradient = [&](const T* a, const T* b) {
+      const Vec<T> left = load(a), ds = left * (load(b) - delta);
+      return left == T(0) ? zero : ds;
+    };
+    for (k = 0; k < whole; k += n) store(s.out + k, gradient(y + k, dy + k));
+    if (whole < count) store(s.out + whole, gradient(last_y, last_dy));
+  }
+
+  // Columns [seen.low, seen.high) of row i: where they are if they are of the type T, else converted into `temp`.
+  static const T* values(const View& view, const Scorer<T>& scorer, i64 i, Interval seen, T* temp) {
+    const char* const source = view.at(scorer.b, scorer.h, i, seen.low);
+    if (view.dtype == kOwn && view.stride[3] == 1) return reinterpret_cast<const T*>(source);
+    load_row(view.dtype, source, view.stride[3], seen.high - seen.low, temp);
+    return temp;
   }
 
   static double sum(const T* row, i64 low, i64 high) {
@@ -227,14 +246,14 @@ class SoftmaxGradients {
     return rest + reduce_add<T>(total);
   }
 
-  // sum dS |distance| over whole vectors: what lies beside [low, high) is 0.
+  // sum dS |distance|, over whole vectors: the last one is padded with zeros.
   static double weighted_by_distance(const Scorer<T>& scorer, i64 i, Interval seen, const T* ds) {
     Vec<T> lane;
     for (int k = 0; k < kLanes<T>; ++k) lane[k] = static_cast<T>(k);
     Vec<T> total = {};
-    for (i64 j = round_down(seen.low, kLanes<T>); j < seen.high; j += kLanes<T>) {
-      const Vec<T> distance = lane + static_cast<T>(j - scorer.geometry.position(i));
-      total += load(ds + j) * (distance < T(0) ? -distance : distance);
+    for (i64 k = 0; k < seen.high - seen.low; k += kLanes<T>) {
+      const Vec<T> distance = lane + static_cast<T>(seen.low + k - scorer.geometry.position(i));
+      total += load(ds + k) * (distance < T(0) ? -distance : distance);
     }
     return reduce_add<T>(total);
   }
@@ -242,16 +261,17 @@ class SoftmaxGradients {
   static void add_to_table(const Scorer<T>& scorer, i64 i, Interval seen, const T* ds, double* table) {
     i64 shift;
     const Interval near = scorer.table_span(i, 0, seen, &shift);
-    table[0] += sum(ds, seen.low, near.low);
-    for (i64 j = near.low; j < near.high; ++j) table[j + shift] += ds[j];
-    table[scorer.table_size - 1] += sum(ds, near.high, seen.high);
+    table[0] += sum(ds, 0, near.low - seen.low);
+    for (i64 j = near.low; j < near.high; ++j) table[j + shift] += ds[j - seen.low];
+    table[scorer.table_size - 1] += sum(ds, near.high - seen.low, seen.high - seen.low);
   }
 
   void add_to_bias(Interval seen, const T* ds, double* bias) const {
+    const i64 count = seen.high - seen.low;
     if (own_columns)
-      for (i64 j = seen.low; j < seen.high; ++j) bias[j] += ds[j];
+      for (i64 k = 0; k < count; ++k) bias[seen.low + k] += ds[k];
     else
-      bias[0] += sum(ds, seen.low, seen.high);
+      bias[0] += sum(ds, 0, count);
   }
 
   // gradient (B|1, H, n) = sign * the sum of its parts over blocks, and over the batch where it has none.
