@@ -314,6 +314,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cpu_backward(
   return {dq, dk, dv_, dslopes, dtable, dbias, dsink};
 }
 
+std::string cpu_plan(FASTATTN_PROBLEM_PARAMETERS) {
+  const auto plan = cpu::kernels().plan(unpack(FASTATTN_PROBLEM_ARGUMENTS), threads().threads);
+  const std::pair<const char*, i64> entries[] = {{"query_rows", plan.query_rows},
+                                                 {"heads", plan.heads},
+                                                 {"keys", plan.keys},
+                                                 {"work_items", plan.items},
+                                                 {"scratch_bytes_per_thread", plan.scratch_bytes},
+                                                 {"threads", threads().threads}};
+  std::string json = "{";
+  for (const auto& [name, value] : entries)
+    json += (json.size() > 1 ? ", \"" : "\"") + std::string(name) + "\": " + std::to_string(value);
+  return json + "}";
+}
+
 std::string cpu_info() { return cpu::describe(); }
 
 }  // namespace
@@ -328,6 +342,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&fastattn::cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&fastattn::cpu_backward));
+  m.impl("cpu_plan", TORCH_BOX(&fastattn::cpu_plan));
 }
 
 #include "row_ops.h"

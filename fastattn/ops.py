@@ -133,6 +133,10 @@ for _name in FUSED_BACKENDS:
         torch.library.register_fake(f"fastattn::{_name}_{_op}", _fake, lib=_library)
 
 
+# What the native library would do with a problem, as JSON, for `explain`.
+_library.define(f"cpu_plan({PROBLEM_SCHEMA}) -> str")
+
+
 def implement(name: str, function: Callable[..., object], dispatch_key: str) -> None:
     """Register a Python implementation of fastattn::<name> for one dispatch key ("CUDA", "CPU")."""
     _library.impl(name, function, dispatch_key)

@@ -220,3 +220,14 @@ def test_version() -> None:
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = fastattn.nothing_here
     assert set(fastattn.__all__) <= set(dir(fastattn)) | {"__version__"}
+
+
+@pytest.mark.skipif(not native.load_cpu_library(), reason="the native library is not built")
+def test_explain_gives_the_tiles_of_the_cpu_kernel() -> None:
+    query, key = torch.randn(2, 8, 1, 64), torch.randn(2, 2, 1000, 64)
+    plan = fastattn.explain(query, key, key, backend="cpu").plan
+    assert plan["query_rows"] == 1
+    assert plan["heads"] == 4, "the query heads of one key head share its tiles in decoding"
+    assert 0 < plan["keys"] <= 256
+    assert plan["work_items"] >= 4
+    assert plan["scratch_bytes_per_thread"] < 2**21

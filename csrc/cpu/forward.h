@@ -29,6 +29,12 @@ class Forward {
 
   i64 items() const { return p.batch * p.kv_heads * head_blocks * row_blocks; }
 
+  ForwardPlan plan() const {
+    Arena measure(nullptr);
+    layout(measure);
+    return {rows_per_block, heads_per_block, tile, items(), static_cast<i64>(measure.used())};
+  }
+
   static void run_item(void* self, i64 index) { static_cast<const Forward*>(self)->run(index); }
 
  private:

@@ -26,6 +26,22 @@ static void run_forward(const Problem& problem, const ForwardOutput& output, con
   }
 }
 
+template <class Mode>
+static ForwardPlan plan(const Problem& problem, i64 threads) {
+  return Forward<Mode>(problem, {}, threads).plan();
+}
+
+static ForwardPlan run_plan(const Problem& problem, i64 threads) {
+  switch (problem.query.dtype) {
+    case DType::kFloat64:
+      return plan<Float64Mode>(problem, threads);
+    case DType::kBFloat16:
+      return plan<ModeOfBFloat16>(problem, threads);
+    default:
+      return plan<Float32Mode>(problem, threads);
+  }
+}
+
 static void run_backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
                          const Parallel& parallel) {
   switch (problem.query.dtype) {
@@ -57,7 +73,7 @@ static void run_rotate(const Rotation& rotation, const Parallel& parallel) {
 #define FASTATTN_STRING(x) FASTATTN_STRING2(x)
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA), run_forward,          run_backward,
+const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA), run_forward,          run_plan,  run_backward,
                          run_softmax_forward,           run_softmax_backward, run_rotate};
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

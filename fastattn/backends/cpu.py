@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,10 @@ class CpuBackend(Backend):
             torch.ops.fastattn.cpu_rotate_(*rotation.arguments())
             return rotation.query, rotation.key
         return fused_rotation(self.name, rotation)
+
+    def plan(self, problem: Problem) -> dict[str, object]:
+        """Query rows and heads of a work item, keys of a tile, work items, scratch memory and threads."""
+        return json.loads(torch.ops.fastattn.cpu_plan(*problem.arguments()))
 
     def kernel(self, problem: AnyProblem) -> str:
         return f"cpu {what_runs(problem)}, {native.cpu_info()['isa']}"
