@@ -280,12 +280,13 @@ class Forward {
       finish_with_sink(scorer, s, row, &scale, &lse, &log_sum);
     } else if (sum != 0) {
       const double top = static_cast<double>(s.maximum[row]) * (scorer.plain ? p.scale : 1.0);
+      // one logarithm a row, in its own precision: in short rows it is a good part of the work
       if constexpr (sizeof(Acc) == 4)
-        lse = static_cast<Acc>(top + static_cast<double>(__builtin_logf(sum)));
+        log_sum = __builtin_log2f(sum);
       else
-        lse = top + __builtin_log(sum);
+        log_sum = __builtin_log2(sum);
+      lse = static_cast<Acc>(top + log_sum * kLn2);
       scale = 1 / sum;
-      log_sum = __builtin_log2(sum);
     }
     Acc* const statistics = reinterpret_cast<Acc*>(o.statistics.mutable_at(item.b, h, i));
     statistics[0] = log_sum == __builtin_inf() ? 0 : s.maximum[row];
