@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastattn.bench.modules import ModuleInputs, module_oracle
 from fastattn.bench.peers import Prepared, prepare
+from fastattn.bench.rows import RowInputs, row_oracle
 from fastattn.bench.scenarios import SCENARIOS, Case, Inputs, dense_terms, naive_attention
 
 BUDGET = 2.0
@@ -144,7 +145,7 @@ def budgets(
     return found
 
 
-def expect(inputs: Inputs | ModuleInputs, *, gradients: bool, kv_head: int | None = None) -> Expected:
+def expect(inputs: Inputs | ModuleInputs | RowInputs, *, gradients: bool, kv_head: int | None = None) -> Expected:
     """What the case should give.  `kv_head` restricts the check to one KV head and its queries, over the whole batch:
     heads are independent, and the formula at full size would not fit into memory for long sequences."""
     dtype = inputs.case.dtype
@@ -154,6 +155,11 @@ def expect(inputs: Inputs | ModuleInputs, *, gradients: bool, kv_head: int | Non
         same, same_gradients = module_oracle(inputs, measured)
         values = {"out": exact} | (exact_gradients if gradients else {})
         return Expected(values, budgets(values, {"out": same} | same_gradients, inputs.case))
+    if isinstance(inputs, RowInputs):
+        outs, exact_gradients = row_oracle(inputs, torch.float64)
+        sames, same_gradients = row_oracle(inputs, measured)
+        values = _named(outs) | (exact_gradients if gradients else {})
+        return Expected(values, budgets(values, _named(sames) | same_gradients, inputs.case))
     heads = kv_heads = ALL
     if kv_head is not None:
         group = inputs.case.shape.heads // inputs.case.shape.kv_heads
@@ -163,7 +169,7 @@ def expect(inputs: Inputs | ModuleInputs, *, gradients: bool, kv_head: int | Non
     return Expected(exact.values, budgets(exact.values, same.values, inputs.case, exact.mass), heads, kv_heads)
 
 
-def compare(inputs: Inputs | ModuleInputs, expected: Expected, values: dict[str, Tensor]) -> list[Check]:
+def compare(inputs: Inputs | ModuleInputs | RowInputs, expected: Expected, values: dict[str, Tensor]) -> list[Check]:
     """Every tensor that a variant returned against the expected one of the same name."""
     checks = []
     for name, value in values.items():
@@ -175,11 +181,18 @@ def compare(inputs: Inputs | ModuleInputs, expected: Expected, values: dict[str,
     return checks
 
 
+def _named(out: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Outputs by name: "out", or "out 0", "out 1", ..."""
+    if isinstance(out, Tensor):
+        return {"out": out.detach()}
+    return {f"out {n}": one.detach() for n, one in enumerate(out)}
+
+
 def evaluate(prepared: Prepared, *, gradients: bool) -> dict[str, Tensor]:
     """Output, and with `gradients` the gradient of every leaf, of one run."""
     with torch.set_grad_enabled(gradients):
         out = prepared.forward()
-    values = {"out": out.detach()}
+    values = _named(out)
     if gradients:
         values |= dict(zip(prepared.leaves, prepared.gradients(out), strict=True))
     return values
@@ -198,7 +211,9 @@ def check_dropout(peer: str, inputs: Inputs) -> list[Check]:
     return [Check("mean", abs(out.mean().item() - 1.0), 0.02), Check("drawn", spread, 0.5)]
 
 
-def gate(peer: str, inputs: Inputs | ModuleInputs, prepared: Prepared, expected: Expected, *, gradients: bool) -> float:
+def gate(
+    peer: str, inputs: Inputs | ModuleInputs | RowInputs, prepared: Prepared, expected: Expected, *, gradients: bool
+) -> float:
     """Largest error of the variant as a multiple of its budget.
 
     Raises:

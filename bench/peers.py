@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn.bench.modules import ModuleInputs, prepare_module
+from fastattn.bench.rows import RowInputs, prepare_rows
 from fastattn.bench.scenarios import SCENARIOS, Inputs, dense_terms, naive_attention, rotate
 
 
@@ -30,18 +31,18 @@ class CannotError(Exception):
 
 @dataclass
 class Prepared:
-    """One variant, ready to run: `forward()` gives the output whose gradient is taken against `leaves`."""
+    """One variant, ready to run: `forward()` gives the output, or outputs, whose gradient is taken against `leaves`."""
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor]
-    grad_out: Tensor
+    grad_out: Tensor | tuple[Tensor, ...]
     last_call: str = field(default="", compare=False)  # which kernel ran, where the peer can tell
 
     def step(self) -> tuple[Tensor, ...]:
         """One training step's share: forward and the gradient of every leaf."""
         return self.gradients(self.forward())
 
-    def gradients(self, out: Tensor) -> tuple[Tensor, ...]:
+    def gradients(self, out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
 
 
@@ -249,9 +250,11 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def prepare(peer: str, inputs: Inputs | ModuleInputs) -> Prepared:
+def prepare(peer: str, inputs: Inputs | ModuleInputs | RowInputs) -> Prepared:
     """The peer's closure for the case.  Raises whatever the peer raises for a case it cannot do."""
     if isinstance(inputs, ModuleInputs):
         forward, leaves = prepare_module(peer, inputs)
         return Prepared(forward, leaves, inputs.grad_out)
+    if isinstance(inputs, RowInputs):
+        return Prepared(prepare_rows(peer, inputs), inputs.leaves, inputs.grad_out)
     return Prepared(PEERS[peer].prepare(inputs), inputs.leaves(), inputs.grad_out)

@@ -21,7 +21,8 @@ def size(row: Row) -> str:
     """Sizes of a case: what a reader needs to tell two lines apart."""
     length = f"{row.query_length}" if row.query_length == row.key_length else f"{row.query_length}/{row.key_length}"
     heads = f"{row.heads}" if row.heads == row.kv_heads else f"{row.heads}/{row.kv_heads}"
-    return f"B{row.batch} H{heads} S{length} D{row.head_dim}"
+    width = f" D{row.head_dim}" if row.head_dim else ""
+    return f"B{row.batch} H{heads} S{length}{width}"
 
 
 def case_key(row: Row) -> tuple[object, ...]:
@@ -48,6 +49,8 @@ def cell(row: Row | None) -> str:
         text += f"\n[{colour}]{row.ratio:.2f}x[/{colour}]"
     else:
         text += "\n"
+    if row.gb_per_s is not None:
+        text += f" {row.gb_per_s:.1f} GB/s"
     if row.peak_gb is not None:
         text += f" {row.peak_gb * 1e3:.0f} MB"
     return text

@@ -16,6 +16,7 @@ from fastattn.bench.memory import peak_bytes
 from fastattn.bench.modules import ModuleInputs, make_module_inputs
 from fastattn.bench.peers import CannotError, Prepared, prepare
 from fastattn.bench.results import Environment, Row, environment, make_row
+from fastattn.bench.rows import ROW_SCENARIOS, RowInputs, make_row_inputs, moved_bytes
 from fastattn.bench.scenarios import FLOP_FACTOR, SCENARIOS, Case, Inputs, forward_flops, make_inputs
 from fastattn.bench.suites import MODULE_SCENARIOS, SUITES, Suite
 from fastattn.bench.timing import Clock, Spread, forward_sample, interleave, make_clock, training_sample
@@ -38,7 +39,9 @@ class Options:
     sink: Callable[[list[Row]], None] = field(default=lambda rows: None)  # given the rows of each case when it is done
 
 
-def make_case_inputs(case: Case, device: str) -> Inputs | ModuleInputs:
+def make_case_inputs(case: Case, device: str) -> Inputs | ModuleInputs | RowInputs:
+    if case.scenario in ROW_SCENARIOS:
+        return make_row_inputs(case, device)
     if case.scenario in MODULE_SCENARIOS:
         return make_module_inputs(case, device)
     return make_inputs(case, device)
@@ -91,7 +94,7 @@ def run_case(suite: Suite, case: Case, options: Options, where: Environment) -> 
     errors: dict[str, float] = {}
     kernels: dict[str, str] = {}
     rows: list[Row] = []
-    kv_head = None if isinstance(inputs, ModuleInputs) else case.shape.kv_heads - 1
+    kv_head = case.shape.kv_heads - 1 if isinstance(inputs, Inputs) else None
     expected = expect(inputs, gradients=training, kv_head=kv_head)
     for peer in peers:
         for direction in ("forward", "both") if training else ("forward",):
@@ -130,7 +133,7 @@ def run_case(suite: Suite, case: Case, options: Options, where: Environment) -> 
 def _measure(
     suite: Suite,
     case: Case,
-    inputs: Inputs | ModuleInputs,
+    inputs: Inputs | ModuleInputs | RowInputs,
     direction: str,
     variants: dict[str, Prepared],
     clock: Clock,
@@ -150,6 +153,7 @@ def _measure(
     for peer, found in spreads.items():
         for measured, spread in found.items():
             base = spreads.get(suite.baseline, {}).get(measured)
+            moved = moved_bytes(inputs, measured) if isinstance(inputs, RowInputs) else None
             peak = None if measured == "backward" else peaks.get(peer)
             rows.append(
                 make_row(
@@ -165,6 +169,7 @@ def _measure(
                     ratio=base.median / spread.median if base else None,
                     baseline=suite.baseline if base else "",
                     tflops=flops * FLOP_FACTOR[measured] / spread.median / 1e12 if flops else None,
+                    gb_per_s=moved / spread.median / 1e9 if moved else None,
                     peak_gb=None if peak is None else peak / 1e9,
                     error=errors[peer],
                     kernel=kernels.get(peer, ""),

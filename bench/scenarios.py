@@ -174,7 +174,7 @@ def _lonely_documents(shape: Shape, generator: torch.Generator) -> Extras:
     return extras
 
 
-def _rotary_tables(shape: Shape, generator: torch.Generator) -> Extras:
+def rotary_tables(shape: Shape, generator: torch.Generator) -> Extras:
     half = shape.head_dim // 2
     frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.arange(shape.key_length, dtype=torch.float64)[:, None] * frequency
@@ -322,7 +322,7 @@ def _build() -> dict[str, Scenario]:
             causal,
             name="rotary",
             title="causal + rotary",
-            draw=_rotary_tables,
+            draw=rotary_tables,
             arguments=lambda shape, t: {"mask": fastattn.Causal(), "rotary": fastattn.Rotary(t["cos"], t["sin"])},
             rotary=True,
         ),

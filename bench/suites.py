@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastattn.bench.rows import ROTARY_SCENARIOS, SOFTMAX_SCENARIOS
 from fastattn.bench.scenarios import Case, Shape
 
 CPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-math", "naive")
@@ -148,6 +149,49 @@ def overhead(device: str, quick: bool) -> Suite:
     return Suite("overhead", "host overhead on a tiny call", cases, peers, per_call=True)
 
 
+def _row_peers(device: str, quick: bool) -> tuple[str, ...]:
+    ours = ("fastattn",) if device == "cpu" else ("fastattn", "fastattn-triton")
+    return (*ours, "naive") if quick and device == "cpu" else (*ours, "naive", "naive-compiled")
+
+
+def softmax(device: str, quick: bool) -> Suite:
+    """The masked softmax by itself, by row length: plain, causal, under a bool mask, with a learned bias."""
+    if device == "cpu":
+        lengths, dtypes, elements, heads = (
+            (256, 1024) if quick else (128, 512, 2048),
+            (torch.float32, torch.bfloat16),
+            2**23,
+            8,
+        )
+    else:
+        lengths, dtypes, elements, heads = (
+            (1024, 4096) if quick else (512, 1024, 4096, 16384),
+            (torch.bfloat16,),
+            2**29,
+            16,
+        )
+    cases = [
+        Case("softmax", scenario, Shape(max(1, elements // (heads * length**2)), heads, length, length, 0), dtype)
+        for dtype in dtypes
+        for scenario in SOFTMAX_SCENARIOS
+        for length in lengths
+    ]
+    return Suite("softmax", "masked softmax", tuple(cases), _row_peers(device, quick), baseline="naive")
+
+
+def rotary(device: str, quick: bool) -> Suite:
+    """The rotation by itself, queries and keys of a model with grouped heads, laid out as (B, S, H, D)."""
+    tokens, dtypes = (4096, (torch.float32, torch.bfloat16)) if device == "cpu" else (16384, (torch.bfloat16,))
+    lengths = (1024,) if quick else (128, 1024, 4096)
+    cases = [
+        Case("rotary", scenario, Shape(tokens // length, 16, length, length, 128, kv_heads=4), dtype)
+        for dtype in dtypes
+        for scenario in ROTARY_SCENARIOS
+        for length in lengths
+    ]
+    return Suite("rotary", "rotary embedding", tuple(cases), _row_peers(device, quick), baseline="naive")
+
+
 SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "attention": attention,
     "sweep": sweep,
@@ -157,12 +201,23 @@ SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "decode": decode,
     "overhead": overhead,
     "compiled": compiled,
+    "softmax": softmax,
+    "rotary": rotary,
 }
 # groups: names that stand for several suites
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(SUITES),
-    "cpu": ("attention", "sweep", "mask", "bias", "module", "decode", "overhead", "compiled"),
-    "gpu": ("attention", "overhead", "bias", "compiled", "mask", "module"),  # what matters most first: time may run out
+    "cpu": ("attention", "sweep", "mask", "bias", "module", "decode", "overhead", "compiled", "softmax", "rotary"),
+    "gpu": (
+        "attention",
+        "overhead",
+        "bias",
+        "compiled",
+        "softmax",
+        "rotary",
+        "mask",
+        "module",
+    ),  # what matters most first: time may run out
 }
 
 

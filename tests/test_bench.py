@@ -19,11 +19,13 @@ from fastattn.bench.modules import make_module_inputs
 from fastattn.bench.peers import Prepared, prepare
 from fastattn.bench.report import print_report
 from fastattn.bench.results import Row
+from fastattn.bench.rows import ROTARY_SCENARIOS, ROW_SCENARIOS, SOFTMAX_SCENARIOS, make_row_inputs, moved_bytes
 from fastattn.bench.scenarios import SCENARIOS, Case, Shape, dense_terms, forward_flops, make_inputs
 from fastattn.bench.timing import Spread, interleave
 from fastattn.cli.console import Console
 
 SMALL = Shape(batch=2, heads=4, kv_heads=2, query_length=21, key_length=37, head_dim=16)
+SQUARE = Shape(batch=2, heads=4, kv_heads=2, query_length=37, key_length=37, head_dim=16)
 
 
 def small(scenario: str, dtype: torch.dtype = torch.float32, shape: Shape = SMALL) -> Case:
@@ -40,7 +42,9 @@ def test_every_case_of_every_suite_can_be_built(device: str, quick: bool) -> Non
         assert suite.baseline in suite.peers
         assert set(suite.peers) <= set(peers.PEERS)
         for case in suite.cases:
-            known = suites.MODULE_SCENARIOS if name == "module" else SCENARIOS
+            known = {"module": suites.MODULE_SCENARIOS, "softmax": SOFTMAX_SCENARIOS, "rotary": ROTARY_SCENARIOS}.get(
+                name, SCENARIOS
+            )
             assert case.scenario in known
             assert case.suite == name
 
@@ -143,6 +147,39 @@ def test_gate_sees_one_wrong_head_only_where_it_looks() -> None:
 def test_module_gate(peer: str, scenario: str) -> None:
     inputs = make_module_inputs(small(scenario, shape=Shape(2, 4, 24, 24, 8)), "cpu")
     gate(peer, inputs, prepare(peer, inputs), expect(inputs, gradients=True), gradients=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scenario", ROW_SCENARIOS)
+@pytest.mark.parametrize("peer", ["fastattn", "naive"])
+def test_row_gate(peer: str, scenario: str, dtype: torch.dtype) -> None:
+    inputs = make_row_inputs(small(scenario, dtype, SQUARE), "cpu")
+    gate(peer, inputs, prepare(peer, inputs), expect(inputs, gradients=True), gradients=True)
+
+
+@pytest.mark.parametrize("scenario", ROW_SCENARIOS)
+def test_row_gate_stops_what_is_wrong(scenario: str) -> None:
+    inputs = make_row_inputs(small(scenario, shape=SQUARE), "cpu")
+    prepared = prepare("fastattn", inputs)
+    wrong = Prepared(lambda: tuple(out + 1e-3 for out in prepared.forward()), prepared.leaves, prepared.grad_out)
+    with pytest.raises(WrongResultError):
+        gate("fastattn", inputs, wrong, expect(inputs, gradients=False), gradients=False)
+
+
+def test_moved_bytes() -> None:
+    """By hand for one case each."""
+    shape = Shape(batch=2, heads=4, query_length=8, key_length=8, head_dim=16, kv_heads=2)
+    scores = 2 * 4 * 8 * 8 * 4
+    for scenario, forward, backward in (
+        ("softmax", 2 * scores, 3 * scores),
+        ("softmax-causal", 1.5 * scores, 2 * scores),
+        ("softmax-mask", 2 * scores + 2 * 8 * 8, 3 * scores),
+        ("softmax-bias", 2.5 * scores, 3.5 * scores),
+        ("rotary-half", 2 * 2 * 6 * 8 * 16 * 4 + 2 * 8 * 8 * 4, 2 * 2 * 6 * 8 * 16 * 4 + 2 * 8 * 8 * 4),
+    ):
+        inputs = make_row_inputs(small(scenario, shape=shape), "cpu")
+        found = [moved_bytes(inputs, direction) for direction in ("forward", "backward", "both")]
+        assert found == [forward, backward, forward + backward], scenario
 
 
 def test_flops_count_what_the_mask_lets_through() -> None:
