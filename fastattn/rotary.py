@@ -38,11 +38,11 @@ class Rotary:
         key_cos: Tensor | None = None,
         key_sin: Tensor | None = None,
     ) -> None:
-        self.cos, self.sin = _table("Rotary.cos", cos), _table("Rotary.sin", sin)
+        self.cos, self.sin = rotary_table("Rotary.cos", cos), rotary_table("Rotary.sin", sin)
         if (key_cos is None) != (key_sin is None):
             fail(ValueError, "Rotary.key_cos, key_sin", "both or neither", "one of them")
-        self.key_cos = self.cos if key_cos is None else _table("Rotary.key_cos", key_cos)
-        self.key_sin = self.sin if key_sin is None else _table("Rotary.key_sin", key_sin)
+        self.key_cos = self.cos if key_cos is None else rotary_table("Rotary.key_cos", key_cos)
+        self.key_sin = self.sin if key_sin is None else rotary_table("Rotary.key_sin", key_sin)
         check_shape("Rotary.sin", self.sin, tuple(self.cos.shape))
         check_shape("Rotary.key_sin", self.key_sin, tuple(self.key_cos.shape))
         if self.key_cos.shape[-1] != self.cos.shape[-1]:
@@ -126,7 +126,7 @@ class Rotary:
         return turned_query.to(query.dtype), turned_key.to(key.dtype)
 
 
-def _table(name: str, table: object) -> Tensor:
+def rotary_table(name: str, table: object) -> Tensor:
     table = check_floating(name, table)
     if table.dim() not in (2, 3):
         fail(ValueError, name, "shape (P, R/2) or (B, P, R/2)", table)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn import dispatch, reference
 from fastattn.functional import dense_rows
-from fastattn.rotary import _table
+from fastattn.rotary import rotary_table
 from fastattn.rotation import Rotation
 from fastattn.validation import (
     check_device,
@@ -64,7 +64,7 @@ def apply_rotary(
     _check_operands(query, key)
     batch, _, length, dim = query.shape
     parameter_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    cos, sin = _table("cos", cos), _table("sin", sin)
+    cos, sin = rotary_table("cos", cos), rotary_table("sin", sin)
     check_shape("sin", sin, tuple(cos.shape))
     if 2 * cos.shape[-1] > dim:
         fail(ValueError, "cos", f"at most D/2 = {dim // 2} columns", cos)

@@ -1,0 +1,98 @@
+"""The Triton softmax and rotary kernels compiled for GPUs that are not here: they fit, and they do not spill.
+
+A row of up to 16384 columns is held in registers, so a spill would be the end of the one pass over memory that these
+kernels are for.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fastattn.problem import Problem
+from fastattn.softmax_problem import SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter is on: nothing is compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from fastattn.triton_kernels import aot, tiles  # noqa: E402
+from fastattn.triton_kernels.masked_softmax import softmax_forward  # noqa: E402
+from fastattn.triton_kernels.rotary import rotate  # noqa: E402
+from fastattn.triton_kernels.softmax_gradients import softmax_backward  # noqa: E402
+
+BATCH, HEADS, ROWS = 2, 4, 64
+
+
+def _softmax(columns: int, dtype: torch.dtype, features: str) -> list[aot.Launch]:
+    fields: dict[str, object] = {}
+    if features == "causal":
+        fields = {"window_right": 0, "query_offset": columns - ROWS}
+    elif features == "everything":
+        integers = torch.zeros(BATCH, dtype=torch.int64)
+        fields = {
+            "query_offsets": integers, "window_left": 5, "window_right": 3, "key_lengths": integers,
+            "prefix_lengths": integers, "query_ids": torch.zeros(BATCH, ROWS, dtype=torch.int64),
+            "key_ids": torch.zeros(BATCH, columns, dtype=torch.int64),
+            "dense_mask": torch.ones(BATCH, 1, ROWS, columns, dtype=torch.bool), "slopes": torch.ones(1, HEADS),
+            "table": torch.ones(1, HEADS, 33), "table_left": 16, "dense_bias": torch.ones(1, HEADS, ROWS, columns),
+        }  # fmt: skip
+    scores = torch.empty(BATCH, HEADS, ROWS, columns, dtype=dtype)
+    problem = SoftmaxProblem(scores=scores, **fields)  # type: ignore[arg-type]
+    with aot.record_launches() as caught:
+        softmax_forward(problem)
+        wanted = frozenset(name for name in SOFTMAX_GRADIENT_FIELDS if getattr(problem, name) is not None)
+        softmax_backward(problem, torch.empty_like(scores), wanted)
+    assert len(caught) == (4 if features == "everything" else 2)
+    return caught
+
+
+def _rotary(dim: int, dtype: torch.dtype, *, interleaved: bool) -> list[aot.Launch]:
+    query, key = torch.empty(BATCH, 16, 256, dim, dtype=dtype), torch.empty(BATCH, 4, 256, dim, dtype=dtype)
+    table = torch.empty(1, 256, dim // 2)
+    with aot.record_launches() as caught:
+        rotate(query, key, (table,) * 4, interleaved=interleaved)
+    return caught
+
+
+def _hold(launches: list[aot.Launch], arch: int, shared: int) -> None:
+    for launch in launches:
+        took = aot.resources(aot.compile_launch(launch, GPUTarget("cuda", arch, 32)))
+        assert took.stack == 0, f"{launch.kernel.__name__} spills: {took}"
+        assert took.shared <= shared, f"{launch.kernel.__name__}: {took}"
+
+
+@pytest.mark.parametrize(
+    ("arch", "columns", "dtype", "features"),
+    [
+        (80, 128, torch.float16, "causal"),
+        (90, 1000, torch.bfloat16, "everything"),
+        (80, 4096, torch.bfloat16, "causal"),
+        (80, 16384, torch.float32, "everything"),
+        (90, 16384, torch.bfloat16, "plain"),
+        (120, 17000, torch.bfloat16, "everything"),
+    ],
+)
+def test_softmax(arch: int, columns: int, dtype: torch.dtype, features: str) -> None:
+    _hold(_softmax(columns, dtype, features), arch, tiles.SMALL)
+
+
+@pytest.mark.parametrize(("arch", "dim", "interleaved"), [(80, 128, False), (90, 64, True), (120, 256, False)])
+def test_rotary(arch: int, dim: int, interleaved: bool) -> None:
+    _hold(_rotary(dim, torch.bfloat16, interleaved=interleaved), arch, tiles.SMALL)
+
+
+def test_amd_compiles() -> None:
+    for launch in (*_softmax(1000, torch.float16, "everything"), *_rotary(128, torch.float16, interleaved=False)):
+        assert aot.compile_launch(launch, GPUTarget("hip", "gfx942", 64)).asm["hsaco"]
+
+
+def test_the_softmax_sees_an_attention_problem_without_width() -> None:
+    """Masks and biases are shared with attention through it."""
+    problem = SoftmaxProblem(scores=torch.empty(2, 3, 4, 5), scale=0.5, window_right=0).attention()
+    assert isinstance(problem, Problem) and problem.query.shape == (2, 3, 4, 0) and problem.key.shape == (2, 3, 5, 0)
+    assert (problem.scale, problem.window_right, problem.features()) == (0.5, 0, ["causal"])
