@@ -59,7 +59,7 @@ def _score_gradient(
 
 
 @triton.jit
-def _any_visible(
+def any_visible(
     b, m0, n0, interval, numbers, BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
 ):
     """Whether the interval masks leave anything of the tile."""
@@ -67,6 +67,27 @@ def _any_visible(
     last = tl.minimum(m0 + BM, numbers.query_length) - 1 + offset
     lo, hi, _, _ = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
     return (n0 < hi) & (n0 + BN > lo)
+
+
+@triton.jit
+def store_bias_tile(
+    p_grad, acc, bh, i_m, i_n, numbers, BM: tl.constexpr, BN: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COL: tl.constexpr
+):
+    """Write a tile's sum into the gradient of batch and head bh, summed up along dimensions of length 1."""
+    i = i_m * BM + tl.arange(0, BM)
+    j = i_n * BN + tl.arange(0, BN)
+    rows = 1 if ONE_ROW else numbers.query_length
+    cols = 1 if ONE_COL else numbers.key_length
+    p_tile = p_grad + bh.to(tl.int64) * rows * cols
+    if ONE_ROW and ONE_COL:
+        tl.store(p_tile, tl.sum(tl.sum(acc, axis=1), axis=0).to(p_grad.dtype.element_ty))
+    elif ONE_ROW:
+        tl.store(p_tile + j, tl.sum(acc, axis=0).to(p_grad.dtype.element_ty), mask=j < cols)
+    elif ONE_COL:
+        tl.store(p_tile + i, tl.sum(acc, axis=1).to(p_grad.dtype.element_ty), mask=i < rows)
+    else:
+        at = i.to(tl.int64)[:, None] * cols + j[None, :]
+        tl.store(p_tile + at, acc.to(p_grad.dtype.element_ty), mask=(i < rows)[:, None] & (j < cols)[None, :])
 
 
 @triton.jit
@@ -90,25 +111,12 @@ def dense_bias_gradient_kernel(
         m0 = (i_m + (r // SUM_N) % SUM_M) * BM
         h = tl.cast(i_h + (r // (SUM_N * SUM_M)) % SUM_H, tl.int64)
         b = tl.cast(i_b + r // (SUM_N * SUM_M * SUM_H), tl.int64)
-        if _any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+        if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
             acc += _score_gradient(
                 b, h, m0, n0, q, k, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers, HEADS, GROUP,
                 D, DV, BM, BN, BD, BDV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
-    i = i_m * BM + tl.arange(0, BM)
-    j = i_n * BN + tl.arange(0, BN)
-    rows = 1 if ONE_ROW else numbers.query_length
-    cols = 1 if ONE_COL else numbers.key_length
-    p_tile = p_grad + (i_b * GRAD_H + i_h).to(tl.int64) * rows * cols
-    if ONE_ROW and ONE_COL:
-        tl.store(p_tile, tl.sum(tl.sum(acc, axis=1), axis=0).to(p_grad.dtype.element_ty))
-    elif ONE_ROW:
-        tl.store(p_tile + j, tl.sum(acc, axis=0).to(p_grad.dtype.element_ty), mask=j < cols)
-    elif ONE_COL:
-        tl.store(p_tile + i, tl.sum(acc, axis=1).to(p_grad.dtype.element_ty), mask=i < rows)
-    else:
-        at = i.to(tl.int64)[:, None] * cols + j[None, :]
-        tl.store(p_tile + at, acc.to(p_grad.dtype.element_ty), mask=(i < rows)[:, None] & (j < cols)[None, :])
+    store_bias_tile(p_grad, acc, i_b * GRAD_H + i_h, i_m, i_n, numbers, BM, BN, ONE_ROW, ONE_COL)
 
 
 @triton.jit
@@ -135,7 +143,7 @@ def table_gradient_kernel(
         for i_m in range(lo + i_s, hi, SPLITS):
             m0 = i_m * BM
             n0 = (i_m + diagonal) * BN
-            if _any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+            if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
                 acc += _score_gradient(
                     b, h, m0, n0, q, k, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
                     HEADS, GROUP, D, DV, BM, BN, BD, BDV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn.softmax_problem import SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
 
 from .attention_gradients import dense_bias_grid, reduce_batch, table_interior
-from .bias_gradient import _any_visible
+from .bias_gradient import any_visible, store_bias_tile
 from .features import operand
 from .layout import dense
 from .masked_softmax import Rows, softmax_backward_kernel
@@ -56,21 +56,9 @@ def softmax_bias_gradient_kernel(
         m0 = (i_m + (r // SUM_N) % SUM_M) * BM
         h = tl.cast(i_h + (r // (SUM_N * SUM_M)) % SUM_H, tl.int64)
         b = tl.cast(i_b + r // (SUM_N * SUM_M * SUM_H), tl.int64)
-        if _any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+        if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
             acc += _score_gradient(b, h, m0, n0, y, dy, p_delta, numbers, HEADS, BM, BN)
-    i = i_m * BM + tl.arange(0, BM)
-    j = i_n * BN + tl.arange(0, BN)
-    rows = 1 if ONE_ROW else numbers.query_length
-    cols = 1 if ONE_COL else numbers.key_length
-    if ONE_ROW:
-        acc = tl.sum(acc, axis=0, keep_dims=True)
-    if ONE_COL:
-        acc = tl.sum(acc, axis=1, keep_dims=True)
-    # where a dimension was summed up, one element is left of it, which is at 0
-    i = tl.zeros([1], dtype=tl.int32) if ONE_ROW else i
-    j = tl.zeros([1], dtype=tl.int32) if ONE_COL else j
-    at = (i_b * GRAD_H + i_h).to(tl.int64) * rows * cols + i.to(tl.int64)[:, None] * cols + j[None, :]
-    tl.store(p_grad + at, acc.to(p_grad.dtype.element_ty), mask=(i < rows)[:, None] & (j < cols)[None, :])
+    store_bias_tile(p_grad, acc, i_b * GRAD_H + i_h, i_m, i_n, numbers, BM, BN, ONE_ROW, ONE_COL)
 
 
 @triton.jit
@@ -91,7 +79,7 @@ def softmax_table_gradient_kernel(
         for i_m in range(tl.maximum(0, -diagonal) + i_s, tl.minimum(TILES_M, TILES_N - diagonal), SPLITS):
             m0 = i_m * BM
             n0 = (i_m + diagonal) * BN
-            if _any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+            if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
                 acc += _score_gradient(b, h, m0, n0, y, dy, p_delta, numbers, HEADS, BM, BN)
     p_tile = p_partial + pid.to(tl.int64) * (BM * BN)
     tl.store(p_tile + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :], acc)
