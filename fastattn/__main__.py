@@ -1,4 +1,4 @@
-"""``python -m fastattn info | demo | bench | verify``."""
+"""``python -m fastattn info | demo | bench | verify | tune``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "replace the attention of a real pretrained encoder: parity, time, memory",
     "bench": "speed and memory against every other implementation here",
     "verify": "parity of every feature with the float64 formula, on this machine",
+    "tune": "search the tile sizes of the Triton kernels on this GPU",
 }
 
 

@@ -3,8 +3,12 @@ memory of a block, never on device names."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 # Shared memory a block may use, in bytes: sm_90 and sm_100, sm_80, and sm_86, sm_89, sm_120.
@@ -72,12 +76,37 @@ def tile(kernel: str, head_dim: int, itemsize: int, shared_memory: int = LARGE) 
     """
     if kernel in _override:
         return _override[kernel]
-    if itemsize == 2:
-        room = next((size for size in (LARGE, MEDIUM) if shared_memory >= size), SMALL)
-        rows = _HALF[kernel][room]
-    else:
-        rows = _SINGLE[kernel]
+    size = room(shared_memory)
+    measured = tuned(os.environ.get("FASTATTN_TILES")).get((kernel, head_dim, itemsize, size))
+    if measured is not None:
+        return measured
+    rows = _HALF[kernel][size] if itemsize == 2 else _SINGLE[kernel]
     return next(row for limit, row in rows if head_dim <= limit)
+
+
+def room(shared_memory: int) -> int:
+    """The class of devices that one with this shared memory belongs to: LARGE, MEDIUM or SMALL."""
+    return next((size for size in (LARGE, MEDIUM) if shared_memory >= size), SMALL)
+
+
+@cache
+def tuned(path: str | None) -> dict[tuple[str, int, int, int], Tile]:
+    """Rows measured by ``python -m fastattn tune`` in the file that FASTATTN_TILES names; none without it.
+
+    Keyed on kernel, padded head dimension, element size and class of shared memory.
+
+    Raises:
+        ValueError: the file is not one that `tune` wrote.
+    """
+    if path is None:
+        return {}
+    try:
+        rows = json.loads(Path(path).read_text())
+        return {(r["kernel"], r["head_dim"], r["itemsize"], r["shared_memory"]): Tile(*r["tile"]) for r in rows}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"FASTATTN_TILES: expected a file written by `python -m fastattn tune`, got {path}: {error}"
+        ) from error
 
 
 def row_tile(columns: int) -> Tile:
