@@ -365,16 +365,18 @@ def test_values_that_cannot_be_checked_are_clamped() -> None:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def test_instruction_sets(isa: str) -> None:
-    """Each set this machine has, by the same tests in a process of its own."""
+    """Each set this machine has, by the same tests and those of the rotation in a process of its own."""
     if isa not in native.cpu_info().get("supported", []):
         pytest.skip(f"this machine or library does not have {isa}")
     if os.environ.get("FASTATTN_CPU_ISA"):
         pytest.skip("already inside such a process")
     wanted = (
-        "test_row_length or test_low_scores or test_a_row or (test_feature and (table or dense or alibi or window))"
+        "test_row_length or test_low_scores or test_a_row or test_rotation or "
+        "(test_feature and (table or dense or alibi or window))"
     )
+    rotation = str(Path(__file__).with_name("test_apply_rotary.py"))
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"cpu and ({wanted})", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"cpu and ({wanted})", __file__, rotation],
         capture_output=True, text=True, env={**os.environ, "FASTATTN_CPU_ISA": isa}, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
