@@ -230,7 +230,9 @@ def _allowance(call: Call, name: str, truth: Result, exact: Tensor, stored: torc
     mass = truth.mass[name]
     # Activations: one number for the tensor.  Parameters: every entry is held to its own mass.
     bound = _largest(mass) if name in ("out", "lse", "query", "key", "value") else mass.reshape(exact.shape)
-    return torch.finfo(stored).eps / 2 * exact.abs() + unit * bound + 1e4 * torch.finfo(stored).tiny
+    # 1e4 terms of up to the flushed size in the arithmetic's own dtype, and half a step of the stored dtype near 0
+    flushed = 1e4 * torch.finfo(wide).tiny + torch.finfo(stored).smallest_normal * torch.finfo(stored).eps
+    return torch.finfo(stored).eps / 2 * exact.abs() + unit * bound + flushed
 
 
 def check(call: Call, backend: str | None, device: str = "cpu") -> None:

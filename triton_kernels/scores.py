@@ -147,7 +147,9 @@ def add_bias(s, i, j, p, bias, numbers, b, h, SIDE: tl.constexpr):
         at = b * bias.dense_sb + h * bias.dense_sh + i.to(tl.int64) * bias.dense_si + j.to(tl.int64) * bias.dense_sj
         inside = (i < numbers.query_length) & (j < numbers.key_length)
         added = tl.load(bias.dense + at, mask=inside, other=0.0).to(tl.float32)
-        s = tl.where(added == NEG_INF, NEG_INF, s + tl.maximum(added, LOWEST_BIAS) * LOG2E)
+        # not maximum(), which would drop a NaN on a GPU
+        raised = tl.where(added < LOWEST_BIAS, LOWEST_BIAS, added)
+        s = tl.where(added == NEG_INF, NEG_INF, s + raised * LOG2E)
     return s
 
 
