@@ -21,6 +21,8 @@ BUDGET = 2.0
 # Roundings that a result may have beside torch's, in units of the compute type: a few operations on the way, and for a
 # sum of n terms taken one after the other sqrt(n) / 2, where torch's blocked products have fewer.
 ROUNDINGS = 4
+# Other people's kernels are timed up to this many budgets off: torch's bfloat16 backward is beyond one at 2048 keys.
+PEER_SLACK = 4.0
 ALL = slice(None)
 
 
@@ -216,8 +218,11 @@ def gate(
 ) -> float:
     """Largest error of the variant as a multiple of its budget.
 
+    fastattn is held to the budget itself, others to PEER_SLACK times it: how they round is their makers' choice, and
+    the multiple stands in their rows.
+
     Raises:
-        WrongResultError: some tensor is outside its budget, NaN included.
+        WrongResultError: some tensor is outside, NaN included.
     """
     if isinstance(inputs, Inputs) and SCENARIOS[inputs.case.scenario].dropout_p:
         checks = check_dropout(peer, inputs)
@@ -225,7 +230,10 @@ def gate(
             prepared.step()  # a peer that cannot differentiate says so here
     else:
         checks = compare(inputs, expected, evaluate(prepared, gradients=gradients))
-    wrong = [f"{c.name} is off by {c.error:.2e}, budget {c.budget:.2e}" for c in checks if not c.passed]
+    slack = 1.0 if peer.startswith("fastattn") else PEER_SLACK
+    # negated, so that NaN is outside
+    outside = [c for c in checks if not c.error <= slack * c.budget]
+    wrong = [f"{c.name} is off by {c.error:.2e}, budget {c.budget:.2e}" for c in outside]
     if wrong:
         raise WrongResultError("; ".join(wrong))
     return max((c.error / c.budget for c in checks if c.budget), default=0.0)

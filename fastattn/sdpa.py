@@ -72,14 +72,17 @@ def scaled_dot_product_attention(
 
     squeeze_heads = max(query.dim(), key.dim(), value.dim()) == 2
     rank = max(query.dim(), key.dim(), value.dim(), 3)
-    query, key, value = (x[(None,) * (rank - x.dim())] for x in (query, key, value))
+    if not query.dim() == key.dim() == value.dim() == rank:
+        query, key, value = (x[(None,) * (rank - x.dim())] for x in (query, key, value))
     heads, kv_heads = query.shape[-3], key.shape[-3]
     if heads != kv_heads and not enable_gqa and 1 not in (heads, kv_heads):
         raise RuntimeError(f"key: expected {heads} heads like query (or enable_gqa=True), got {kv_heads}")
     if not enable_gqa:
         heads = max(heads, kv_heads, value.shape[-3])
     # Leading dimensions broadcast, as in torch; heads only do without enable_gqa.
-    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    lead = query.shape[:-3]
+    if not lead == key.shape[:-3] == value.shape[:-3]:
+        lead = torch.broadcast_shapes(lead, key.shape[:-3], value.shape[:-3])
     if attn_mask is not None and attn_mask.dim() > 3:
         lead = torch.broadcast_shapes(lead, attn_mask.shape[:-3])
     flat_query = _flatten(query, lead, heads)
@@ -105,6 +108,8 @@ def scaled_dot_product_attention(
 
 def _flatten(x: Tensor, lead: torch.Size, heads: int) -> Tensor:
     """x expanded to (*lead, heads, S, E) and flattened to (B, heads, S, E)."""
+    if len(lead) == 1 and x.shape[0] == lead[0] and x.shape[1] == heads:
+        return x  # as nearly every call comes
     x = x.expand(*lead, heads, *x.shape[-2:])
     return x.flatten(0, -4) if lead else x[None]
 

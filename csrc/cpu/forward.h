@@ -145,6 +145,14 @@ class Forward {
         RowSource<Acc>(p.key, item.b, item.kv_head).rotated(p.key_cos, p.key_sin, 0, p.interleaved);
     const RowSource<Acc> value_rows(p.value, item.b, item.kv_head);
     const i64 low = geometry.visible(item.first).low, high = geometry.visible(item.first + item.rows - 1).high;
+    if constexpr (Mode::kPair == 1) {
+      if (reads_rows_in_place(scorers[0]) && !bad_queries) {
+        for (i64 origin = low; origin < high; origin += tile)
+          one_row(item, scorers[0], s, origin, smaller(tile, high - origin));
+        finish(item, scorers[0], s, 0);
+        return;
+      }
+    }
     for (i64 origin = round_down(low, tile); origin < high; origin += tile) {
       const i64 keys = smaller(tile, high - origin);
       const i64 padded = round_up(keys, Mode::kColumnMultiple);
@@ -158,6 +166,48 @@ class Forward {
               bad_keys || bad_queries ? &key_rows : nullptr, bad_values ? &value_rows : nullptr);
     }
     for (i64 r = 0; r < count; ++r) finish(item, scorers[item.head_of(r)], s, r);
+  }
+
+  // Decoding with one query head per key head: a tile packed for a single row costs more than the row's own work, so
+  // keys and values are read where they lie.  Only visible ones are, so nothing can leak.  A property of the call's
+  // shape and layout, never of the thread count, since sums are taken in another order.
+  bool reads_rows_in_place(const Scorer<Acc>& scorer) const {
+    const DType plain_dtype = sizeof(Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
+    const auto in_place = [&](const View& view, i64 dim) {
+      return view.dtype == plain_dtype && view.stride[3] == 1 && dim % kLane == 0;
+    };
+    return p.query_length == 1 && p.group() == 1 && scorer.plain && !scorer.masked_by_element && !p.key_cos &&
+           p.dropout_p == 0 && in_place(p.key, p.head_dim) && in_place(p.value, p.value_dim);
+  }
+
+  void one_row(const Block& item, const Scorer<Acc>& scorer, const Scratch& s, i64 origin, i64 keys) const {
+    const Acc* const query = reinterpret_cast<const Acc*>(s.query);
+    const Acc* key = reinterpret_cast<const Acc*>(p.key.at(item.b, item.kv_head, origin));
+    for (i64 j = 0; j < keys; ++j, key += p.key.stride[2]) {
+      Vec<Acc> sum = {};
+      for (i64 d = 0; d < p.head_dim; d += kLane) sum += load(query + d) * load(key + d);
+      s.scores[j] = reduce_add<Acc>(sum);
+    }
+    const i64 end = round_up(keys, kLane);
+    for (i64 j = keys; j < end; ++j) s.scores[j] = -kInfinity<Acc>;
+    softmax_step(scorer, 0, s, 0, origin, 0, end, s.scores, reinterpret_cast<A*>(s.scores));
+    constexpr i64 kColumns = 4 * kLane;  // accumulators kept in registers over all keys
+    for (i64 d = 0; d < p.value_dim; d += kColumns) {
+      const i64 vectors = smaller(i64{4}, (p.value_dim - d) / kLane);
+      const Acc* value = reinterpret_cast<const Acc*>(p.value.at(item.b, item.kv_head, origin)) + d;
+      Vec<Acc> sum[4] = {};
+      if (vectors == 4) {
+        for (i64 j = 0; j < keys; ++j, value += p.value.stride[2])
+          for (int n = 0; n < 4; ++n) sum[n] += load(value + n * kLane) * s.scores[j];
+      } else {
+        for (i64 j = 0; j < keys; ++j, value += p.value.stride[2])
+          for (i64 n = 0; n < vectors; ++n) sum[n] += load(value + n * kLane) * s.scores[j];
+      }
+      for (i64 n = 0; n < vectors; ++n) {
+        Acc* const acc = s.accumulator + d + n * kLane;
+        store(acc, load(acc) + sum[n]);
+      }
+    }
   }
 
   // One strip of rows against one packed tile.  Non-null sources say that the tile has flagged rows.
