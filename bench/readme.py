@@ -20,7 +20,7 @@ SUITES = ("attention", "sweep", "mask", "bias", "module", "overhead")
 
 
 def section(rows: list[Row]) -> str:
-    """Markdown: one table per device, of the newest run there."""
+    """Markdown: one table per device, of the newest run of each case there."""
     devices = list(dict.fromkeys((row.device, row.isa) for row in rows))
     if not devices:
         return ""
@@ -34,9 +34,12 @@ def section(rows: list[Row]) -> str:
     for device, isa in devices:
         mine = [row for row in rows if (row.device, row.isa) == (device, isa)]
         newest = mine[-1]
-        mine = [row for row in mine if row.commit == newest.commit]
+        # the newest run of each case: suites are measured when what they measure has changed
+        latest = {(row.suite, row.case, row.dtype): row.commit for row in mine}
+        mine = [row for row in mine if row.commit == latest[row.suite, row.case, row.dtype]]
+        commits = ", ".join(dict.fromkeys(latest.values()))
         threads = max(row.threads for row in mine)
-        versions = f"torch {newest.torch}, fastattn {newest.fastattn} ({newest.commit})"
+        versions = f"torch {newest.torch}, fastattn {newest.fastattn} ({commits})"
         parts += [
             "",
             f"**{device}**, {isa}, {threads} threads, {versions}:",
