@@ -5,6 +5,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTATTN_PHILOX __host__ __device__ __forceinline__
+#else
+#define FASTATTN_PHILOX __attribute__((always_inline)) inline
+#endif
+
 namespace fastattn {
 
 struct Philox {
@@ -12,7 +18,7 @@ struct Philox {
   uint32_t counter[4];
 };
 
-__attribute__((always_inline)) inline void philox4x32_10(const Philox& in, uint32_t out[4]) {
+FASTATTN_PHILOX void philox4x32_10(const Philox& in, uint32_t out[4]) {
   uint32_t c0 = in.counter[0], c1 = in.counter[1], c2 = in.counter[2], c3 = in.counter[3];
   uint32_t k0 = in.key[0], k1 = in.key[1];
   for (int round = 0; round < 10; ++round) {
@@ -26,5 +32,7 @@ __attribute__((always_inline)) inline void philox4x32_10(const Philox& in, uint3
   }
   out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
+
+#undef FASTATTN_PHILOX
 
 }  // namespace fastattn

@@ -68,6 +68,7 @@ struct Problem {
   double dropout_p = 0;
   uint64_t dropout_seed = 0;    // Philox key
   uint32_t dropout_offset = 0;  // last word of the Philox counter
+  View seed;                    // (2,): the same two numbers in the tensors' own memory; CUDA kernels read them there
 
   FASTATTN_INLINE i64 group() const { return kv_heads ? query_heads / kv_heads : 1; }
 };

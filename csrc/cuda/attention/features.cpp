@@ -1,0 +1,89 @@
+#include "features.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+#include "../rows/host.h"
+
+namespace fastattn::cuda {
+namespace {
+
+// As kFarthest of geometry.h: positions, windows and lengths add up within 31 bits.
+constexpr i64 kFarthest = i64{1} << 29;
+constexpr double kLog2E = 1.4426950408889634;
+
+template <class T>
+const T* pointer(const View& view) {
+  return static_cast<const T*>(view.data);
+}
+
+Dense dense_of(const View& view) { return {view.data, view.stride[0], view.stride[1], view.stride[2], view.stride[3]}; }
+
+void set_scale(Attention& f, const Problem& p) {
+  const bool added = p.slopes || p.table || p.dense_bias;
+  f.scale = static_cast<float>(p.scale);
+  f.scale_log2 = static_cast<float>(p.scale * kLog2E);
+  if (p.softcap != 0) {
+    f.softcap_in = static_cast<float>(p.scale / p.softcap);
+    f.softcap_out = static_cast<float>(p.softcap * kLog2E);
+  } else if (added || p.scale == 0) {
+    f.scaled = true;
+  } else {
+    f.negate = p.scale < 0;
+    f.multiplier = std::abs(f.scale_log2);
+  }
+}
+
+}  // namespace
+
+Attention features_of(const Problem& p) {
+  Attention f;
+  f.batch = checked("batch", p.batch);
+  f.heads = checked("query heads", p.query_heads);
+  f.group = static_cast<int>(p.group());
+  f.query_length = checked("query length", p.query_length, kFarthest);
+  f.key_length = checked("key length", p.key_length, kFarthest);
+  f.head_dim = static_cast<int>(p.head_dim);
+  f.value_dim = static_cast<int>(p.value_dim);
+  set_scale(f, p);
+
+  const auto window = [](i64 width) { return width < 0 || width >= kFarthest ? -1 : static_cast<int>(width); };
+  f.window_left = window(p.window_left);
+  f.window_right = window(p.window_right);
+  f.query_offset = static_cast<int>(std::clamp(p.query_offset, -kFarthest, kFarthest));
+  f.query_offsets = {pointer<i64>(p.query_offsets), p.query_offsets.stride[0]};
+  f.key_lengths = {pointer<i64>(p.key_lengths), p.key_lengths.stride[0]};
+  f.prefix_lengths = {pointer<i64>(p.prefix_lengths), p.prefix_lengths.stride[0]};
+  f.query_ids = {pointer<i64>(p.query_ids), p.query_ids.stride[0]};
+  f.key_ids = {pointer<i64>(p.key_ids), p.key_ids.stride[0]};
+  f.mask = dense_of(p.dense_mask);
+
+  f.slopes = {pointer<float>(p.slopes), p.slopes.stride[0]};
+  if (p.table) {
+    f.table = pointer<float>(p.table);
+    f.table_batch = p.table.stride[0];
+    f.table_head = p.table.stride[1];
+    const i64 last = checked("columns of the table", p.table.size[2], kFarthest) - 1;
+    f.table_left = static_cast<int>(std::clamp(p.table_left, i64{0}, last));
+    f.table_right = static_cast<int>(last) - f.table_left;
+  }
+  if (p.dense_bias) {
+    f.bias = dense_of(p.dense_bias);
+    f.bias_element = element_of("dense_bias", p.dense_bias);
+    // 32 bits inside one batch and head
+    const i64 span = p.query_length * std::abs(f.bias.row) + p.key_length * std::abs(f.bias.column);
+    checked("elements that dense_bias spans for one batch and head", span);
+    f.bias_row = static_cast<int>(f.bias.row);
+    f.bias_column = static_cast<int>(f.bias.column);
+  }
+  f.sink = {pointer<float>(p.sink), p.sink.stride[0]};
+  if (p.dropout_p > 0) {
+    f.dropout_seed = pointer<i64>(p.seed);
+    f.drop_below = static_cast<uint32_t>(std::min(p.dropout_p * 4294967296.0, 4294967295.0));
+    f.keep_scale = p.dropout_p < 1 ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 0.0f;
+  }
+  return f;
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,106 @@
+#include <algorithm>
+#include <iterator>
+
+#include "../instances.h"
+#include "call.h"
+#include "launch.h"
+
+namespace fastattn::cuda {
+namespace {
+
+#define FASTATTN_BY_DIM(kernel) \
+  {kernel##_d32, kernel##_d64, kernel##_d96, kernel##_d128, kernel##_d192, kernel##_d256}
+using ForwardLaunch = void (*)(const Launch&, const ForwardParams&);
+constexpr ForwardLaunch kForward[2][6] = {FASTATTN_BY_DIM(forward_f16), FASTATTN_BY_DIM(forward_bf16)};
+using DecodeLaunch = void (*)(const Launch&, const DecodeParams&);
+constexpr int kDecodeDims[] = {64, 128, 256};
+constexpr DecodeLaunch kDecode[2][3] = {{decode_f16_d64, decode_f16_d128, decode_f16_d256},
+                                        {decode_bf16_d64, decode_bf16_d128, decode_bf16_d256}};
+
+constexpr i64 kFewQueries = 16, kMostSplits = 128;
+
+i64 width(const Problem& p) { return std::max(p.head_dim, p.value_dim); }
+
+int decode_index(const Problem& p) {
+  return static_cast<int>(std::lower_bound(std::begin(kDecodeDims), std::end(kDecodeDims), static_cast<int>(width(p))) -
+                          kDecodeDims);
+}
+
+Plan decode_plan(const Problem& p, const Device& device) {
+  const DecodeTiles tiles = decode_tiles(kDecodeDims[decode_index(p)]);
+  Plan plan{true, tiles.dim, DecodeTiles::kRows, tiles.keys, tiles.threads(), tiles.shared_bytes(), 1, 1};
+  const i64 whole = ceil_div(p.query_length * p.group(), DecodeTiles::kRows) * p.kv_heads * p.batch;
+  // Enough blocks to fill the device twice, and work for each: at least two steps over the keys.
+  const i64 wanted = ceil_div(2 * device.multiprocessors, whole), most = ceil_div(p.key_length, 2 * tiles.step());
+  plan.splits = static_cast<int>(std::clamp(wanted, i64{1}, std::clamp(most, i64{1}, kMostSplits)));
+  return plan;
+}
+
+void decode(const Problem& p, const ForwardOutput& output, const Plan& plan, Workspace& workspace,
+            const Device& device) {
+  const DecodeTiles tiles = decode_tiles(plan.dim);
+  DecodeParams params;
+  params.attention = attention_of(p, workspace, device);
+  params.out = result_of("out", output.out);
+  params.lse = static_cast<float*>(const_cast<void*>(output.lse.data));
+  params.statistics = static_cast<float*>(const_cast<void*>(output.statistics.data));
+  params.row_tiles = static_cast<int>(ceil_div(p.query_length * p.group(), DecodeTiles::kRows));
+  params.keys_per_split =
+      static_cast<int>(ceil_div(ceil_div(std::max(p.key_length, i64{1}), plan.splits), tiles.step()) * tiles.step());
+  params.splits = static_cast<int>(ceil_div(std::max(p.key_length, i64{1}), params.keys_per_split));
+  const i64 rows = p.batch * p.query_heads * p.query_length;
+  if (params.splits > 1) {
+    params.partial_out = static_cast<float*>(workspace.allocate(sizeof(float) * params.splits * rows * p.value_dim));
+    params.partial_stat = static_cast<float*>(workspace.allocate(sizeof(float) * params.splits * rows * 2));
+  }
+  const i64 blocks = i64{params.splits} * params.row_tiles * p.kv_heads * p.batch;
+  kDecode[type_index(p)][decode_index(p)]({checked("blocks", blocks), 1, 1, plan.shared_bytes, device.stream}, params);
+  if (params.splits == 1) return;
+
+  CombineParams combine;
+  combine.partial_out = params.partial_out;
+  combine.partial_stat = params.partial_stat;
+  combine.splits = params.splits;
+  combine.batch = params.attention.batch;
+  combine.heads = params.attention.heads;
+  combine.query_length = params.attention.query_length;
+  combine.value_dim = params.attention.value_dim;
+  combine.element = element_of("query", p.query);
+  combine.sink = params.attention.sink;
+  combine.out = params.out;
+  combine.lse = params.lse;
+  combine.statistics = params.statistics;
+  attention_combine({checked("blocks", ceil_div(rows, CombineTiles::kRows)), 1, 1, 0, device.stream}, combine);
+}
+
+}  // namespace
+
+Plan attention_plan(const Problem& p, const Device& device) {
+  const bool few = p.query_length <= kFewQueries && p.dropout_p == 0 && p.batch * p.query_heads * p.query_length > 0;
+  if (few) {
+    const Plan plan = decode_plan(p, device);
+    if (plan.shared_bytes <= device.shared_memory_per_block) return plan;
+  }
+  const ForwardTiles tiles = forward_tiles(kHeadDims[dim_index(width(p))]);
+  const bool two_stages = fits(device, tiles.shared_bytes(true), tiles.min_blocks);
+  return {false, tiles.dim, tiles.rows, tiles.keys, tiles.threads(), tiles.shared_bytes(two_stages),
+          two_stages ? 2 : 1, 1};
+}
+
+void attention_forward(const Problem& p, const ForwardOutput& output, Workspace& workspace, const Device& device) {
+  if (p.batch * p.query_heads * p.query_length == 0) return;
+  const Plan plan = attention_plan(p, device);
+  if (plan.decode) return decode(p, output, plan, workspace, device);
+  ForwardParams params;
+  params.attention = attention_of(p, workspace, device);
+  params.out = result_of("out", output.out);
+  params.lse = static_cast<float*>(const_cast<void*>(output.lse.data));
+  params.statistics = static_cast<float*>(const_cast<void*>(output.statistics.data));
+  params.tiles = static_cast<int>(ceil_div(p.query_length, plan.rows));
+  params.two_stages = plan.stages == 2;
+  const i64 blocks = params.tiles * p.query_heads * p.batch;
+  kForward[type_index(p)][dim_index(width(p))]({checked("blocks", blocks), 1, 1, plan.shared_bytes, device.stream},
+                                               params);
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,207 @@
+// From raw products to masked scores: scale -> softcap -> biases -> masks, on the accumulators of a tile.
+//
+// Forward and backward hold tiles of (query rows, keys) or, transposed, of (keys, query rows); `Place` says which query
+// and key an accumulator belongs to.  Each stage is one pass under a branch that is the same for all threads.
+#pragma once
+
+#include <cmath>
+
+#include "geometry.h"
+#include "products.h"
+
+namespace fastattn::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// A finite bias as low as finfo.min would become -inf times log2(e); it counts as a number, so it stops here.
+constexpr float kLowestBias = -1e30f;
+
+// Query and key of the accumulators of this lane.  kTransposed: rows are keys, columns are queries.  kPacked: rows are
+// (query, head of the group) pairs with the head fastest, for few queries under grouped heads.
+template <bool kTransposed_ = false, bool kPacked_ = false>
+struct Place {
+  static constexpr bool kTransposed = kTransposed_, kPacked = kPacked_;
+  int row, column;  // of accumulator [0][0][0]
+  int batch, head;  // head of row 0 of the packed rows, or of all
+  int pack = 1;     // heads packed together
+
+  FASTATTN_DEVICE int row_at(int band, int r) const { return row + 16 * band + 8 * (r >> 1); }
+  FASTATTN_DEVICE int column_at(int n, int r) const { return column + 8 * n + (r & 1); }
+  FASTATTN_DEVICE int query(int band, int n, int r) const {
+    if constexpr (kTransposed) return column_at(n, r);
+    if constexpr (kPacked) return row_at(band, r) / pack;
+    return row_at(band, r);
+  }
+  FASTATTN_DEVICE int key(int band, int n, int r) const {
+    if constexpr (kTransposed) return row_at(band, r);
+    return column_at(n, r);
+  }
+  FASTATTN_DEVICE int head_at(int band, int r) const {
+    if constexpr (kPacked) return head + row_at(band, r) % pack;
+    return head;
+  }
+};
+
+// 1 - 2 / (e^2x + 1) loses all relative accuracy near 0, where scores live under a large cap: a series there.
+FASTATTN_DEVICE float tanh_of(float x) {
+  const float e = exp2_approx(fminf(fabsf(x), 10.0f) * (2 * kLog2E));
+  const float large = copysignf(1.0f - 2.0f * reciprocal_approx(e + 1.0f), x);
+  const float x2 = x * x;
+  const float small = x * (1.0f + x2 * (-1.0f / 3 + x2 * (2.0f / 15 + x2 * (-17.0f / 315 + x2 * (62.0f / 2835)))));
+  // fminf would have dropped a NaN
+  return x != x ? x : fabsf(x) < 0.25f ? small : large;
+}
+
+// Calls f with a function that reads one element of a tensor of 32- or 16-bit numbers.
+template <class F>
+FASTATTN_DEVICE void with_reader(const void* data, Element element, F f) {
+  switch (element) {
+    case Element::kFloat16:
+      return f([=](i64 at) { return unpack1<Half>(load_constant(static_cast<const uint16_t*>(data) + at)); });
+    case Element::kBFloat16:
+      return f([=](i64 at) { return unpack1<BFloat16>(load_constant(static_cast<const uint16_t*>(data) + at)); });
+    default:
+      return f([=](i64 at) { return load_constant(static_cast<const float*>(data) + at); });
+  }
+}
+
+// Applies f(value, band, n, r) to every accumulator, column by column: what f reads per column (an id, a table entry)
+// is then needed for a short while only, which is worth tens of registers.
+template <int kBands, int kColumns, class F>
+FASTATTN_DEVICE void each(float (&s)[kBands][kColumns][4], F f) {
+  FASTATTN_UNROLL
+  for (int n = 0; n < kColumns; ++n)
+    FASTATTN_UNROLL
+    for (int band = 0; band < kBands; ++band)
+      FASTATTN_UNROLL
+      for (int r = 0; r < 4; ++r) f(s[band][n][r], band, n, r);
+}
+
+// value[band][r / 2] = f(head) of each row of this lane: one call where all rows have the same head.
+template <int kBands, bool kTransposed, bool kPacked, class F>
+FASTATTN_DEVICE void per_head(float (&value)[kBands][2], const Place<kTransposed, kPacked>& at, F f) {
+  const float common = kPacked ? 0.0f : f(at.head);
+  FASTATTN_UNROLL
+  for (int band = 0; band < kBands; ++band)
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) value[band][half] = kPacked ? f(at.head_at(band, 2 * half)) : common;
+}
+
+template <class Place, int kBands, int kColumns>
+FASTATTN_DEVICE void scale_and_cap(float (&s)[kBands][kColumns][4], const Attention& p) {
+  if (p.softcap_out != 0.0f) {
+    each(s, [&](float& x, int, int, int) { x = tanh_of(x * p.softcap_in) * p.softcap_out; });
+  } else if (p.scaled) {
+    each(s, [&](float& x, int, int, int) { x *= p.scale_log2; });
+  } else if (p.negate) {
+    each(s, [&](float& x, int, int, int) { x = -x; });
+  }
+}
+
+template <class Place, int kBands, int kColumns>
+FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v,
+                                const Place& at, Side side) {
+  const int b = at.batch;
+  if (p.slopes.data) {
+    float slope[kBands][2];
+    per_head(slope, at, [&](int head) { return load_constant(p.slopes.data + b * p.slopes.batch + head) * kLog2E; });
+    each(s, [&](float& x, int band, int n, int r) {
+      const int distance = at.key(band, n, r) - (at.query(band, n, r) + v.offset);
+      x -= slope[band][r / 2] * static_cast<float>(distance < 0 ? -distance : distance);
+    });
+  }
+  if (p.table) {
+    const float* table = p.table + b * p.table_batch;
+    if (side != Side::kNear) {
+      const int column = side == Side::kFarLeft ? 0 : p.table_left + p.table_right;
+      float end[kBands][2];
+      per_head(end, at, [&](int head) { return load_constant(table + head * p.table_head + column) * kLog2E; });
+      each(s, [&](float& x, int band, int, int r) { x += end[band][r / 2]; });
+    } else {
+      each(s, [&](float& x, int band, int n, int r) {
+        const int distance = at.key(band, n, r) - (at.query(band, n, r) + v.offset);
+        const int column = smaller(larger(distance, -p.table_left), p.table_right) + p.table_left;
+        x += load_constant(table + at.head_at(band, r) * p.table_head + column) * kLog2E;
+      });
+    }
+  }
+  if (p.bias.data) {
+    // What lies beyond the tensor's end is masked, and read inside it.  64 bits for where batch and head start, 32 from
+    // there on: half the registers (the launcher refuses strides that need more).
+    int row[kBands][2];
+    FASTATTN_UNROLL
+    for (int band = 0; band < kBands; ++band)
+      FASTATTN_UNROLL
+      for (int half = 0; half < 2; ++half)
+        row[band][half] = at.kTransposed ? smaller(at.key(band, 0, 2 * half), p.key_length - 1) * p.bias_column
+                                         : smaller(at.query(band, 0, 2 * half), p.query_length - 1) * p.bias_row;
+    const i64 slice = b * p.bias.batch + at.head * p.bias.head;
+    with_reader(p.bias.data, p.bias_element, [&](auto read) {
+      each(s, [&](float& x, int band, int n, int r) {
+        const int across = at.kTransposed ? smaller(at.query(0, n, r), p.query_length - 1) * p.bias_row
+                                          : smaller(at.key(0, n, r), p.key_length - 1) * p.bias_column;
+        const i64 head = at.kPacked ? (at.head_at(band, r) - at.head) * p.bias.head : 0;
+        const float added = read(slice + head + (row[band][r / 2] + across));
+        // not fmaxf, which would drop a NaN
+        const float raised = added < kLowestBias ? kLowestBias : added;
+        x = added == -infinity() ? -infinity() : x + raised * kLog2E;
+      });
+    });
+  }
+}
+
+// Bit 4 * n + r of bits[band]: whether accumulator [band][n][r] may be seen, a dense bias of -inf aside.  A loop that is
+// not unrolled, since it touches no accumulator: unrolled, its loads took the registers that the tile needs.
+template <class Place, int kBands, int kColumns>
+FASTATTN_DEVICE void visible_bits(uint32_t (&bits)[kBands], const Attention& p, const Interval& v, const Place& at) {
+  static_assert(kColumns <= 8);
+  const i64* query_ids = p.query_ids.data + at.batch * p.query_ids.batch;
+  const i64* key_ids = p.key_ids.data + at.batch * p.key_ids.batch;
+  const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data) + at.batch * p.mask.batch;
+  FASTATTN_UNROLL
+  for (int band = 0; band < kBands; ++band) bits[band] = 0;
+  FASTATTN_NO_UNROLL
+  for (int n = 0; n < kColumns; ++n)
+    FASTATTN_UNROLL
+    for (int band = 0; band < kBands; ++band)
+      FASTATTN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const int i = at.query(band, n, r), j = at.key(band, n, r);
+        int lo, hi;
+        keys_of_query(p, v, i + v.offset, lo, hi);
+        bool seen = j >= lo && j < hi && i < p.query_length;
+        if (p.query_ids.data && seen) seen = load_constant(query_ids + i) == load_constant(key_ids + j);
+        if (p.mask.data && seen)
+          seen = load_constant(mask + at.head_at(band, r) * p.mask.head + i * p.mask.row + j * p.mask.column) != 0;
+        bits[band] |= static_cast<uint32_t>(seen) << (4 * n + r);
+      }
+}
+
+// Whether bit 4 * n + r is set.
+FASTATTN_DEVICE bool has(uint32_t bits, int n, int r) { return bits >> (4 * n + r) & 1; }
+
+template <class Place, int kBands, int kColumns>
+FASTATTN_DEVICE void apply_masks(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v,
+                                 const Place& at) {
+  uint32_t bits[kBands];
+  visible_bits<Place, kBands, kColumns>(bits, p, v, at);
+  each(s, [&](float& x, int band, int n, int r) { x = has(bits[band], n, r) ? x : -infinity(); });
+}
+
+// Whether a tile of keys [n0, n1) needs a look at single elements, given what all its queries see.
+FASTATTN_DEVICE bool needs_masks(const Attention& p, const Range& keys, int n0, int n1) {
+  return n0 < keys.full_lo || n1 > keys.full_hi || p.query_ids.data || p.mask.data;
+}
+
+// Whether a tile may hold places where what lies under the mask must not be met: a bias of -inf masks as well.
+FASTATTN_DEVICE bool needs_care(const Attention& p, bool masked) { return masked || p.bias.data; }
+
+// Everything: -inf where masked, which is checked only where `masked` says that it may happen.
+template <class Place, int kBands, int kColumns>
+FASTATTN_DEVICE void finish_scores(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v,
+                                   const Place& at, bool masked, Side side) {
+  scale_and_cap<Place>(s, p);
+  add_biases(s, p, v, at, side);
+  if (masked) apply_masks(s, p, v, at);
+}
+
+}  // namespace fastattn::cuda
