@@ -26,33 +26,33 @@ inline const Position& position() { return current_position; }
 // The launch of a kernel: `body(params)` is the program of one thread.
 void launch(const char* kernel, int threads, const Launch& launch, const void* params, void (*body)(const void*));
 
-[[noreturn]] void unsupported(const char* instruction, const Where& where);
+[[noreturn]] void unsupported(const char* instruction, Where where);
 
 // Warp.
 enum class Shuffle : uint8_t { kIndex, kXor, kUp, kDown };
-uint32_t shuffle(Shuffle kind, uint32_t value, int lane, const Where& where);
-uint32_t ballot(bool predicate, const Where& where);
-void sync_warp(const Where& where);
+uint32_t shuffle(Shuffle kind, uint32_t value, int lane, Where where);
+uint32_t ballot(bool predicate, Where where);
+void sync_warp(Where where);
 
 // Block.
-int sync_block(bool predicate, const Where& where);  // returns how many predicates hold
-void named_barrier(int id, int threads, bool wait, const Where& where);
+int sync_block(bool predicate, Where where);  // returns how many predicates hold
+void named_barrier(int id, int threads, bool wait, Where where);
 
 // Memory.
-void load_shared(void* to, uint32_t address, int bytes, const Where& where);
-void store_shared(uint32_t address, const void* from, int bytes, const Where& where);
-void load_global(void* to, const void* address, int bytes, bool constant, const Where& where);
-void store_global(void* address, const void* from, int bytes, const Where& where);
-float atomic_add(float* address, float value, const Where& where);
-int atomic_add(int* address, int value, const Where& where);
-void copy_async(uint32_t to, const void* from, int bytes, bool valid, const Where& where);
-void copy_async_commit(const Where& where);
-void copy_async_wait(int pending, const Where& where);
+void load_shared(void* to, uint32_t address, int bytes, Where where);
+void store_shared(uint32_t address, const void* from, int bytes, Where where);
+void load_global(void* to, const void* address, int bytes, bool constant, Where where);
+void store_global(void* address, const void* from, int bytes, Where where);
+float atomic_add(float* address, float value, Where where);
+int atomic_add(int* address, int value, Where where);
+void copy_async(uint32_t to, const void* from, int bytes, bool valid, Where where);
+void copy_async_commit(Where where);
+void copy_async_wait(int pending, Where where);
 
 // Matrices.
-void load_matrix(uint32_t* r, int matrices, bool transposed, uint32_t row, const Where& where);
-void store_matrix(uint32_t row, const uint32_t* r, int matrices, bool transposed, const Where& where);
-void multiply_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool half, const Where& where);
+void load_matrix(uint32_t* r, int matrices, bool transposed, uint32_t row, Where where);
+void store_matrix(uint32_t row, const uint32_t* r, int matrices, bool transposed, Where where);
+void multiply_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool half, Where where);
 
 // Numbers.
 uint16_t round_to_16(float value, bool half);  // to nearest even; NaN becomes 0x7FFF, as cvt makes it
