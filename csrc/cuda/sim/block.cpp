@@ -164,8 +164,8 @@ void Block::exit_thread() {
   const uint32_t bit = 1u << current_position.thread % kLanes;
   warp.exited |= bit;
   if (warp.arrived != 0) {
-    fail(warp.where, "divergent warp: " + lanes_text(warp.arrived) + " wait at " + operation_name(warp.operation) + " (" +
-                         Sites::text(warp.where) + "), this thread has exited");
+    fail(warp.where, "divergent warp: " + lanes_text(warp.arrived) + " wait at " + operation_name(warp.operation) +
+                         " (" + Sites::text(warp.where) + "), this thread has exited");
   }
 }
 
@@ -181,7 +181,8 @@ bool Block::arrive(Warp& warp, Operation operation, int parameter, Where where, 
       fail(where, std::string("divergent warp: this thread is at ") + operation_name(operation) + ", " +
                       lanes_text(warp.exited) + " of its warp exited");
     }
-  } else if (warp.operation != operation || warp.parameter != parameter || !same_place(warp.where, where)) [[unlikely]] {
+  } else if (warp.operation != operation || warp.parameter != parameter || !same_place(warp.where, where))
+      [[unlikely]] {
     diverged(warp, operation_name(operation), where);
   }
   warp.arguments[lane] = arguments;
@@ -241,8 +242,9 @@ void Block::barrier(Operation operation, int id, int threads, bool predicate, Wh
     for (int lane = 0; lane < kLanes; ++lane) {
       const auto* other = static_cast<const Arguments*>(warp.arguments[lane]);
       if (other->threads != barrier.expected) {
-        fail(first + lane, where, "barrier " + std::to_string(id) + " for " + std::to_string(other->threads) +
-                                      " threads, where others came for " + std::to_string(barrier.expected));
+        fail(first + lane, where,
+             "barrier " + std::to_string(id) + " for " + std::to_string(other->threads) +
+                 " threads, where others came for " + std::to_string(barrier.expected));
       }
       barrier.predicates += other->predicate;
       if (find_races_) barrier.announcements.emplace_back(first + lane, time(first + lane));
@@ -288,7 +290,7 @@ std::string Block::name(int thread) const {
 }
 
 void Block::fail(int thread, Where where, const std::string& message) {
-  const int(&b)[3] = current_position.block;
+  const int (&b)[3] = current_position.block;
   throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", block (" + std::to_string(b[0]) + ", " +
                            std::to_string(b[1]) + ", " + std::to_string(b[2]) + "), " + name(thread) + ", " +
                            Sites::text(where) + ": " + message);
@@ -319,7 +321,7 @@ void Block::deadlock() {
             " " + what;
     first = last + 1;
   }
-  const int(&b)[3] = current_position.block;
+  const int (&b)[3] = current_position.block;
   throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", block (" + std::to_string(b[0]) + ", " +
                            std::to_string(b[1]) + ", " + std::to_string(b[2]) + "): deadlock: " + text);
 }
@@ -330,9 +332,11 @@ void Block::check_shared(int thread, uint32_t address, int bytes, const char* wh
   if (address % static_cast<uint32_t>(bytes) != 0) [[unlikely]] {
     fail(thread, where, std::string("misaligned ") + what + " of " + shared_text(address, bytes));
   }
-  if (address < kSharedBase || size_t{address} + static_cast<size_t>(bytes) > kSharedBase + bytes_.size()) [[unlikely]] {
-    fail(thread, where, std::string(what) + " of " + shared_text(address, bytes) + " is outside the block's " +
-                            std::to_string(bytes_.size()) + " bytes");
+  if (address < kSharedBase || size_t{address} + static_cast<size_t>(bytes) > kSharedBase + bytes_.size())
+      [[unlikely]] {
+    fail(thread, where,
+         std::string(what) + " of " + shared_text(address, bytes) + " is outside the block's " +
+             std::to_string(bytes_.size()) + " bytes");
   }
 }
 
@@ -354,8 +358,9 @@ void Block::check_readable(int thread, uint32_t address, int bytes, const char* 
   if (all_are(states, bytes, kWritten)) return;
   check_no_copy(thread, address, bytes, what, where);
   const auto first = std::find(states, states + bytes, uint8_t{kUnwritten}) - states;
-  fail(thread, where, std::string(what) + " of " + shared_text(address, bytes) + ": byte " + std::to_string(first) +
-                          " of them was never written");
+  fail(thread, where,
+       std::string(what) + " of " + shared_text(address, bytes) + ": byte " + std::to_string(first) +
+           " of them was never written");
 }
 
 void Block::check_no_copy(int thread, uint32_t address, int bytes, const char* what, Where where) {
@@ -364,9 +369,10 @@ void Block::check_no_copy(int thread, uint32_t address, int bytes, const char* w
   for (int other = 0; other < thread_count_; ++other) {
     for (const PendingCopy& copy : threads_[static_cast<size_t>(other)].copies) {
       if (copy.to < address + static_cast<uint32_t>(bytes) && address < copy.to + static_cast<uint32_t>(copy.bytes)) {
-        fail(thread, where, std::string(what) + " of " + shared_text(address, bytes) +
-                                ", where an asynchronous copy is under way that " + name(other) + " issued at " +
-                                Sites::text(Sites::location(copy.site)) + " and has not waited for");
+        fail(thread, where,
+             std::string(what) + " of " + shared_text(address, bytes) +
+                 ", where an asynchronous copy is under way that " + name(other) + " issued at " +
+                 Sites::text(Sites::location(copy.site)) + " and has not waited for");
       }
     }
   }
@@ -376,11 +382,13 @@ void Block::mark(uint32_t address, int bytes, ByteState state) {
   std::memset(&states_[address - kSharedBase], state, static_cast<size_t>(bytes));
 }
 
-void Block::race_error(int thread, const Conflict& conflict, uint32_t address, int bytes, const char* what, Where where) {
+void Block::race_error(int thread, const Conflict& conflict, uint32_t address, int bytes, const char* what,
+                       Where where) {
   const std::string other = conflict.thread >= 0 ? name(conflict.thread) : "warp " + std::to_string(conflict.warp);
-  fail(thread, where, std::string("race: ") + what + " of " + shared_text(address, bytes) +
-                          " is not ordered after the " + (conflict.was_write ? "write by " : "read by ") + other + " at " +
-                          Sites::text(Sites::location(conflict.site)));
+  fail(thread, where,
+       std::string("race: ") + what + " of " + shared_text(address, bytes) + " is not ordered after the " +
+           (conflict.was_write ? "write by " : "read by ") + other + " at " +
+           Sites::text(Sites::location(conflict.site)));
 }
 
 // ---- Launches.

@@ -44,9 +44,9 @@ struct Thread {
   Fiber fiber;
   int index = 0;
   bool exited = false;
-  std::vector<PendingCopy> copies;    // in order of issue
-  std::vector<size_t> copy_groups;    // for each committed group under way, how many copies it has
-  size_t uncommitted = 0;             // copies since the last commit
+  std::vector<PendingCopy> copies;  // in order of issue
+  std::vector<size_t> copy_groups;  // for each committed group under way, how many copies it has
+  size_t uncommitted = 0;           // copies since the last commit
 };
 
 struct Warp {
@@ -66,8 +66,8 @@ struct Barrier {
   int expected = 0;  // threads; 0: nobody is here
   int arrived = 0;
   int predicates = 0;
-  std::vector<int> waiting;                          // threads
-  std::vector<std::pair<int, Time>> announcements;   // of all that arrived
+  std::vector<int> waiting;                         // threads
+  std::vector<std::pair<int, Time>> announcements;  // of all that arrived
 };
 
 // State of a byte of shared memory.
@@ -166,7 +166,7 @@ class Block {
 extern Block block;
 
 const char* operation_name(Operation operation);
-std::string lanes_text(uint32_t lanes);                   // "lanes 0-3, 7"
-std::string shared_text(uint32_t address, int bytes);     // "16 bytes at shared address base + 32"
+std::string lanes_text(uint32_t lanes);                // "lanes 0-3, 7"
+std::string shared_text(uint32_t address, int bytes);  // "16 bytes at shared address base + 32"
 
 }  // namespace fastattn::cuda::sim

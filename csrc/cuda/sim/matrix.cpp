@@ -117,9 +117,8 @@ void load_rows(void** all, int matrices, bool transposed, Where where) {
       if (block.find_races()) {
         const uint32_t at = address - kSharedBase;
         if (uniform) {
-          block.check_race(
-              thread, block.races().read_by_warp(first / kLanes, block.time(first), at, kRowBytes, site), address,
-              kRowBytes, "load_matrix", where);
+          block.check_race(thread, block.races().read_by_warp(first / kLanes, block.time(first), at, kRowBytes, site),
+                           address, kRowBytes, "load_matrix", where);
         } else {
           for (int lane = 0; lane < kLanes; ++lane) {
             block.check_race(first + lane,

@@ -46,8 +46,8 @@ void check_global(const void* address, int bytes, bool write, const char* what, 
     const auto found =
         std::find_if(ranges.begin(), ranges.end(), [&](const Range& r) { return allows(r, begin, end, write); });
     if (found == ranges.end()) {
-      block.fail(where, std::string(what) + " of " + std::to_string(bytes) + " bytes of global memory: " +
-                            complaint(begin, end));
+      block.fail(where, std::string(what) + " of " + std::to_string(bytes) +
+                            " bytes of global memory: " + complaint(begin, end));
     }
     last = static_cast<size_t>(found - ranges.begin());
   }
@@ -175,9 +175,9 @@ void copy_async_wait(int pending, Where where) {
   for (size_t i = 0; i < count; ++i) {
     const PendingCopy& copy = thread.copies[i];
     if (block.find_races()) {
-      block.check_race(
-          index, block.races().write(index, block.time(index), copy.to - kSharedBase, copy.bytes, copy.site), copy.to,
-          copy.bytes, "asynchronous copy", where);
+      block.check_race(index,
+                       block.races().write(index, block.time(index), copy.to - kSharedBase, copy.bytes, copy.site),
+                       copy.to, copy.bytes, "asynchronous copy", where);
     }
     if (copy.from != nullptr) {
       std::memcpy(block.shared(copy.to), copy.from, static_cast<size_t>(copy.bytes));

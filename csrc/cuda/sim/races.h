@@ -9,8 +9,8 @@
 
 namespace fastattn::cuda::sim {
 
-// What a thread knows of the others: everything that thread u did in epochs up to known[u] happened before.  Threads that
-// met at a barrier share one; each thread's own epoch is kept beside it.
+// What a thread knows of the others: everything that thread u did in epochs up to known[u] happened before.  Threads
+// that met at a barrier share one; each thread's own epoch is kept beside it.
 struct Clock {
   std::vector<uint32_t> known;
   std::vector<uint32_t> known_of_warp;  // the least of a warp's lanes

@@ -117,8 +117,8 @@ void Traffics::report(Report& report) {
     for (const Line& line : lines_[site]) {
       const auto& where = Sites::location(static_cast<uint32_t>(site));
       report.traffic[static_cast<int>(line.access)] += line.traffic;
-      report.lines.push_back({Sites::file(where), static_cast<int>(where.line()), Sites::function(where), line.access,
-                              line.traffic});
+      report.lines.push_back(
+          {Sites::file(where), static_cast<int>(where.line()), Sites::function(where), line.access, line.traffic});
     }
   }
   lines_.clear();

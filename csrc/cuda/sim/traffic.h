@@ -1,8 +1,8 @@
 // Counts what a warp's accesses cost: banks of shared memory, sectors of global memory.
 //
 // The simulator runs lanes one after the other, so the accesses that a warp would make in one instruction come at
-// different times.  They are put together again: between two points where all lanes meet, the n-th time that a lane comes
-// to a source line belongs with the n-th time of the others.
+// different times.  They are put together again: between two points where all lanes meet, the n-th time that a lane
+// comes to a source line belongs with the n-th time of the others.
 #pragma once
 
 #include <cstdint>
