@@ -1,7 +1,7 @@
 """Builds `fastattn._native`: the CUDA kernels for the simulator, with g++, as a Python module for developers.
 
-`setup.py` calls `build` for editable installs and leaves it out of wheels.  One object per source, in parallel, and only
-what changed: dependencies are what the compiler says they are.
+`setup.py` calls `build` for editable installs and leaves it out of wheels.  One object per source, in parallel, and
+only what changed: dependencies are what the compiler says they are.
 
 Environment: FASTATTN_NATIVE=0 (do not build), CXX, MAX_JOBS, FASTATTN_NATIVE_CXXFLAGS (extra flags).
 Alone: python build_native.py
@@ -33,7 +33,7 @@ FLAGS = [
 
 def sources() -> list[Path]:
     """Host sources and kernel instances.  Instances first: they take longest."""
-    instances = [*CUDA.glob("instances/*.cu"), *CUDA.glob("instruction_tests/*.cu")]
+    instances = [*CUDA.glob("instances/*.cu"), CUDA / "instruction_tests" / "instances.cu"]
     host = [path for folder in ("attention", "rows", "sim", "native") for path in (CUDA / folder).glob("*.cpp")]
     return [*sorted(instances), *sorted(host)]
 

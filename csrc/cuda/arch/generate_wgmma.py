@@ -1,6 +1,6 @@
 """Writes wgmma.h: an accumulator of n / 2 registers is n / 2 operands of the instruction, so each n has its own text.
 
-    python csrc/cuda/arch/generate_wgmma.py [--check]
+python csrc/cuda/arch/generate_wgmma.py [--check]
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ HEADER = """\
 // Written by generate_wgmma.py.  d (64 x N, float32) = a b, plus d where `accumulate`; K is 16.
 //
 // Thread i of the warpgroup, lane l = i % 32: d[j] is row 16 (i / 32) + l / 4 + 8 ((j / 2) % 2), column
-// 8 (j / 4) + 2 (l % 4) + j % 2.  `shared` takes both operands from shared memory through descriptors, `registers` takes
-// A as load_matrix_x4 and multiply_m16n8k16 know it.  kTransposeA, kTransposeB: the operand's rows run along M or N.
+// 8 (j / 4) + 2 (l % 4) + j % 2.  `shared` takes both operands from shared memory through descriptors; `registers`
+// takes A as load_matrix_x4 and multiply_m16n8k16 know it.  kTransposeA, kTransposeB: the operand's rows run along M
+// or N.
 #pragma once
 
 #include "types.h"
@@ -36,18 +37,20 @@ def product(kind: str, ptx_type: str, n: int) -> str:
     accumulators = ", ".join(f"%{i}" for i in range(registers))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
     if kind == "shared":
-        template, parameter, operand, inputs, after = "int kTransposeA, int kTransposeB", "uint64_t a", "%{0}", '"l"(a)', 1
+        template, parameter = "int kTransposeA, int kTransposeB", "uint64_t a"
+        operand, inputs, after = "%{0}", '"l"(a)', 1
         flags, constants = ", %{0}, %{1}", '"n"(kTransposeA), "n"(kTransposeB)'
     else:
-        template, parameter, operand, after = "int kTransposeB", "const uint32_t (&a)[4]", "{{%{0}, %{1}, %{2}, %{3}}}", 4
-        inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])'
+        template, parameter = "int kTransposeB", "const uint32_t (&a)[4]"
+        operand, inputs, after = "{{%{0}, %{1}, %{2}, %{3}}}", '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])', 4
         flags, constants = ", %{0}", '"n"(kTransposeB)'
     a = operand.format(*range(registers, registers + after))
     b, accumulate, first_flag = (registers + after + i for i in range(3))
     flags = flags.format(first_flag, first_flag + 1)
     return f"""\
   template <{template}>
-  static FASTATTN_DEVICE void {kind}(float (&d)[{registers}], {parameter}, uint64_t b, bool accumulate FASTATTN_WHERE) {{
+  static FASTATTN_DEVICE void {kind}(float (&d)[{registers}], {parameter}, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {{
 #ifdef __CUDACC__
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{accumulate}, 0;\\n"
         "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx_type}.{ptx_type} "

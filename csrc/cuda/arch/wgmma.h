@@ -1,9 +1,9 @@
 // Written by generate_wgmma.py.  d (64 x N, float32) = a b, plus d where `accumulate`; K is 16.
 //
 // Thread i of the warpgroup, lane l = i % 32: d[j] is row 16 (i / 32) + l / 4 + 8 ((j / 2) % 2), column
-// 8 (j / 4) + 2 (l % 4) + j % 2.  `shared` takes both operands from shared memory through descriptors, `registers`
-// takes A as load_matrix_x4 and multiply_m16n8k16 know it.  kTransposeA, kTransposeB: the operand's rows run along M or
-// N.
+// 8 (j / 4) + 2 (l % 4) + j % 2.  `shared` takes both operands from shared memory through descriptors; `registers`
+// takes A as load_matrix_x4 and multiply_m16n8k16 know it.  kTransposeA, kTransposeB: the operand's rows run along M
+// or N.
 #pragma once
 
 #include "types.h"
@@ -17,7 +17,8 @@ struct WarpgroupMultiply;
 template <>
 struct WarpgroupMultiply<Half, 16> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[8], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[8], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
@@ -32,7 +33,8 @@ struct WarpgroupMultiply<Half, 16> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[8], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[8], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
@@ -50,7 +52,8 @@ struct WarpgroupMultiply<Half, 16> {
 template <>
 struct WarpgroupMultiply<Half, 32> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[16], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[16], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
@@ -65,7 +68,8 @@ struct WarpgroupMultiply<Half, 32> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[16], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[16], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
@@ -83,7 +87,8 @@ struct WarpgroupMultiply<Half, 32> {
 template <>
 struct WarpgroupMultiply<Half, 48> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[24], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[24], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 "
@@ -98,7 +103,8 @@ struct WarpgroupMultiply<Half, 48> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[24], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[24], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %29, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 "
@@ -116,7 +122,8 @@ struct WarpgroupMultiply<Half, 48> {
 template <>
 struct WarpgroupMultiply<Half, 64> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[32], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[32], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
@@ -131,7 +138,8 @@ struct WarpgroupMultiply<Half, 64> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
@@ -149,7 +157,8 @@ struct WarpgroupMultiply<Half, 64> {
 template <>
 struct WarpgroupMultiply<Half, 80> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[40], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[40], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 "
@@ -164,7 +173,8 @@ struct WarpgroupMultiply<Half, 80> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[40], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[40], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %45, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 "
@@ -182,7 +192,8 @@ struct WarpgroupMultiply<Half, 80> {
 template <>
 struct WarpgroupMultiply<Half, 96> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[48], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[48], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 "
@@ -197,7 +208,8 @@ struct WarpgroupMultiply<Half, 96> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[48], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[48], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 "
@@ -215,7 +227,8 @@ struct WarpgroupMultiply<Half, 96> {
 template <>
 struct WarpgroupMultiply<Half, 112> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[56], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[56], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %58, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n112k16.f32.f16.f16 "
@@ -230,7 +243,8 @@ struct WarpgroupMultiply<Half, 112> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[56], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[56], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %61, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n112k16.f32.f16.f16 "
@@ -248,7 +262,8 @@ struct WarpgroupMultiply<Half, 112> {
 template <>
 struct WarpgroupMultiply<Half, 128> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[64], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[64], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
@@ -263,7 +278,8 @@ struct WarpgroupMultiply<Half, 128> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
@@ -281,7 +297,8 @@ struct WarpgroupMultiply<Half, 128> {
 template <>
 struct WarpgroupMultiply<Half, 144> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[72], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[72], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %74, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n144k16.f32.f16.f16 "
@@ -296,7 +313,8 @@ struct WarpgroupMultiply<Half, 144> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[72], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[72], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %77, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n144k16.f32.f16.f16 "
@@ -314,7 +332,8 @@ struct WarpgroupMultiply<Half, 144> {
 template <>
 struct WarpgroupMultiply<Half, 160> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[80], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[80], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 "
@@ -329,7 +348,8 @@ struct WarpgroupMultiply<Half, 160> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[80], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[80], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %85, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 "
@@ -347,7 +367,8 @@ struct WarpgroupMultiply<Half, 160> {
 template <>
 struct WarpgroupMultiply<Half, 176> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[88], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[88], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %90, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n176k16.f32.f16.f16 "
@@ -362,7 +383,8 @@ struct WarpgroupMultiply<Half, 176> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[88], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[88], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %93, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n176k16.f32.f16.f16 "
@@ -380,7 +402,8 @@ struct WarpgroupMultiply<Half, 176> {
 template <>
 struct WarpgroupMultiply<Half, 192> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[96], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[96], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 "
@@ -395,7 +418,8 @@ struct WarpgroupMultiply<Half, 192> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[96], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[96], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %101, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 "
@@ -413,7 +437,8 @@ struct WarpgroupMultiply<Half, 192> {
 template <>
 struct WarpgroupMultiply<Half, 208> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[104], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[104], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %106, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n208k16.f32.f16.f16 "
@@ -428,7 +453,8 @@ struct WarpgroupMultiply<Half, 208> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[104], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[104], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %109, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n208k16.f32.f16.f16 "
@@ -446,7 +472,8 @@ struct WarpgroupMultiply<Half, 208> {
 template <>
 struct WarpgroupMultiply<Half, 224> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[112], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[112], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %114, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 "
@@ -461,7 +488,8 @@ struct WarpgroupMultiply<Half, 224> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[112], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[112], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %117, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 "
@@ -479,7 +507,8 @@ struct WarpgroupMultiply<Half, 224> {
 template <>
 struct WarpgroupMultiply<Half, 240> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[120], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[120], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %122, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n240k16.f32.f16.f16 "
@@ -494,7 +523,8 @@ struct WarpgroupMultiply<Half, 240> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[120], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[120], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %125, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n240k16.f32.f16.f16 "
@@ -512,7 +542,8 @@ struct WarpgroupMultiply<Half, 240> {
 template <>
 struct WarpgroupMultiply<Half, 256> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[128], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[128], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
@@ -527,7 +558,8 @@ struct WarpgroupMultiply<Half, 256> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
@@ -545,7 +577,8 @@ struct WarpgroupMultiply<Half, 256> {
 template <>
 struct WarpgroupMultiply<BFloat16, 16> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[8], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[8], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
@@ -560,7 +593,8 @@ struct WarpgroupMultiply<BFloat16, 16> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[8], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[8], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
@@ -578,7 +612,8 @@ struct WarpgroupMultiply<BFloat16, 16> {
 template <>
 struct WarpgroupMultiply<BFloat16, 32> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[16], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[16], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
@@ -593,7 +628,8 @@ struct WarpgroupMultiply<BFloat16, 32> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[16], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[16], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
@@ -611,7 +647,8 @@ struct WarpgroupMultiply<BFloat16, 32> {
 template <>
 struct WarpgroupMultiply<BFloat16, 48> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[24], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[24], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
@@ -626,7 +663,8 @@ struct WarpgroupMultiply<BFloat16, 48> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[24], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[24], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %29, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
@@ -644,7 +682,8 @@ struct WarpgroupMultiply<BFloat16, 48> {
 template <>
 struct WarpgroupMultiply<BFloat16, 64> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[32], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[32], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -659,7 +698,8 @@ struct WarpgroupMultiply<BFloat16, 64> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -677,7 +717,8 @@ struct WarpgroupMultiply<BFloat16, 64> {
 template <>
 struct WarpgroupMultiply<BFloat16, 80> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[40], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[40], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
@@ -692,7 +733,8 @@ struct WarpgroupMultiply<BFloat16, 80> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[40], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[40], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %45, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
@@ -710,7 +752,8 @@ struct WarpgroupMultiply<BFloat16, 80> {
 template <>
 struct WarpgroupMultiply<BFloat16, 96> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[48], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[48], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
@@ -725,7 +768,8 @@ struct WarpgroupMultiply<BFloat16, 96> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[48], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[48], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
@@ -743,7 +787,8 @@ struct WarpgroupMultiply<BFloat16, 96> {
 template <>
 struct WarpgroupMultiply<BFloat16, 112> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[56], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[56], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %58, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 "
@@ -758,7 +803,8 @@ struct WarpgroupMultiply<BFloat16, 112> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[56], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[56], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %61, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 "
@@ -776,7 +822,8 @@ struct WarpgroupMultiply<BFloat16, 112> {
 template <>
 struct WarpgroupMultiply<BFloat16, 128> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[64], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[64], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
@@ -791,7 +838,8 @@ struct WarpgroupMultiply<BFloat16, 128> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
@@ -809,7 +857,8 @@ struct WarpgroupMultiply<BFloat16, 128> {
 template <>
 struct WarpgroupMultiply<BFloat16, 144> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[72], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[72], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %74, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 "
@@ -824,7 +873,8 @@ struct WarpgroupMultiply<BFloat16, 144> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[72], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[72], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %77, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 "
@@ -842,7 +892,8 @@ struct WarpgroupMultiply<BFloat16, 144> {
 template <>
 struct WarpgroupMultiply<BFloat16, 160> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[80], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[80], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16 "
@@ -857,7 +908,8 @@ struct WarpgroupMultiply<BFloat16, 160> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[80], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[80], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %85, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16 "
@@ -875,7 +927,8 @@ struct WarpgroupMultiply<BFloat16, 160> {
 template <>
 struct WarpgroupMultiply<BFloat16, 176> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[88], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[88], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %90, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16 "
@@ -890,7 +943,8 @@ struct WarpgroupMultiply<BFloat16, 176> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[88], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[88], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %93, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16 "
@@ -908,7 +962,8 @@ struct WarpgroupMultiply<BFloat16, 176> {
 template <>
 struct WarpgroupMultiply<BFloat16, 192> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[96], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[96], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
@@ -923,7 +978,8 @@ struct WarpgroupMultiply<BFloat16, 192> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[96], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[96], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %101, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
@@ -941,7 +997,8 @@ struct WarpgroupMultiply<BFloat16, 192> {
 template <>
 struct WarpgroupMultiply<BFloat16, 208> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[104], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[104], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %106, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n208k16.f32.bf16.bf16 "
@@ -956,7 +1013,8 @@ struct WarpgroupMultiply<BFloat16, 208> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[104], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[104], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %109, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n208k16.f32.bf16.bf16 "
@@ -974,7 +1032,8 @@ struct WarpgroupMultiply<BFloat16, 208> {
 template <>
 struct WarpgroupMultiply<BFloat16, 224> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[112], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[112], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %114, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n224k16.f32.bf16.bf16 "
@@ -989,7 +1048,8 @@ struct WarpgroupMultiply<BFloat16, 224> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[112], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[112], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %117, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n224k16.f32.bf16.bf16 "
@@ -1007,7 +1067,8 @@ struct WarpgroupMultiply<BFloat16, 224> {
 template <>
 struct WarpgroupMultiply<BFloat16, 240> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[120], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[120], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %122, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n240k16.f32.bf16.bf16 "
@@ -1022,7 +1083,8 @@ struct WarpgroupMultiply<BFloat16, 240> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[120], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[120], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %125, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n240k16.f32.bf16.bf16 "
@@ -1040,7 +1102,8 @@ struct WarpgroupMultiply<BFloat16, 240> {
 template <>
 struct WarpgroupMultiply<BFloat16, 256> {
   template <int kTransposeA, int kTransposeB>
-  static FASTATTN_DEVICE void shared(float (&d)[128], uint64_t a, uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void shared(float (&d)[128], uint64_t a, uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
@@ -1055,7 +1118,8 @@ struct WarpgroupMultiply<BFloat16, 256> {
   }
 
   template <int kTransposeB>
-  static FASTATTN_DEVICE void registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate FASTATTN_WHERE) {
+  static FASTATTN_DEVICE void registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b,
+                                     bool accumulate FASTATTN_WHERE) {
 #ifdef __CUDACC__
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
