@@ -24,6 +24,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # a build backend does not look beside this file
+import build_native  # noqa: E402
+
 LIBRARY = Path("fastattn", "lib", "libfastattn_cpu.so")
 
 # No -ffast-math: NaN and infinity have meaning here.  Contraction into fused multiply-adds is wanted.
@@ -59,6 +62,11 @@ class BuildNative(build_ext):
 
     def get_ext_fullpath(self, ext_name: str) -> str:
         return str(Path(self.build_lib) / LIBRARY)
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode or self.inplace:
+            build_native.build()
 
     def copy_extensions_to_source(self) -> None:
         """For editable installs.  Moved into place, so that a process that has the old library mapped keeps it."""
