@@ -1,0 +1,109 @@
+"""Builds `fastattn._native`: the CUDA kernels for the simulator, with g++, as a Python module for developers.
+
+`setup.py` calls `build` for editable installs and leaves it out of wheels.  One object per source, in parallel, and only
+what changed: dependencies are what the compiler says they are.
+
+Environment: FASTATTN_NATIVE=0 (do not build), CXX, MAX_JOBS, FASTATTN_NATIVE_CXXFLAGS (extra flags).
+Alone: python build_native.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+CUDA = ROOT / "csrc" / "cuda"
+
+FLAGS = [
+    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g1"),
+    # a local variable that is read before it is written holds a strange number, not yesterday's right one
+    "-ftrivial-auto-var-init=pattern",
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    # GCC's warning does not see that what a loop reads an earlier loop wrote; the pattern above is the real check
+    "-Wno-maybe-uninitialized",
+]
+
+
+def sources() -> list[Path]:
+    """Host sources and kernel instances.  Instances first: they take longest."""
+    instances = [*CUDA.glob("instances/*.cu"), *CUDA.glob("instruction_tests/*.cu")]
+    host = [path for folder in ("attention", "rows", "sim", "native") for path in (CUDA / folder).glob("*.cpp")]
+    return [*sorted(instances), *sorted(host)]
+
+
+def module_path() -> Path:
+    return ROOT / "fastattn" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def reason_not_to_build() -> str | None:
+    if os.environ.get("FASTATTN_NATIVE") == "0":
+        return "FASTATTN_NATIVE=0"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    return None
+
+
+def _is_current(target: Path, line: list[str]) -> bool:
+    stamp, dependencies = target.with_suffix(".flags"), target.with_suffix(".d")
+    if not (target.exists() and stamp.exists() and dependencies.exists() and stamp.read_text() == str(line)):
+        return False
+    files = dependencies.read_text().replace("\\\n", " ").split()[1:]
+    built = target.stat().st_mtime
+    return all(Path(file).exists() and Path(file).stat().st_mtime <= built for file in files)
+
+
+def build(root: Path = ROOT) -> Path | None:
+    """Compiles and links what changed.  The module's path, or None, with a line that says why there is none.
+
+    Raises RuntimeError with the compiler's words where a source does not compile.
+    """
+    if reason := reason_not_to_build():
+        print(f"fastattn._native is not built: {reason}")
+        return None
+    import pybind11
+
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise RuntimeError("fastattn._native needs a C++20 compiler: install g++ (>= 12), or set CXX")
+    objects = root / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
+    objects.mkdir(parents=True, exist_ok=True)
+    includes = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    extra = os.environ.get("FASTATTN_NATIVE_CXXFLAGS", "").split()
+
+    def compile_one(source: Path) -> Path:
+        target = objects / ("-".join(source.relative_to(CUDA).with_suffix("").parts) + ".o")
+        python = includes if source.parent.name == "native" else []
+        line = [compiler, *FLAGS, *extra, *python, "-MMD", "-x", "c++", "-c", str(source), "-o", str(target)]
+        if _is_current(target, line):
+            return target
+        result = subprocess.run(line, capture_output=True, text=True)
+        if result.stderr:
+            print(result.stderr, file=sys.stderr)
+        if result.returncode:
+            raise RuntimeError(f"compiling {source.relative_to(root)} failed:\n{result.stderr[-4000:]}")
+        target.with_suffix(".flags").write_text(str(line))
+        return target
+
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        targets = list(pool.map(compile_one, sources()))
+
+    module = module_path()
+    if module.exists() and all(target.stat().st_mtime <= module.stat().st_mtime for target in targets):
+        return module
+    # moved into place, so that a process that has the old module mapped keeps it
+    fresh = module.with_suffix(".new")
+    subprocess.run([compiler, "-shared", *map(str, targets), "-o", str(fresh)], check=True)
+    os.replace(fresh, module)
+    return module
+
+
+if __name__ == "__main__":
+    print(build())

@@ -1,0 +1,80 @@
+"""Writes wgmma.h: an accumulator of n / 2 registers is n / 2 operands of the instruction, so each n has its own text.
+
+    python csrc/cuda/arch/generate_wgmma.py [--check]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+TARGET = Path(__file__).with_name("wgmma.h")
+WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
+TYPES = {"Half": "f16", "BFloat16": "bf16"}
+
+HEADER = """\
+// Written by generate_wgmma.py.  d (64 x N, float32) = a b, plus d where `accumulate`; K is 16.
+//
+// Thread i of the warpgroup, lane l = i % 32: d[j] is row 16 (i / 32) + l / 4 + 8 ((j / 2) % 2), column
+// 8 (j / 4) + 2 (l % 4) + j % 2.  `shared` takes both operands from shared memory through descriptors, `registers` takes
+// A as load_matrix_x4 and multiply_m16n8k16 know it.  kTransposeA, kTransposeB: the operand's rows run along M or N.
+#pragma once
+
+#include "types.h"
+
+namespace fastattn::cuda {
+
+template <class T, int N>
+struct WarpgroupMultiply;
+
+// clang-format off
+"""
+
+
+def product(kind: str, ptx_type: str, n: int) -> str:
+    registers = n // 2
+    accumulators = ", ".join(f"%{i}" for i in range(registers))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
+    if kind == "shared":
+        template, parameter, operand, inputs, after = "int kTransposeA, int kTransposeB", "uint64_t a", "%{0}", '"l"(a)', 1
+        flags, constants = ", %{0}, %{1}", '"n"(kTransposeA), "n"(kTransposeB)'
+    else:
+        template, parameter, operand, after = "int kTransposeB", "const uint32_t (&a)[4]", "{{%{0}, %{1}, %{2}, %{3}}}", 4
+        inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])'
+        flags, constants = ", %{0}", '"n"(kTransposeB)'
+    a = operand.format(*range(registers, registers + after))
+    b, accumulate, first_flag = (registers + after + i for i in range(3))
+    flags = flags.format(first_flag, first_flag + 1)
+    return f"""\
+  template <{template}>
+  static FASTATTN_DEVICE void {kind}(float (&d)[{registers}], {parameter}, uint64_t b, bool accumulate FASTATTN_WHERE) {{
+#ifdef __CUDACC__
+    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{accumulate}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx_type}.{ptx_type} "
+        "{{{accumulators}}}, "
+        "{a}, %{b}, p, 1, 1{flags};\\n}}"
+        : {outputs}
+        : {inputs}, "l"(b), "r"(static_cast<int>(accumulate)), {constants});
+#else
+    (void)d, (void)a, (void)b, (void)accumulate;
+    sim::unsupported("wgmma.mma_async", where);
+#endif
+  }}
+"""
+
+
+def generate() -> str:
+    parts = [HEADER]
+    for name, ptx_type in TYPES.items():
+        for n in WIDTHS:
+            body = "\n".join(product(kind, ptx_type, n) for kind in ("shared", "registers"))
+            parts.append(f"template <>\nstruct WarpgroupMultiply<{name}, {n}> {{\n{body}}};\n\n")
+    parts.append("// clang-format on\n\n}  // namespace fastattn::cuda\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    text = generate()
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if TARGET.read_text() == text else f"{TARGET} is not what {Path(__file__).name} writes")
+    TARGET.write_text(text)

@@ -1,0 +1,97 @@
+// Which keys a query sees, and which queries a key, by arithmetic: causal and windowed masks, key lengths, prefixes.
+#pragma once
+
+#include "../arch/arch.h"
+#include "params.h"
+
+namespace fastattn::cuda {
+
+// Positions stay within +-2^30, so that sums and differences of two of them fit.
+constexpr int kFarthest = 1 << 30;
+
+FASTATTN_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+FASTATTN_DEVICE int larger(int a, int b) { return a > b ? a : b; }
+
+FASTATTN_DEVICE int clamped(i64 x, int low, int high) {
+  return x < low ? low : x > high ? high : static_cast<int>(x);
+}
+
+// What the interval masks need of one batch.
+struct Interval {
+  int offset;  // position of query 0 among the keys
+  int limit;   // one past the last key anyone may see
+  int prefix;  // keys before it are seen by all; -1 without prefix
+};
+
+FASTATTN_DEVICE Interval interval_of(const Attention& p, int b) {
+  Interval v{p.query_offset, p.key_length, -1};
+  if (p.query_offsets.data)
+    v.offset = clamped(load_constant(p.query_offsets.data + b * p.query_offsets.batch), -kFarthest, kFarthest);
+  if (p.key_lengths.data) v.limit = clamped(load_constant(p.key_lengths.data + b * p.key_lengths.batch), 0, v.limit);
+  if (p.prefix_lengths.data)
+    v.prefix = clamped(load_constant(p.prefix_lengths.data + b * p.prefix_lengths.batch), 0, kFarthest);
+  return v;
+}
+
+// [lo, hi) holds everything that one of a range sees; [full_lo, full_hi) only what all of them see.
+struct Range {
+  int lo, hi, full_lo, full_hi;
+};
+
+// Keys of the queries at positions first ... last.
+FASTATTN_DEVICE Range keys_of_queries(const Attention& p, const Interval& v, int first, int last) {
+  Range r{0, v.limit, 0, v.limit};
+  if (p.window_left >= 0) {
+    r.lo = larger(r.lo, first - p.window_left);
+    r.full_lo = larger(r.full_lo, last - p.window_left);
+  }
+  if (p.window_right >= 0) {
+    r.hi = smaller(r.hi, last + p.window_right + 1);
+    r.full_hi = smaller(r.full_hi, first + p.window_right + 1);
+  }
+  if (v.prefix >= 0) {
+    r.hi = smaller(r.hi, larger(last + 1, v.prefix));
+    r.full_hi = smaller(r.full_hi, larger(first + 1, v.prefix));
+  }
+  return r;
+}
+
+// Query rows of the keys first ... last.
+FASTATTN_DEVICE Range queries_of_keys(const Attention& p, const Interval& v, int first, int last) {
+  Range r{0, p.query_length, 0, p.query_length};
+  if (p.window_left >= 0) {
+    r.hi = smaller(r.hi, last + p.window_left - v.offset + 1);
+    r.full_hi = smaller(r.full_hi, first + p.window_left - v.offset + 1);
+  }
+  if (p.window_right >= 0) {
+    r.lo = larger(r.lo, first - p.window_right - v.offset);
+    r.full_lo = larger(r.full_lo, last - p.window_right - v.offset);
+  }
+  if (v.prefix >= 0) {
+    if (first >= v.prefix) r.lo = larger(r.lo, first - v.offset);
+    if (last >= v.prefix) r.full_lo = larger(r.full_lo, last - v.offset);
+  }
+  if (first >= v.limit) r.hi = 0;
+  if (last >= v.limit) r.full_hi = 0;
+  return r;
+}
+
+// Keys [lo, hi) of one query, at `position`.
+FASTATTN_DEVICE void keys_of_query(const Attention& p, const Interval& v, int position, int& lo, int& hi) {
+  lo = p.window_left >= 0 ? position - p.window_left : 0;
+  hi = v.limit;
+  if (p.window_right >= 0) hi = smaller(hi, position + p.window_right + 1);
+  if (v.prefix >= 0) hi = smaller(hi, larger(position + 1, v.prefix));
+}
+
+// Where a tile of keys n0 ... n1 - 1 lies relative to the reach of the distance table, seen from positions first ...
+// last.
+enum class Side { kNear, kFarLeft, kFarRight };
+
+FASTATTN_DEVICE Side side_of(const Attention& p, int first, int last, int n0, int n1) {
+  if (n1 - 1 - first <= -p.table_left) return Side::kFarLeft;
+  if (n0 - last >= p.table_right) return Side::kFarRight;
+  return Side::kNear;
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,411 @@
+#include "block.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <stdexcept>
+
+#include "sites.h"
+
+namespace fastattn::cuda::sim {
+
+Block block;
+Position current_position;
+
+namespace {
+
+constexpr uint8_t kPoison = 0xFF;  // NaN in float32, float16 and bfloat16
+
+bool same_place(Where a, Where b) {
+  return std::bit_cast<uintptr_t>(a) == std::bit_cast<uintptr_t>(b) || Sites::number(a) == Sites::number(b);
+}
+
+}  // namespace
+
+const char* operation_name(Operation operation) {
+  switch (operation) {
+    case Operation::kShuffle:
+      return "a shuffle";
+    case Operation::kVote:
+      return "a vote";
+    case Operation::kSyncWarp:
+      return "sync_warp";
+    case Operation::kLoadMatrix:
+      return "load_matrix";
+    case Operation::kStoreMatrix:
+      return "store_matrix";
+    case Operation::kMultiply:
+      return "multiply";
+    case Operation::kSyncBlock:
+      return "sync_block";
+    case Operation::kBarrierSync:
+      return "named_barrier_sync";
+    case Operation::kBarrierArrive:
+      return "named_barrier_arrive";
+  }
+  return "?";
+}
+
+std::string lanes_text(uint32_t lanes) {
+  std::string text = std::has_single_bit(lanes) ? "lane " : "lanes ";
+  for (int first = 0; first < kLanes;) {
+    if ((lanes >> first & 1) == 0) {
+      ++first;
+      continue;
+    }
+    int last = first;
+    while (last + 1 < kLanes && (lanes >> (last + 1) & 1) != 0) ++last;
+    if (text.back() != ' ') text += ", ";
+    text += std::to_string(first);
+    if (last != first) text += "-" + std::to_string(last);
+    first = last + 1;
+  }
+  return text;
+}
+
+std::string shared_text(uint32_t address, int bytes) {
+  const int64_t offset = int64_t{address} - kSharedBase;
+  return std::to_string(bytes) + (bytes == 1 ? " byte" : " bytes") + " at shared_base() " + (offset < 0 ? "- " : "+ ") +
+         std::to_string(offset < 0 ? -offset : offset);
+}
+
+// ---- Scheduling.  A warp's lanes run until they wait or end; then the next warp's.
+
+void Block::thread_main() {
+  try {
+    block.body_(block.params_);
+    block.exit_thread();
+  } catch (...) {
+    block.error_ = std::current_exception();
+  }
+  // Outside the handler: a fiber must not be left while it handles an exception.
+  Thread& self = block.self();
+  self.exited = true;
+  Thread* next = block.error_ ? nullptr : block.next_ready();
+  if (next != nullptr) current_position.thread = next->index;
+  Fiber::jump(self.fiber, next != nullptr ? next->fiber : block.main_);
+  std::terminate();  // a thread that ended was woken
+}
+
+Thread* Block::next_ready() {
+  for (size_t i = 0; i < warps_.size(); ++i) {
+    const size_t w = running_warp_ + i < warps_.size() ? running_warp_ + i : running_warp_ + i - warps_.size();
+    Warp& warp = warps_[w];
+    if (warp.ready == 0) continue;
+    running_warp_ = w;
+    const int lane = std::countr_zero(warp.ready);
+    warp.ready &= ~(1u << lane);
+    return &threads_[w * kLanes + static_cast<size_t>(lane)];
+  }
+  return nullptr;
+}
+
+void Block::suspend() {
+  Thread& self = this->self();
+  const int index = current_position.thread;
+  Thread* next = next_ready();
+  if (next != nullptr) current_position.thread = next->index;
+  Fiber::jump(self.fiber, next != nullptr ? next->fiber : main_);
+  current_position.thread = index;
+}
+
+void Block::run(const char* kernel, int threads, const Launch& launch, const int (&index)[3], const void* params,
+                void (*body)(const void*)) {
+  kernel_ = kernel;
+  params_ = params;
+  body_ = body;
+  error_ = nullptr;
+  thread_count_ = threads;
+  current_position = {0, threads, {index[0], index[1], index[2]}, {launch.grid_x, launch.grid_y, launch.grid_z}};
+
+  if (threads_.size() < static_cast<size_t>(threads)) {
+    std::vector<Thread> more(static_cast<size_t>(threads));
+    for (int i = 0; i < threads; ++i) {
+      more[static_cast<size_t>(i)].index = i;
+      more[static_cast<size_t>(i)].fiber.allocate(i);
+    }
+    threads_.swap(more);
+  }
+  for (int i = 0; i < threads; ++i) {
+    Thread& thread = threads_[static_cast<size_t>(i)];
+    thread.exited = false;
+    thread.copies.clear();
+    thread.copy_groups.clear();
+    thread.uncommitted = 0;
+    thread.fiber.prepare(thread_main);
+  }
+  warps_.resize(static_cast<size_t>(threads / kLanes));
+  for (Warp& warp : warps_) {
+    warp.ready = kAllLanes;
+    warp.arrived = warp.exited = 0;
+    warp.at_barrier = -1;
+  }
+  running_warp_ = 0;
+  for (Barrier& barrier : barriers_) barrier = Barrier{};
+
+  const auto shared_bytes = static_cast<size_t>(launch.shared_bytes);
+  bytes_.assign(shared_bytes, kPoison);
+  states_.assign(shared_bytes, kUnwritten);
+  if (find_races_) races_.begin_block(threads, shared_bytes, times_);
+
+  Thread* first = next_ready();
+  current_position.thread = first->index;
+  Fiber::jump(main_, first->fiber);
+
+  // Back here: everything has ended, something threw, or nobody can go on.
+  for (Warp& warp : warps_) warp.requests.flush(traffics_);
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  const bool ended = std::all_of(warps_.begin(), warps_.end(), [](const Warp& w) { return w.exited == kAllLanes; });
+  if (!ended) deadlock();
+}
+
+void Block::exit_thread() {
+  Warp& warp = this->warp();
+  const uint32_t bit = 1u << current_position.thread % kLanes;
+  warp.exited |= bit;
+  if (warp.arrived != 0) {
+    fail(warp.where, "divergent warp: " + lanes_text(warp.arrived) + " wait at " + operation_name(warp.operation) +
+                         " (" + Sites::text(warp.where) + "), this thread has exited");
+  }
+}
+
+// ---- Meetings of a warp.
+
+bool Block::arrive(Warp& warp, Operation operation, int parameter, Where where, void* arguments) {
+  const int lane = current_position.thread % kLanes;
+  if (warp.arrived == 0) {
+    warp.operation = operation;
+    warp.parameter = parameter;
+    warp.where = where;
+    if (warp.exited != 0) [[unlikely]] {
+      fail(where, std::string("divergent warp: this thread is at ") + operation_name(operation) + ", " +
+                      lanes_text(warp.exited) + " of its warp exited");
+    }
+  } else if (warp.operation != operation || warp.parameter != parameter || !same_place(warp.where, where))
+      [[unlikely]] {
+    diverged(warp, operation_name(operation), where);
+  }
+  warp.arguments[lane] = arguments;
+  warp.arrived |= 1u << lane;
+  return warp.arrived == kAllLanes;
+}
+
+void Block::release(Warp& warp) {
+  warp.arrived = 0;
+  warp.ready = kAllLanes & ~(1u << current_position.thread % kLanes);
+  if (count_) warp.requests.flush(traffics_);
+}
+
+void Block::diverged(Warp& warp, const std::string& newcomer, Where where) {
+  fail(where, "divergent warp: this thread is at " + newcomer + " (" + Sites::text(where) + "), " +
+                  lanes_text(warp.arrived) + " wait at " + operation_name(warp.operation) + " (" +
+                  Sites::text(warp.where) + ")");
+}
+
+void Block::sync_warp(Where where) {
+  int nothing = 0;
+  meet(Operation::kSyncWarp, 0, where, nothing, [&](void**) {
+    ++report_.warp_barriers;
+    if (!find_races_) return;
+    const int first = current_position.thread / kLanes * kLanes;
+    std::vector<std::pair<int, Time>> arrived;
+    int lanes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] = first + lane;
+      arrived.emplace_back(first + lane, time(first + lane));
+    }
+    races_.join(arrived, lanes, kLanes, times_);
+  });
+}
+
+// ---- Barriers of the block.  A warp arrives as a whole, as bar.sync and __syncthreads ask.
+
+void Block::barrier(Operation operation, int id, int threads, bool predicate, Where where, int* predicates) {
+  struct Arguments {
+    bool predicate;
+    int threads;
+    int predicates;  // what the barrier returns
+  } mine{predicate, threads, 0};
+  const bool waits = operation != Operation::kBarrierArrive;
+  Warp& warp = this->warp();
+  if (arrive(warp, operation, id, where, &mine)) {
+    ++report_.block_barriers;
+    if (count_) warp.requests.flush(traffics_);
+    if (id < 0 || id >= kNamedBarriers) fail(where, "barrier " + std::to_string(id) + " of 0 to 15");
+    if (threads <= 0 || threads % kLanes != 0 || threads > thread_count_) {
+      fail(where, "barrier " + std::to_string(id) + " for " + std::to_string(threads) +
+                      " threads: not a multiple of 32 up to the block's " + std::to_string(thread_count_));
+    }
+    Barrier& barrier = barriers_[id];
+    if (barrier.expected == 0) barrier.expected = threads;
+    const int first = current_position.thread / kLanes * kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto* other = static_cast<const Arguments*>(warp.arguments[lane]);
+      if (other->threads != barrier.expected) {
+        fail(first + lane, where,
+             "barrier " + std::to_string(id) + " for " + std::to_string(other->threads) +
+                 " threads, where others came for " + std::to_string(barrier.expected));
+      }
+      barrier.predicates += other->predicate;
+      if (find_races_) barrier.announcements.emplace_back(first + lane, time(first + lane));
+      if (waits) barrier.waiting.push_back(first + lane);
+    }
+    barrier.arrived += kLanes;
+    warp.arrived = 0;
+    if (barrier.arrived < barrier.expected) {
+      if (waits) {
+        warp.at_barrier = id;
+        warp.barrier_where = where;
+        suspend();
+      } else {
+        if (find_races_) races_.advance(&times_[static_cast<size_t>(first)], kLanes);
+        warp.ready = kAllLanes & ~(1u << current_position.thread % kLanes);
+      }
+    } else {
+      Barrier complete = std::exchange(barrier, Barrier{});
+      if (find_races_) {
+        if (!waits) races_.advance(&times_[static_cast<size_t>(first)], kLanes);
+        races_.join(complete.announcements, complete.waiting.data(), static_cast<int>(complete.waiting.size()), times_);
+      }
+      for (const int thread : complete.waiting) {
+        Warp& other = warp_of(thread);
+        const int lane = thread % kLanes;
+        static_cast<Arguments*>(other.arguments[lane])->predicates = complete.predicates;
+        other.ready |= 1u << lane;
+        other.at_barrier = -1;
+      }
+      warp.ready = kAllLanes & ~(1u << current_position.thread % kLanes);
+    }
+  } else {
+    suspend();
+  }
+  if (predicates != nullptr) *predicates = mine.predicates;
+}
+
+// ---- Errors.
+
+std::string Block::name(int thread) const {
+  return "thread " + std::to_string(thread) + " (warp " + std::to_string(thread / kLanes) + ", lane " +
+         std::to_string(thread % kLanes) + ")";
+}
+
+void Block::fail(int thread, Where where, const std::string& message) {
+  const int (&b)[3] = current_position.block;
+  throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", block (" + std::to_string(b[0]) + ", " +
+                           std::to_string(b[1]) + ", " + std::to_string(b[2]) + "), " + name(thread) + ", " +
+                           Sites::text(where) + ": " + message);
+}
+
+std::string Block::waits_of(Warp& warp, int lane) const {
+  const uint32_t bit = 1u << lane;
+  if ((warp.exited & bit) != 0) return "exited";
+  if ((warp.arrived & bit) != 0) {
+    return std::string("wait for the rest of their warp at ") + operation_name(warp.operation) + " (" +
+           Sites::text(warp.where) + ")";
+  }
+  if (warp.at_barrier >= 0) {
+    const Barrier& barrier = barriers_[warp.at_barrier];
+    return "wait at barrier " + std::to_string(warp.at_barrier) + " (" + Sites::text(warp.barrier_where) + "), where " +
+           std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) + " threads have arrived";
+  }
+  return "can run";
+}
+
+void Block::deadlock() {
+  std::string text;
+  for (int first = 0; first < thread_count_;) {
+    const std::string what = waits_of(warp_of(first), first % kLanes);
+    int last = first;
+    while (last + 1 < thread_count_ && waits_of(warp_of(last + 1), (last + 1) % kLanes) == what) ++last;
+    text += (text.empty() ? "" : "; ") + std::string("threads ") + std::to_string(first) + "-" + std::to_string(last) +
+            " " + what;
+    first = last + 1;
+  }
+  const int (&b)[3] = current_position.block;
+  throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", block (" + std::to_string(b[0]) + ", " +
+                           std::to_string(b[1]) + ", " + std::to_string(b[2]) + "): deadlock: " + text);
+}
+
+// ---- Shared memory.
+
+void Block::check_shared(int thread, uint32_t address, int bytes, const char* what, Where where) {
+  if (address % static_cast<uint32_t>(bytes) != 0) [[unlikely]] {
+    fail(thread, where, std::string("misaligned ") + what + " of " + shared_text(address, bytes));
+  }
+  if (address < kSharedBase || size_t{address} + static_cast<size_t>(bytes) > kSharedBase + bytes_.size())
+      [[unlikely]] {
+    fail(thread, where,
+         std::string(what) + " of " + shared_text(address, bytes) + " is outside the block's " +
+             std::to_string(bytes_.size()) + " bytes");
+  }
+}
+
+namespace {
+
+// Whether all bytes have the state.
+bool all_are(const uint8_t* states, int bytes, uint8_t state) {
+  const uint64_t wanted = 0x0101010101010101u * state;
+  uint64_t a = wanted, b = wanted;
+  std::memcpy(&a, states, static_cast<size_t>(std::min(bytes, 8)));
+  if (bytes == 16) std::memcpy(&b, states + 8, 8);
+  return a == wanted && b == wanted;
+}
+
+}  // namespace
+
+void Block::check_readable(int thread, uint32_t address, int bytes, const char* what, Where where) {
+  const uint8_t* states = &states_[address - kSharedBase];
+  if (all_are(states, bytes, kWritten)) return;
+  check_no_copy(thread, address, bytes, what, where);
+  const auto first = std::find(states, states + bytes, uint8_t{kUnwritten}) - states;
+  fail(thread, where,
+       std::string(what) + " of " + shared_text(address, bytes) + ": byte " + std::to_string(first) +
+           " of them was never written");
+}
+
+void Block::check_no_copy(int thread, uint32_t address, int bytes, const char* what, Where where) {
+  const uint8_t* states = &states_[address - kSharedBase];
+  if (std::find(states, states + bytes, uint8_t{kInFlight}) == states + bytes) return;
+  for (int other = 0; other < thread_count_; ++other) {
+    for (const PendingCopy& copy : threads_[static_cast<size_t>(other)].copies) {
+      if (copy.to < address + static_cast<uint32_t>(bytes) && address < copy.to + static_cast<uint32_t>(copy.bytes)) {
+        fail(thread, where,
+             std::string(what) + " of " + shared_text(address, bytes) +
+                 ", where an asynchronous copy is under way that " + name(other) + " issued at " +
+                 Sites::text(Sites::location(copy.site)) + " and has not waited for");
+      }
+    }
+  }
+}
+
+void Block::mark(uint32_t address, int bytes, ByteState state) {
+  std::memset(&states_[address - kSharedBase], state, static_cast<size_t>(bytes));
+}
+
+void Block::race_error(int thread, const Conflict& conflict, uint32_t address, int bytes, const char* what,
+                       Where where) {
+  const std::string other = conflict.thread >= 0 ? name(conflict.thread) : "warp " + std::to_string(conflict.warp);
+  fail(thread, where,
+       std::string("race: ") + what + " of " + shared_text(address, bytes) + " is not ordered after the " +
+           (conflict.was_write ? "write by " : "read by ") + other + " at " +
+           Sites::text(Sites::location(conflict.site)));
+}
+
+// ---- Launches.
+
+void Block::begin_launch(const char* kernel, int threads, const Launch& launch) {
+  report_ = Report{};
+  report_.kernel = kernel;
+  report_.grid[0] = launch.grid_x, report_.grid[1] = launch.grid_y, report_.grid[2] = launch.grid_z;
+  report_.threads = threads;
+  report_.shared_bytes = launch.shared_bytes;
+  find_races_ = options().races;
+  count_ = options().counters;
+}
+
+Report Block::end_launch() {
+  traffics_.report(report_);
+  return std::move(report_);
+}
+
+}  // namespace fastattn::cuda::sim

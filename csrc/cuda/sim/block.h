@@ -1,0 +1,172 @@
+// The running block: its threads as fibers, who waits where, its shared memory.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fiber.h"
+#include "instructions.h"
+#include "races.h"
+#include "simulator.h"
+#include "traffic.h"
+
+namespace fastattn::cuda::sim {
+
+inline constexpr int kLanes = 32;
+inline constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
+inline constexpr int kNamedBarriers = 16;
+
+// What a warp does together.  Lanes that meet must be at the same operation with the same parameter at the same line.
+enum class Operation : uint8_t {
+  kShuffle,
+  kVote,
+  kSyncWarp,
+  kLoadMatrix,
+  kStoreMatrix,
+  kMultiply,
+  kSyncBlock,
+  kBarrierSync,
+  kBarrierArrive,
+};
+
+// A cp.async under way: the data is read from `from` when its group is waited for.
+struct PendingCopy {
+  uint32_t to;
+  int bytes;
+  const void* from;  // null: zeros
+  uint32_t site;
+};
+
+struct Thread {
+  Fiber fiber;
+  int index = 0;
+  bool exited = false;
+  std::vector<PendingCopy> copies;  // in order of issue
+  std::vector<size_t> copy_groups;  // for each committed group under way, how many copies it has
+  size_t uncommitted = 0;           // copies since the last commit
+};
+
+struct Warp {
+  uint32_t ready = 0;    // lanes that can run
+  uint32_t arrived = 0;  // lanes that wait for the others of the warp, at:
+  Operation operation{};
+  int parameter = 0;
+  Where where;
+  void* arguments[kLanes] = {};
+  int at_barrier = -1;  // the barrier that all lanes wait at, and where
+  Where barrier_where;
+  uint32_t exited = 0;
+  Requests requests;
+};
+
+struct Barrier {
+  int expected = 0;  // threads; 0: nobody is here
+  int arrived = 0;
+  int predicates = 0;
+  std::vector<int> waiting;                         // threads
+  std::vector<std::pair<int, Time>> announcements;  // of all that arrived
+};
+
+// State of a byte of shared memory.
+enum ByteState : uint8_t { kUnwritten = 0, kWritten = 1, kInFlight = 2 };
+
+class Block {
+ public:
+  // Runs one block to its end; throws what a thread of it threw.
+  void run(const char* kernel, int threads, const Launch& launch, const int (&index)[3], const void* params,
+           void (*body)(const void*));
+
+  Thread& self() { return threads_[static_cast<size_t>(current_position.thread)]; }
+  Warp& warp() { return warps_[static_cast<size_t>(current_position.thread / kLanes)]; }
+  Warp& warp_of(int thread) { return warps_[static_cast<size_t>(thread / kLanes)]; }
+  Thread& thread(int index) { return threads_[static_cast<size_t>(index)]; }
+  const Time& time(int thread) const { return times_[static_cast<size_t>(thread)]; }
+
+  // All lanes of the warp come here with arguments of their own; the last one does `work` for all.
+  template <class Arguments, class Work>
+  void meet(Operation operation, int parameter, Where where, Arguments& mine, Work work) {
+    Warp& warp = this->warp();
+    if (arrive(warp, operation, parameter, where, &mine)) {
+      work(warp.arguments);
+      release(warp);
+    } else {
+      suspend();
+    }
+  }
+
+  void barrier(Operation operation, int id, int threads, bool predicate, Where where, int* predicates);
+  void sync_warp(Where where);
+
+  // Errors of the running thread, or of another one of the block.
+  [[noreturn]] void fail(Where where, const std::string& message) { fail(current_position.thread, where, message); }
+  [[noreturn]] void fail(int thread, Where where, const std::string& message);
+  std::string name(int thread) const;
+
+  // Shared memory.
+  uint8_t* shared(uint32_t address) { return &bytes_[address - kSharedBase]; }
+  // Bounds and alignment; the text says what was tried.
+  void check_shared(int thread, uint32_t address, int bytes, const char* what, Where where);
+  // The bytes were written and are not under way; `thread` is whom the error names.
+  void check_readable(int thread, uint32_t address, int bytes, const char* what, Where where);
+  void check_no_copy(int thread, uint32_t address, int bytes, const char* what, Where where);
+  void mark(uint32_t address, int bytes, ByteState state);
+  void check_race(int thread, const Conflict& conflict, uint32_t address, int bytes, const char* what, Where where) {
+    if (conflict.found) [[unlikely]] {
+      race_error(thread, conflict, address, bytes, what, where);
+    }
+  }
+
+  bool find_races() const { return find_races_; }
+  bool count() const { return count_; }
+  Races& races() { return races_; }
+  Traffics& traffics() { return traffics_; }
+  Report& report() { return report_; }
+  void begin_launch(const char* kernel, int threads, const Launch& launch);
+  Report end_launch();
+
+  static void thread_main();
+
+ private:
+  bool arrive(Warp& warp, Operation operation, int parameter, Where where, void* arguments);
+  void release(Warp& warp);
+  void suspend();
+  Thread* next_ready();
+  void resume_all(const std::vector<int>& threads);
+  void exit_thread();
+  void deadlock();
+  [[noreturn]] void diverged(Warp& warp, const std::string& newcomer, Where where);
+  [[noreturn]] void race_error(int thread, const Conflict& conflict, uint32_t address, int bytes, const char* what,
+                               Where where);
+  std::string waits_of(Warp& warp, int lane) const;
+
+  std::vector<Thread> threads_;
+  int thread_count_ = 0;
+  std::vector<Warp> warps_;
+  size_t running_warp_ = 0;
+  Barrier barriers_[kNamedBarriers];
+  Fiber main_;
+  std::exception_ptr error_;
+
+  std::vector<uint8_t> bytes_, states_;
+  std::vector<Time> times_;
+  Races races_;
+  Traffics traffics_;
+  Report report_;
+  bool find_races_ = true, count_ = true;
+
+  const char* kernel_ = "";
+  const void* params_ = nullptr;
+  void (*body_)(const void*) = nullptr;
+};
+
+// The one block there is.
+extern Block block;
+
+const char* operation_name(Operation operation);
+std::string lanes_text(uint32_t lanes);                // "lanes 0-3, 7"
+std::string shared_text(uint32_t address, int bytes);  // "16 bytes at shared address base + 32"
+
+}  // namespace fastattn::cuda::sim

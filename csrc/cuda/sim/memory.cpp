@@ -1,0 +1,193 @@
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "block.h"
+#include "sites.h"
+
+namespace fastattn::cuda::sim {
+
+namespace {
+
+struct Range {
+  uintptr_t begin, end;
+  bool writable;
+  std::string name;
+};
+std::vector<Range> ranges;
+size_t last_read = 0, last_written = 0;  // where the last access was found: mostly the next one is there too
+
+bool allows(const Range& range, uintptr_t begin, uintptr_t end, bool write) {
+  return range.begin <= begin && end <= range.end && (range.writable || !write);
+}
+
+// Why an access is not allowed, in terms of the range that is nearest.
+std::string complaint(uintptr_t begin, uintptr_t end) {
+  const Range* nearest = nullptr;
+  uintptr_t least = ~uintptr_t{0};
+  for (const Range& range : ranges) {
+    const uintptr_t distance = begin < range.begin ? range.begin - begin : end > range.end ? end - range.end : 0;
+    if (distance <= least) least = distance, nearest = &range;
+  }
+  if (nearest == nullptr) return "no memory is registered";
+  const std::string name = (nearest->name.empty() ? "a range" : "`" + nearest->name + "`") + std::string(" of ") +
+                           std::to_string(nearest->end - nearest->begin) + " bytes";
+  if (least == 0) return name + " may only be read";
+  const auto offset = static_cast<int64_t>(begin - nearest->begin);
+  return "outside of all registered memory; the nearest is " + name + ", of which this is at offset " +
+         std::to_string(offset);
+}
+
+void check_global(const void* address, int bytes, bool write, const char* what, Where where) {
+  const auto begin = reinterpret_cast<uintptr_t>(address), end = begin + static_cast<uintptr_t>(bytes);
+  size_t& last = write ? last_written : last_read;
+  if (last < ranges.size() && allows(ranges[last], begin, end, write)) [[likely]] {
+  } else {
+    const auto found =
+        std::find_if(ranges.begin(), ranges.end(), [&](const Range& r) { return allows(r, begin, end, write); });
+    if (found == ranges.end()) {
+      block.fail(where, std::string(what) + " of " + std::to_string(bytes) +
+                            " bytes of global memory: " + complaint(begin, end));
+    }
+    last = static_cast<size_t>(found - ranges.begin());
+  }
+  if (begin % static_cast<uintptr_t>(bytes) != 0) {
+    block.fail(where, std::string("misaligned ") + what + " of " + std::to_string(bytes) +
+                          " bytes of global memory, at an address that is " +
+                          std::to_string(begin % static_cast<uintptr_t>(bytes)) + " past a multiple of its size");
+  }
+}
+
+void count_access(Access access, Where where, uint64_t address, int bytes) {
+  if (block.count()) {
+    block.warp().requests.access(current_position.thread % kLanes, Sites::number(where), access, address, bytes);
+  }
+}
+
+}  // namespace
+
+void Memory::register_range(const void* begin, size_t bytes, bool writable, std::string name) {
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  if (bytes != 0) ranges.push_back({at, at + bytes, writable, std::move(name)});
+}
+
+void Memory::unregister_range(const void* begin) {
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  const auto found = std::find_if(ranges.rbegin(), ranges.rend(), [at](const Range& r) { return r.begin == at; });
+  if (found != ranges.rend()) ranges.erase(std::next(found).base());
+}
+
+void Memory::clear() { ranges.clear(); }
+
+// ---- Shared memory.
+
+void load_shared(void* to, uint32_t address, int bytes, Where where) {
+  const int thread = current_position.thread;
+  block.check_shared(thread, address, bytes, "load", where);
+  block.check_readable(thread, address, bytes, "load", where);
+  if (block.find_races()) {
+    block.check_race(thread,
+                     block.races().read(thread, block.time(thread), address - kSharedBase, bytes, Sites::number(where)),
+                     address, bytes, "load", where);
+  }
+  std::memcpy(to, block.shared(address), static_cast<size_t>(bytes));
+  count_access(Access::kSharedLoad, where, address, bytes);
+}
+
+void store_shared(uint32_t address, const void* from, int bytes, Where where) {
+  const int thread = current_position.thread;
+  block.check_shared(thread, address, bytes, "store", where);
+  block.check_no_copy(thread, address, bytes, "store", where);
+  if (block.find_races()) {
+    block.check_race(
+        thread, block.races().write(thread, block.time(thread), address - kSharedBase, bytes, Sites::number(where)),
+        address, bytes, "store", where);
+  }
+  std::memcpy(block.shared(address), from, static_cast<size_t>(bytes));
+  block.mark(address, bytes, kWritten);
+  count_access(Access::kSharedStore, where, address, bytes);
+}
+
+// ---- Global memory.
+
+void load_global(void* to, const void* address, int bytes, bool constant, Where where) {
+  check_global(address, bytes, false, "load", where);
+  std::memcpy(to, address, static_cast<size_t>(bytes));
+  count_access(constant ? Access::kConstantLoad : Access::kGlobalLoad, where, reinterpret_cast<uintptr_t>(address),
+               bytes);
+}
+
+void store_global(void* address, const void* from, int bytes, Where where) {
+  check_global(address, bytes, true, "store", where);
+  std::memcpy(address, from, static_cast<size_t>(bytes));
+  count_access(Access::kGlobalStore, where, reinterpret_cast<uintptr_t>(address), bytes);
+}
+
+namespace {
+
+template <class V>
+V add(V* address, V value, Where where) {
+  check_global(address, sizeof(V), true, "atomic_add", where);
+  count_access(Access::kAtomic, where, reinterpret_cast<uintptr_t>(address), sizeof(V));
+  const V old = *address;
+  *address = old + value;
+  return old;
+}
+
+}  // namespace
+
+float atomic_add(float* address, float value, Where where) { return add(address, value, where); }
+int atomic_add(int* address, int value, Where where) { return add(address, value, where); }
+
+// ---- cp.async: between issue and wait the destination holds poison and may not be touched.
+
+void copy_async(uint32_t to, const void* from, int bytes, bool valid, Where where) {
+  const int index = current_position.thread;
+  block.check_shared(index, to, bytes, "asynchronous copy", where);
+  block.check_no_copy(index, to, bytes, "asynchronous copy", where);
+  if (valid) check_global(from, bytes, false, "asynchronous copy", where);
+  if (block.find_races()) {
+    block.check_race(index, block.races().check_write(index, block.time(index), to - kSharedBase, bytes), to, bytes,
+                     "asynchronous copy", where);
+  }
+  std::memset(block.shared(to), 0xFF, static_cast<size_t>(bytes));
+  block.mark(to, bytes, kInFlight);
+  Thread& thread = block.self();
+  thread.copies.push_back({to, bytes, valid ? from : nullptr, Sites::number(where)});
+  ++thread.uncommitted;
+  count_access(Access::kCopyToShared, where, to, bytes);
+  if (valid) count_access(Access::kCopyFromGlobal, where, reinterpret_cast<uintptr_t>(from), bytes);
+}
+
+void copy_async_commit(Where) {
+  Thread& thread = block.self();
+  thread.copy_groups.push_back(thread.uncommitted);
+  thread.uncommitted = 0;
+}
+
+void copy_async_wait(int pending, Where where) {
+  const int index = current_position.thread;
+  Thread& thread = block.self();
+  if (thread.copy_groups.size() <= static_cast<size_t>(pending)) return;
+  const size_t groups = thread.copy_groups.size() - static_cast<size_t>(pending);
+  size_t count = 0;
+  for (size_t i = 0; i < groups; ++i) count += thread.copy_groups[i];
+  for (size_t i = 0; i < count; ++i) {
+    const PendingCopy& copy = thread.copies[i];
+    if (block.find_races()) {
+      block.check_race(index,
+                       block.races().write(index, block.time(index), copy.to - kSharedBase, copy.bytes, copy.site),
+                       copy.to, copy.bytes, "asynchronous copy", where);
+    }
+    if (copy.from != nullptr) {
+      std::memcpy(block.shared(copy.to), copy.from, static_cast<size_t>(copy.bytes));
+    } else {
+      std::memset(block.shared(copy.to), 0, static_cast<size_t>(copy.bytes));
+    }
+    block.mark(copy.to, copy.bytes, kWritten);
+  }
+  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<ptrdiff_t>(count));
+  thread.copy_groups.erase(thread.copy_groups.begin(), thread.copy_groups.begin() + static_cast<ptrdiff_t>(groups));
+}
+
+}  // namespace fastattn::cuda::sim
