@@ -1,4 +1,6 @@
-"""The native build: one shared library, `fastattn/lib/libfastattn_cpu.so`, loaded with `torch.ops.load_library`.
+"""The native build: shared libraries in `fastattn/lib`, loaded with `torch.ops.load_library`.
+
+`libfastattn_cpu.so` is always built, `libfastattn_cuda.so` when it is asked for (build_cuda.py).
 
 `csrc/cpu/kernels.cpp` is compiled once per instruction set with that set's flags; which one runs is decided at run
 time, so a binary built anywhere runs everywhere (never -march=native).  The library has no Python symbol in it and
@@ -6,7 +8,7 @@ touches libtorch through its stable ABI only: the wheel is tagged `py3-none-<pla
 pyproject.toml.
 
 Environment: CXX (the compiler), MAX_JOBS (parallel compilations), FASTATTN_CXXFLAGS (extra flags, e.g. sanitizers),
-FASTATTN_SKIP_NATIVE=1 (pure Python: every call takes the reference backend).
+FASTATTN_SKIP_NATIVE=1 (pure Python: every call takes the reference backend), FASTATTN_CUDA=1 (the CUDA library too).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,10 +26,16 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT))  # a build backend does not look beside this file
+# a build backend does not look beside setup.py by itself
+sys.path.insert(0, str(ROOT))
+
+import build_cuda  # noqa: E402
 import build_native  # noqa: E402
+from build_objects import Unit, compile_all  # noqa: E402
 
 LIBRARY = Path("fastattn", "lib", "libfastattn_cpu.so")
+# Where each extension's library goes, by the extension's name.
+LIBRARIES = {"fastattn.lib." + path.stem: path for path in (LIBRARY, build_cuda.LIBRARY)}
 
 # No -ffast-math: NaN and infinity have meaning here.  Contraction into fused multiply-adds is wanted.
 CXX_FLAGS = [
@@ -55,13 +63,13 @@ def isa_flags() -> dict[str, list[str]]:
 
 
 class BuildNative(build_ext):
-    """Compiles each (source, instruction set) with its own flags, in parallel, and links them."""
+    """Builds each library as its module says, and puts it where fastattn looks for it."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(LIBRARY)
+        return str(LIBRARIES[fullname])
 
     def get_ext_fullpath(self, ext_name: str) -> str:
-        return str(Path(self.build_lib) / LIBRARY)
+        return str(Path(self.build_lib) / LIBRARIES[ext_name])
 
     def run(self) -> None:
         super().run()
@@ -70,11 +78,12 @@ class BuildNative(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For editable installs.  Moved into place, so that a process that has the old library mapped keeps it."""
-        target = ROOT / LIBRARY
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_suffix(".so.new")
-        shutil.copyfile(self.get_ext_fullpath(LIBRARY.stem), fresh)
-        os.replace(fresh, target)
+        for ext in self.extensions:
+            target = ROOT / LIBRARIES[ext.name]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fresh = target.with_suffix(".so.new")
+            shutil.copyfile(self.get_ext_fullpath(ext.name), fresh)
+            os.replace(fresh, target)
 
     def build_extension(self, ext: Extension) -> None:
         import torch.utils.cpp_extension as cpp_extension
@@ -82,48 +91,34 @@ class BuildNative(build_ext):
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
         if compiler is None:
             raise RuntimeError("fastattn needs a C++20 compiler: install g++ (>= 12), or set CXX")
-        includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-        flags = [*CXX_FLAGS, *os.environ.get("FASTATTN_CXXFLAGS", "").split()]
-        objects = Path(self.build_temp)
-        objects.mkdir(parents=True, exist_ok=True)
-        csrc = ROOT / "csrc"
-        headers = [path.stat().st_mtime for pattern in ("**/*.h", "../setup.py") for path in csrc.glob(pattern)]
+        build = build_cuda.build if LIBRARIES[ext.name] == build_cuda.LIBRARY else build_cpu
+        build(
+            Path(self.get_ext_fullpath(ext.name)),
+            Path(self.build_temp) / LIBRARIES[ext.name].stem,
+            compiler,
+            cpp_extension.include_paths(),
+            cpp_extension.library_paths(),
+        )
 
-        commands: list[tuple[Path, Path, list[str]]] = []
-        for isa, isa_options in isa_flags().items():
-            source, target = csrc / "cpu" / "kernels.cpp", objects / f"kernels_{isa}.o"
-            commands.append((source, target, [*flags, *isa_options, f"-DFASTATTN_ISA={isa}"]))
-        commands.append((csrc / "ops.cpp", objects / "ops.o", [*flags, *includes]))
-        commands.append((csrc / "cpu" / "dispatch.cpp", objects / "dispatch.o", flags))
 
-        def compile_one(command: tuple[Path, Path, list[str]]) -> None:
-            source, target, options = command
-            stamp = target.with_suffix(".flags")
-            line = [compiler, *options, "-c", str(source), "-o", str(target)]
-            newest = max([source.stat().st_mtime, *headers])
-            if (
-                target.exists()
-                and target.stat().st_mtime > newest
-                and stamp.exists()
-                and stamp.read_text() == str(line)
-            ):
-                return
-            result = subprocess.run(line, capture_output=True, text=True)
-            if result.stderr:
-                print(result.stderr, file=sys.stderr)
-            if result.returncode:
-                raise RuntimeError(f"compiling {source.name} for {target.stem} failed:\n{result.stderr[-4000:]}")
-            stamp.write_text(str(line))
-
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(compile_one, commands))
-
-        output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        library_paths = [f"-L{path}" for path in cpp_extension.library_paths()]
-        link = [compiler, "-shared", *flags, *(str(target) for _, target, _ in commands), "-o", str(output)]
-        subprocess.run([*link, *library_paths, "-Wl,--as-needed", "-ltorch_cpu", "-lc10"], check=True)
+def build_cpu(
+    output: Path, objects: Path, compiler: str, include_paths: Sequence[str], library_paths: Sequence[str]
+) -> None:
+    """Compiles each (source, instruction set) with its own flags, in parallel, and links them."""
+    flags = [*CXX_FLAGS, *os.environ.get("FASTATTN_CXXFLAGS", "").split()]
+    includes = [f"-isystem{path}" for path in include_paths]
+    csrc = ROOT / "csrc"
+    units = [
+        Unit((compiler, *flags, *options, f"-DFASTATTN_ISA={isa}"), csrc / "cpu" / "kernels.cpp", objects / f"{isa}.o")
+        for isa, options in isa_flags().items()
+    ]
+    units.append(Unit((compiler, *flags, *includes), csrc / "ops.cpp", objects / "ops.o"))
+    units.append(Unit((compiler, *flags), csrc / "cpu" / "dispatch.cpp", objects / "dispatch.o"))
+    compile_all(units)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    link = [compiler, "-shared", *flags, *(str(unit.target) for unit in units), "-o", str(output)]
+    paths = [f"-L{path}" for path in library_paths]
+    subprocess.run([*link, *paths, "-Wl,--as-needed", "-ltorch_cpu", "-lc10"], check=True)
 
 
 class PlatformWheel(bdist_wheel):
@@ -146,13 +141,15 @@ def packages() -> tuple[list[str], dict[str, str]]:
 
 
 names, directories = packages()
-native = os.environ.get("FASTATTN_SKIP_NATIVE") != "1"
+# The source list only tells setuptools that there is something to build.
+extensions = [Extension("fastattn.lib.libfastattn_cpu", ["csrc/ops.cpp"])]
+if build_cuda.wanted():
+    extensions.append(Extension("fastattn.lib.libfastattn_cuda", ["csrc/cuda/ops.cpp"]))
 setup(
     packages=names,
     package_dir=directories,
     package_data={"fastattn": ["py.typed"]},
     include_package_data=False,
-    # The source list only tells setuptools that there is something to build.
-    ext_modules=[Extension("fastattn.lib.libfastattn_cpu", ["csrc/ops.cpp"])] if native else [],
+    ext_modules=extensions if os.environ.get("FASTATTN_SKIP_NATIVE") != "1" else [],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

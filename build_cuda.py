@@ -1,0 +1,133 @@
+"""The CUDA library, `fastattn/lib/libfastattn_cuda.so`: built by setup.py when asked for, with nvcc, on any machine.
+
+No GPU is needed and no torch with CUDA: the library touches torch through its stable ABI alone, and the CUDA runtime is
+linked into it.  It is never built without being asked for, because that takes minutes:
+
+    FASTATTN_CUDA=1 pip install --no-build-isolation -e .
+
+Environment: FASTATTN_CUDA (1: build it), FASTATTN_CUDA_ARCHS (architectures, for instance "80;90a;120", which also asks
+for the build), CUDA_HOME (the toolkit; else nvcc on PATH), MAX_JOBS.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from build_objects import Unit, compile_all
+
+ROOT = Path(__file__).parent
+LIBRARY = Path("fastattn", "lib", "libfastattn_cuda.so")
+# Machine code of sm_80 runs on 8.x, that of sm_90a on 9.0; PTX of the newest plain one is for all GPUs that follow.
+DEFAULT_ARCHS = "80;90a"
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"]
+HOST_FLAGS = [
+    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"),
+    # USE_CUDA uncovers the shims for streams; 2.10 is the oldest torch the library is to load in
+    *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+]
+
+
+def wanted() -> bool:
+    """Whether the environment asks for this library."""
+    asked = os.environ.get("FASTATTN_CUDA")
+    return asked == "1" or (asked != "0" and bool(os.environ.get("FASTATTN_CUDA_ARCHS")))
+
+
+def architectures() -> list[str]:
+    """Compute capabilities to build for, such as "80" or "90a"."""
+    given = os.environ.get("FASTATTN_CUDA_ARCHS") or DEFAULT_ARCHS
+    archs = [arch.strip().removeprefix("sm_").replace(".", "") for arch in re.split("[;, ]+", given) if arch.strip()]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(re.sub(r"\D", "", arch)) < 80:
+            raise RuntimeError(
+                f"FASTATTN_CUDA_ARCHS: expected capabilities of 8.0 or newer such as 80;90a, got {arch!r}"
+            )
+    return archs
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, from CUDA_HOME or PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def toolkit(nvcc: str) -> Path:
+    """The toolkit's folder, as nvcc itself knows it: what is on PATH may be a link or a script."""
+    said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    if top is None:
+        raise RuntimeError(f"{nvcc} does not say where its toolkit is:\n{said[-2000:]}")
+    return Path(top[1].strip()).resolve()
+
+
+def code_flags(archs: Sequence[str]) -> list[str]:
+    """nvcc's flags for machine code of every architecture, and for PTX of the newest that newer GPUs can take."""
+    flags = [flag for arch in archs for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    portable = [int(arch) for arch in archs if arch.isdigit()]
+    if portable:
+        flags += ["-gencode", f"arch=compute_{max(portable)},code=compute_{max(portable)}"]
+    return flags
+
+
+def instances() -> list[Path]:
+    """The generated kernel instances, the slowest to compile (the widest heads) first."""
+    paths = (ROOT / "csrc" / "cuda" / "instances").glob("*.cu")
+
+    def width(path: Path) -> int:
+        found = re.search(r"_d(\d+)$", path.stem)
+        return int(found[1]) if found else 0
+
+    return sorted(paths, key=lambda path: (-width(path), path.name))
+
+
+def host_sources() -> list[Path]:
+    """Plain C++: what picks tiles and launches, and the operators."""
+    cuda = ROOT / "csrc" / "cuda"
+    return [cuda / "ops.cpp", *sorted(cuda.glob("rows/launch*.cpp")), *sorted(cuda.glob("attention/*.cpp"))]
+
+
+def build(
+    output: Path, objects: Path, compiler: str, include_paths: Sequence[str], library_paths: Sequence[str]
+) -> None:
+    """Compile and link the library into `output`; `include_paths` and `library_paths` are torch's."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("FASTATTN_CUDA=1 needs nvcc: install the CUDA toolkit, and set CUDA_HOME or PATH to it")
+    top = toolkit(nvcc)
+    device = (nvcc, "-ccbin", compiler, *NVCC_FLAGS, *code_flags(architectures()))
+    host = (compiler, *HOST_FLAGS, *(f"-isystem{path}" for path in (*include_paths, top / "include")))
+    units = [Unit(device, path, objects / f"{path.stem}.o") for path in instances()]
+    units += [Unit(host, path, objects / f"{path.parent.name}_{path.stem}.o") for path in host_sources()]
+    compile_all(units)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stub = _stub(objects, compiler)
+    paths = [*(f"-L{path}" for path in library_paths), f"-L{stub.parent}", f"-L{top / 'lib64'}", f"-L{top / 'lib'}"]
+    libraries = [
+        *("-Wl,--as-needed", "-ltorch_cpu", "-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"),
+        *("-Wl,--exclude-libs,ALL", "-lcudart_static", "-lpthread", "-ldl", "-lrt"),
+    ]
+    command = [compiler, "-shared", *(str(unit.target) for unit in units), "-o", str(output), *paths, *libraries]
+    subprocess.run(command, check=True)
+
+
+def _stub(objects: Path, compiler: str) -> Path:
+    """A library with the name of torch's CUDA library and nothing else, to link against.
+
+    The shims for streams live in libtorch_cuda.so, which a torch for CPUs does not have.  Without its name among the
+    needed libraries, loading fails on the first of them.
+    """
+    source, stub = objects / "stub" / "torch_cuda.c", objects / "stub" / "libtorch_cuda.so"
+    if not stub.exists():
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text("void fastattn_stub_of_libtorch_cuda(void) {}\n")
+        subprocess.run(
+            [compiler, "-x", "c", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", str(source), "-o", str(stub)],
+            check=True,
+        )
+    return stub

@@ -1,0 +1,6 @@
+// Written by generate_instances.py.
+#include "../attention/sums.h"
+
+namespace fastattn::cuda {
+FASTATTN_KERNEL(attention_sum_diagonals, SumDiagonalsParams, (attention_sum_diagonals), SumTiles::kThreads, 4)
+}  // namespace fastattn::cuda

@@ -1,0 +1,6 @@
+// Written by generate_instances.py.
+#include "../rows/rotary.h"
+
+namespace fastattn::cuda {
+FASTATTN_KERNEL(rotary_bf16, RotaryParams, (rotary<BFloat16>), kRotaryThreads, 2)
+}  // namespace fastattn::cuda

@@ -1,0 +1,6 @@
+// Written by generate_instances.py.
+#include "../rows/rotary.h"
+
+namespace fastattn::cuda {
+FASTATTN_KERNEL(rotary_f32, RotaryParams, (rotary<float>), kRotaryThreads, 2)
+}  // namespace fastattn::cuda

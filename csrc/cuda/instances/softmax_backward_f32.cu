@@ -1,0 +1,6 @@
+// Written by generate_instances.py.
+#include "../rows/softmax_backward.h"
+
+namespace fastattn::cuda {
+FASTATTN_KERNEL(softmax_backward_f32, SoftmaxGradientParams, (softmax_backward<float>), kRowThreads, 3)
+}  // namespace fastattn::cuda

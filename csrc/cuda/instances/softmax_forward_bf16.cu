@@ -1,0 +1,6 @@
+// Written by generate_instances.py.
+#include "../rows/softmax_forward.h"
+
+namespace fastattn::cuda {
+FASTATTN_KERNEL(softmax_forward_bf16, SoftmaxParams, (softmax_forward<BFloat16>), kRowThreads, 3)
+}  // namespace fastattn::cuda

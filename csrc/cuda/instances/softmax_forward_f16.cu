@@ -1,0 +1,6 @@
+// Written by generate_instances.py.
+#include "../rows/softmax_forward.h"
+
+namespace fastattn::cuda {
+FASTATTN_KERNEL(softmax_forward_f16, SoftmaxParams, (softmax_forward<Half>), kRowThreads, 3)
+}  // namespace fastattn::cuda

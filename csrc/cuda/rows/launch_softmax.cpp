@@ -1,0 +1,264 @@
+#include <algorithm>
+
+#include "../instances.h"
+#include "host.h"
+#include "launch.h"
+
+namespace fastattn::cuda {
+namespace {
+
+// Of row_threads.h, softmax_forward.h, softmax_backward.h, line_sum.h and part_sum.h.
+constexpr int kThreads = 256, kWarps = 8, kSharedBytes = 128, kLineThreads = 128, kManyLines = 32;
+// Columns of a tile for each warp: 32 numbers a lane forward, 64 bytes of each operand backward.
+constexpr i64 kForwardTile = 32 * 32;
+i64 backward_tile(i64 element_bytes) { return 32 * 64 / element_bytes; }
+
+// So that positions, windows and lengths add up within 31 bits.
+constexpr i64 kFarthest = i64{1} << 29;
+
+Dense dense_of(const View& view) {
+  return {view.data, view.stride[0], view.stride[1], view.stride[2], view.stride[3]};
+}
+
+template <class T>
+const T* pointer(const View& view) {
+  return static_cast<const T*>(view.data);
+}
+
+Attention features_of(const Problem& p) {
+  Attention f;
+  f.batch = checked("batch", p.batch);
+  f.heads = checked("heads", p.query_heads);
+  f.query_length = checked("rows", p.query_length, kFarthest);
+  f.key_length = checked("columns", p.key_length, kFarthest);
+  const auto window = [](i64 width) { return width < 0 || width >= kFarthest ? -1 : static_cast<int>(width); };
+  f.window_left = window(p.window_left);
+  f.window_right = window(p.window_right);
+  f.query_offset = static_cast<int>(std::clamp(p.query_offset, -kFarthest, kFarthest));
+  f.query_offsets = {pointer<i64>(p.query_offsets), p.query_offsets.stride[0]};
+  f.key_lengths = {pointer<i64>(p.key_lengths), p.key_lengths.stride[0]};
+  f.prefix_lengths = {pointer<i64>(p.prefix_lengths), p.prefix_lengths.stride[0]};
+  f.query_ids = {pointer<i64>(p.query_ids), p.query_ids.stride[0]};
+  f.key_ids = {pointer<i64>(p.key_ids), p.key_ids.stride[0]};
+  f.mask = dense_of(p.dense_mask);
+  f.slopes = {pointer<float>(p.slopes), p.slopes.stride[0]};
+  if (p.table) {
+    f.table = pointer<float>(p.table);
+    f.table_batch = p.table.stride[0];
+    f.table_head = p.table.stride[1];
+    const i64 last = checked("columns of the table", p.table.size[2], kFarthest) - 1;
+    f.table_left = static_cast<int>(std::clamp(p.table_left, i64{0}, last));
+    f.table_right = static_cast<int>(last) - f.table_left;
+  }
+  if (p.dense_bias) {
+    f.bias = dense_of(p.dense_bias);
+    f.bias_element = element_of("dense_bias", p.dense_bias);
+  }
+  return f;
+}
+
+// How rows are dealt out: as few warps each as hold a row, more where there are too few rows to fill the device.
+template <class Params>
+Launch deal(Params& p, const Problem& problem, i64 tile, i64 run, const Device& device) {
+  p.features = features_of(problem);
+  p.scale = static_cast<float>(problem.scale);
+  const i64 columns = problem.key_length;
+  p.rows = checked("batch * heads * rows", problem.batch * problem.query_heads * problem.query_length);
+  i64 warps = 1;
+  const auto blocks = [&] { return ceil_div(p.rows, kWarps / warps); };
+  while (warps < kWarps && warps * tile < columns) warps *= 2;
+  while (warps < kWarps && blocks() < 2 * device.multiprocessors && warps * 32 * run < columns) warps *= 2;
+  p.warps_per_row = static_cast<int>(warps);
+  p.tiles = static_cast<int>(ceil_div(columns, warps * tile));
+  return {checked("blocks", blocks()), 1, 1, kSharedBytes, device.stream};
+}
+
+struct Gradients {
+  const Problem& problem;
+  const SoftmaxBackward& views;
+  Workspace& workspace;
+  const Device& device;
+  SoftmaxGradientParams rows;
+
+  float* partial(i64 count) const { return static_cast<float*>(workspace.allocate(count * sizeof(float))); }
+
+  // The pass over the rows.
+  void row_pass() {
+    const View& bias = views.ddense_bias;
+    const i64 size = element_size(views.out.dtype), run = 16 / size;
+    Launch launch = deal(rows, problem, backward_tile(size), run, device);
+    rows.out = rows_of(views.out);
+    rows.grad_out = rows_of(views.grad_out);
+    rows.wide = in_runs(views.out, run) && in_runs(views.grad_out, run);
+    if (views.dscores) {
+      rows.dscores = rows_of(views.dscores);
+      rows.wide = rows.wide && in_runs(views.dscores, run);
+    }
+    const bool by_column = bias && bias.size[3] == problem.key_length;
+    if (by_column || table_lines() > 0) rows.delta = partial(rows.rows);
+    if (views.dslopes) rows.distances = partial(rows.rows);
+    if (views.dtable) rows.ends = partial(2 * i64{rows.rows});
+    if (bias && !by_column) rows.totals = partial(rows.rows);
+    switch (element_of("out", views.out)) {
+      case Element::kFloat32:
+        return softmax_backward_f32(launch, rows);
+      case Element::kFloat16:
+        return softmax_backward_f16(launch, rows);
+      case Element::kBFloat16:
+        return softmax_backward_bf16(launch, rows);
+    }
+  }
+
+  // Inner entries of the table that some place uses.
+  i64 table_lines() const { return views.dtable ? std::max<i64>(0, views.dtable.size[2] - 2) : 0; }
+
+  LineSumParams lines(i64 count) const {
+    LineSumParams p;
+    p.features = rows.features;
+    p.out = rows.out;
+    p.grad_out = rows.grad_out;
+    p.element = element_of("out", views.out);
+    p.delta = rows.delta;
+    p.lines = checked("lines", count);
+    return p;
+  }
+
+  void launch_lines(const LineSumParams& p) const {
+    const i64 blocks = ceil_div(p.lines, kLineThreads) * p.parts * p.batches * p.heads;
+    const Launch launch{checked("blocks", blocks), 1, 1, 0, device.stream};
+    if (p.element == Element::kFloat32)
+      line_sum_f32(launch, p);
+    else
+      line_sum_f16(launch, p);
+  }
+
+  // Cuts the rows into parts: enough blocks to fill the device, at least 64 rows each.  Sums of each batch, head and part.
+  void cut_rows(LineSumParams& p) const {
+    p.batches = rows.features.batch;
+    p.heads = rows.features.heads;
+    const i64 whole = ceil_div(p.lines, kLineThreads) * p.batches * p.heads;
+    const i64 most = ceil_div(problem.query_length, 64);
+    const i64 parts = std::clamp(ceil_div(8 * device.multiprocessors, whole), i64{1}, most);
+    p.rows_per_part = static_cast<int>(ceil_div(problem.query_length, parts));
+    p.parts = static_cast<int>(ceil_div(problem.query_length, p.rows_per_part));
+    p.sums = partial(i64{p.batches} * p.heads * p.parts * p.lines);
+  }
+
+  // gradient[b, h, first + n] (+)= sign * the sum of parts[b, h, t, n] over t and what shares (b, h).
+  void add_parts(const float* parts, i64 count, i64 lines, const View& gradient, i64 first, float sign,
+                 bool accumulate = false) const {
+    PartSumParams p;
+    p.parts = parts;
+    p.batches = static_cast<int>(gradient.size[0]);
+    p.heads = static_cast<int>(gradient.size[1]);
+    p.sum_batches = rows.features.batch / p.batches;
+    p.sum_heads = rows.features.heads / p.heads;
+    p.count = static_cast<int>(count);
+    p.lines = checked("lines", lines);
+    p.sign = sign;
+    p.out = static_cast<char*>(const_cast<void*>(gradient.data)) + first * element_size(gradient.dtype);
+    p.out_batch = gradient.stride[0];
+    p.out_head = gradient.stride[1];
+    p.out_element = element_of("gradient", gradient);
+    p.accumulate = accumulate;
+    const i64 blocks = (lines >= kManyLines ? ceil_div(lines, kThreads) : lines) * p.batches * p.heads;
+    part_sum({checked("blocks", blocks), 1, 1, kSharedBytes, device.stream}, p);
+  }
+
+  // Fills a contiguous gradient: the sum of no parts.
+  void zero(const View& gradient) const {
+    const i64 count = gradient.size[0] * gradient.size[1] * gradient.size[2] * gradient.size[3];
+    if (!gradient || !count) return;
+    PartSumParams p;
+    p.count = 0;
+    p.lines = checked("elements of a gradient", count);
+    p.out = const_cast<void*>(gradient.data);
+    p.out_element = element_of("gradient", gradient);
+    part_sum({checked("blocks", count >= kManyLines ? ceil_div(count, kThreads) : count), 1, 1, kSharedBytes,
+              device.stream},
+             p);
+  }
+
+  void slopes() const { add_parts(rows.distances, problem.query_length, 1, views.dslopes, 0, -1); }
+
+  void table() const {
+    const View& gradient = views.dtable;
+    const i64 columns = gradient.size[2];
+    // a table of one column has both ends in it
+    add_parts(rows.ends, problem.query_length, 1, gradient, 0, 1);
+    add_parts(rows.ends + rows.rows, problem.query_length, 1, gradient, columns - 1, 1, /*accumulate=*/columns == 1);
+    if (!table_lines()) return;
+    LineSumParams p = lines(table_lines());
+    p.diagonal = true;
+    p.first_distance = 1 - rows.features.table_left;
+    cut_rows(p);
+    launch_lines(p);
+    add_parts(static_cast<const float*>(p.sums), p.parts, p.lines, gradient, 1, 1);
+  }
+
+  void bias() const {
+    const View& gradient = views.ddense_bias;
+    const bool own_rows = gradient.size[2] == problem.query_length;
+    if (rows.totals) {
+      // one column: the rows' own sums, or all of them
+      if (own_rows)
+        add_parts(rows.totals, 1, problem.query_length, gradient, 0, 1);
+      else
+        add_parts(rows.totals, problem.query_length, 1, gradient, 0, 1);
+      return;
+    }
+    LineSumParams p = lines(problem.key_length);
+    if (own_rows) {
+      p.batches = static_cast<int>(gradient.size[0]);
+      p.heads = static_cast<int>(gradient.size[1]);
+      p.sum_batches = rows.features.batch / p.batches;
+      p.sum_heads = rows.features.heads / p.heads;
+      p.parts = rows.features.query_length;
+      p.sums = const_cast<void*>(gradient.data);
+      p.sum_element = element_of("dense_bias", gradient);
+      launch_lines(p);
+    } else {
+      cut_rows(p);
+      launch_lines(p);
+      add_parts(static_cast<const float*>(p.sums), p.parts, p.lines, gradient, 0, 1);
+    }
+  }
+};
+
+}  // namespace
+
+void softmax_forward(const Problem& problem, const SoftmaxForward& views, const Device& device) {
+  const i64 run = 16 / element_size(views.scores.dtype);
+  const Element element = element_of("scores", views.scores);
+  if (!problem.batch || !problem.query_heads || !problem.query_length || !problem.key_length) return;
+  SoftmaxParams p;
+  const Launch launch = deal(p, problem, kForwardTile, run, device);
+  p.scores = rows_of(views.scores);
+  p.out = rows_of(views.out);
+  p.wide = in_runs(views.scores, run) && in_runs(views.out, run);
+  p.wide_mask = p.wide && problem.dense_mask && in_runs(problem.dense_mask, run);
+  p.wide_bias = p.wide && problem.dense_bias && in_runs(problem.dense_bias, run);
+  switch (element) {
+    case Element::kFloat32:
+      return softmax_forward_f32(launch, p);
+    case Element::kFloat16:
+      return softmax_forward_f16(launch, p);
+    case Element::kBFloat16:
+      return softmax_forward_bf16(launch, p);
+  }
+}
+
+void softmax_backward(const Problem& problem, const SoftmaxBackward& views, Workspace& workspace,
+                      const Device& device) {
+  Gradients gradients{problem, views, workspace, device, {}};
+  if (!problem.batch || !problem.query_heads || !problem.query_length || !problem.key_length) {
+    for (const View* gradient : {&views.dslopes, &views.dtable, &views.ddense_bias}) gradients.zero(*gradient);
+    return;
+  }
+  gradients.row_pass();
+  if (views.dslopes) gradients.slopes();
+  if (views.dtable) gradients.table();
+  if (views.ddense_bias) gradients.bias();
+}
+
+}  // namespace fastattn::cuda
