@@ -114,7 +114,7 @@ FASTATTN_DEVICE void attention_backward_kv(const BackwardParams& params) {
     const int first = m0 + interval.offset;
     const Side side = side_of(p, first, smaller(m0 + kQueries, p.query_length) - 1 + interval.offset, n0, last + 1);
     float s[1][kQueries / 8][4], ds[1][kQueries / 8][4];
-    const auto raw = [&](float(&product)[1][kQueries / 8][4]) {
+    const auto raw = [&](float (&product)[1][kQueries / 8][4]) {
       multiply_rows<T, KeyTile, RowTile>(product, key_tile, band * 16, query_tile);
     };
     raw(s);

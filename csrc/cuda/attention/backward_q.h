@@ -112,7 +112,7 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
 
     const Side side = side_of(p, first, last, n0, n0 + kKeys);
     float s[1][kKeys / 8][4], ds[1][kKeys / 8][4];
-    const auto raw = [&](float(&product)[1][kKeys / 8][4]) {
+    const auto raw = [&](float (&product)[1][kKeys / 8][4]) {
       multiply_rows<T, RowTile, KeyTile>(product, query_tile, warp * 16, key_tile);
     };
     raw(s);

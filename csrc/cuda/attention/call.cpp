@@ -15,7 +15,8 @@ namespace {
 
 void check_rows(const char* name, const View& view) {
   const std::string prefix = std::string(name) + ": ";
-  if (view.size[3] % 8) fail(prefix + "the last dimension must be a multiple of 8, got " + std::to_string(view.size[3]));
+  if (view.size[3] % 8)
+    fail(prefix + "the last dimension must be a multiple of 8, got " + std::to_string(view.size[3]));
   if (view.size[3] > 1 && view.stride[3] != 1) fail(prefix + "the last dimension must be dense");
   if (reinterpret_cast<uintptr_t>(view.data) % 16) fail(prefix + "must start at a multiple of 16 bytes");
   for (int axis = 0; axis < 3; ++axis)
@@ -86,7 +87,8 @@ Attention attention_of(const Problem& p, Workspace& workspace, const Device& dev
   View query = p.query, key = p.key;
   if (p.query_cos) {
     const View turned_query = room_for(query, workspace), turned_key = room_for(key, workspace);
-    rotate(query_side(p, query, turned_query), key_side(p, key, turned_key), p.interleaved, /*conjugate=*/false, device);
+    rotate(query_side(p, query, turned_query), key_side(p, key, turned_key), p.interleaved, /*conjugate=*/false,
+           device);
     query = turned_query;
     key = turned_key;
   }

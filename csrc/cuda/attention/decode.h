@@ -42,10 +42,9 @@ FASTATTN_DEVICE uint32_t isolate_warp_values(SharedAddress value_tile, const flo
   sync_warp();
   uint32_t sees = 0;
   FASTATTN_UNROLL
-  for (int n = 0; n < Config::kKeys / 8; ++n)
-    FASTATTN_UNROLL
-    for (int r = 0; r < 4; ++r)
-      if (bad_rows >> (8 * n + 2 * (lane_index() & 3) + (r & 1)) & 1 && s[0][n][r] != -infinity()) sees |= 1u << (r / 2);
+  for (int n = 0; n < Config::kKeys / 8; ++n) FASTATTN_UNROLL
+  for (int r = 0; r < 4; ++r)
+    if (bad_rows >> (8 * n + 2 * (lane_index() & 3) + (r & 1)) & 1 && s[0][n][r] != -infinity()) sees |= 1u << (r / 2);
   sees |= shuffle_xor(sees, 1);
   return sees | shuffle_xor(sees, 2);
 }
@@ -78,8 +77,7 @@ FASTATTN_DEVICE void attention_decode(const DecodeParams& params) {
   const uint16_t* k = static_cast<const uint16_t*>(p.key.data) + b * p.key.batch + kv_head * p.key.head;
   const uint16_t* v = static_cast<const uint16_t*>(p.value.data) + b * p.value.batch + kv_head * p.value.head;
   const auto copy_keys = [&](int n0) {
-    if (n0 < end)
-      copy_tile<KeyTile, 32>(key_tile, k + n0 * p.key.row, p.key.row, p.key_length - n0, p.head_dim, lane);
+    if (n0 < end) copy_tile<KeyTile, 32>(key_tile, k + n0 * p.key.row, p.key.row, p.key_length - n0, p.head_dim, lane);
     copy_async_commit();
   };
   const auto copy_values = [&](int n0) {
@@ -184,8 +182,8 @@ FASTATTN_DEVICE void attention_decode(const DecodeParams& params) {
   }
   const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
   const RowEnd row_end = end_row(largest, sum, sink);
-  uint16_t* out = static_cast<uint16_t*>(params.out.data) + b * params.out.batch + h * params.out.head +
-                  i * params.out.row;
+  uint16_t* out =
+      static_cast<uint16_t*>(params.out.data) + b * params.out.batch + h * params.out.head + i * params.out.row;
   for (int column = 2 * (thread_index() % 8); column < p.value_dim; column += 16)
     store_global(reinterpret_cast<uint32_t*>(out + column),
                  pack2<T>(total(column) * row_end.factor, total(column + 1) * row_end.factor));

@@ -30,8 +30,8 @@ FASTATTN_DEVICE void attention_delta(const DeltaParams& p) {
   float delta = 0.0f, sink_gradient = 0.0f;
   if (i < p.query_length) {
     const uint16_t* out = static_cast<const uint16_t*>(p.out.data) + b * p.out.batch + h * p.out.head + i * p.out.row;
-    const uint16_t* grad = static_cast<const uint16_t*>(p.grad_out.data) + b * p.grad_out.batch +
-                           h * p.grad_out.head + i * p.grad_out.row;
+    const uint16_t* grad =
+        static_cast<const uint16_t*>(p.grad_out.data) + b * p.grad_out.batch + h * p.grad_out.head + i * p.grad_out.row;
     for (int c = part; c < p.value_dim / 8; c += 8)
       delta += dot8(load_constant(reinterpret_cast<const Vec4*>(out) + c),
                     load_constant(reinterpret_cast<const Vec4*>(grad) + c), p.element);

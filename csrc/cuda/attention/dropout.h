@@ -1,5 +1,5 @@
-// The dropout mask of a tile's accumulators: the function of fastattn/philox.py, element (b, h, i, j) from word j & 3 of
-// philox(j >> 2, i, b * Hq + h, offset).
+// The dropout mask of a tile's accumulators: the function of fastattn/philox.py, element (b, h, i, j) from word j & 3
+// of philox(j >> 2, i, b * Hq + h, offset).
 //
 // A call yields the words of four neighbouring keys, which belong to two lanes (or four, transposed): each lane makes a
 // part of the calls and the words are traded by shuffles.
@@ -21,9 +21,9 @@ FASTATTN_DEVICE DropoutKey dropout_key(const Attention& p) {
 }
 
 FASTATTN_DEVICE void words_of(const DropoutKey& seed, int key_group, int query, int batch_head, uint32_t (&words)[4]) {
-  const Philox in{{seed.key[0], seed.key[1]},
-                  {static_cast<uint32_t>(key_group), static_cast<uint32_t>(query), static_cast<uint32_t>(batch_head),
-                   seed.offset}};
+  const Philox in{
+      {seed.key[0], seed.key[1]},
+      {static_cast<uint32_t>(key_group), static_cast<uint32_t>(query), static_cast<uint32_t>(batch_head), seed.offset}};
   philox4x32_10(in, words);
 }
 
@@ -43,7 +43,8 @@ FASTATTN_DEVICE void keep_bits(uint32_t (&bits)[kBands], const Attention& p, con
       uint32_t words[4];
       // even lanes draw for the upper row, odd ones for the lower; both hold keys of the same group of four
       words_of(seed, at.column_at(n, 0) >> 2, at.row_at(band, odd ? 2 : 0), batch_head, words);
-      const uint32_t first = shuffle_xor(odd ? words[0] : words[2], 1), second = shuffle_xor(odd ? words[1] : words[3], 1);
+      const uint32_t first = shuffle_xor(odd ? words[0] : words[2], 1),
+                     second = shuffle_xor(odd ? words[1] : words[3], 1);
       const uint32_t mine[4] = {odd ? first : words[0], odd ? second : words[1], odd ? words[2] : first,
                                 odd ? words[3] : second};
       FASTATTN_UNROLL

@@ -33,34 +33,31 @@ template <int kBands, int kColumns, int kAccumulators>
 FASTATTN_DEVICE void online_softmax(float (&s)[kBands][kColumns][4], float (&acc)[kBands][kAccumulators][4],
                                     RowState<kBands>& state, float multiplier, uint32_t poisoned) {
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band)
+  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float largest = s[band][0][2 * half];
     FASTATTN_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      float largest = s[band][0][2 * half];
-      FASTATTN_UNROLL
-      for (int n = 0; n < kColumns; ++n)
-        largest = fmaxf(largest, fmaxf(s[band][n][2 * half], s[band][n][2 * half + 1]));
-      largest = fmaxf(quad_max(largest), state.largest[band][half]);
-      // a row that has seen nothing yet keeps a finite pivot, so that -inf - -inf never happens
-      const float pivot = largest == -infinity() ? 0.0f : largest * multiplier;
-      const float rescale = exp2_approx(state.largest[band][half] * multiplier - pivot);
-      state.largest[band][half] = largest;
-      float sum = 0.0f;
-      FASTATTN_UNROLL
-      for (int n = 0; n < kColumns; ++n)
-        FASTATTN_UNROLL
-        for (int r = 2 * half; r < 2 * half + 2; ++r) {
-          s[band][n][r] = exp2_approx(fmaf(s[band][n][r], multiplier, -pivot));
-          sum += s[band][n][r];
-        }
-      state.sum[band][half] = state.sum[band][half] * rescale + sum;
-      const float factor = poisoned >> (2 * band + half) & 1 ? not_a_number() : rescale;
-      FASTATTN_UNROLL
-      for (int c = 0; c < kAccumulators; ++c) {
-        acc[band][c][2 * half] *= factor;
-        acc[band][c][2 * half + 1] *= factor;
-      }
+    for (int n = 0; n < kColumns; ++n) largest = fmaxf(largest, fmaxf(s[band][n][2 * half], s[band][n][2 * half + 1]));
+    largest = fmaxf(quad_max(largest), state.largest[band][half]);
+    // a row that has seen nothing yet keeps a finite pivot, so that -inf - -inf never happens
+    const float pivot = largest == -infinity() ? 0.0f : largest * multiplier;
+    const float rescale = exp2_approx(state.largest[band][half] * multiplier - pivot);
+    state.largest[band][half] = largest;
+    float sum = 0.0f;
+    FASTATTN_UNROLL
+    for (int n = 0; n < kColumns; ++n) FASTATTN_UNROLL
+    for (int r = 2 * half; r < 2 * half + 2; ++r) {
+      s[band][n][r] = exp2_approx(fmaf(s[band][n][r], multiplier, -pivot));
+      sum += s[band][n][r];
     }
+    state.sum[band][half] = state.sum[band][half] * rescale + sum;
+    const float factor = poisoned >> (2 * band + half) & 1 ? not_a_number() : rescale;
+    FASTATTN_UNROLL
+    for (int c = 0; c < kAccumulators; ++c) {
+      acc[band][c][2 * half] *= factor;
+      acc[band][c][2 * half + 1] *= factor;
+    }
+  }
 }
 
 // A value row that is not finite: it makes NaN of the rows that see it and must be nothing to the others.  Zeroes such
@@ -87,14 +84,12 @@ FASTATTN_DEVICE uint32_t isolate_values(SharedAddress value_tile, SharedAddress 
   sync_block();
   uint32_t sees = 0;
   FASTATTN_UNROLL
-  for (int band = 0; band < Config::kBands; ++band)
-    FASTATTN_UNROLL
-    for (int n = 0; n < Config::kKeys / 8; ++n)
-      FASTATTN_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        const uint32_t bad = load_shared<uint32_t>(flags + 4 * (8 * n + 2 * (lane_index() & 3) + (r & 1)));
-        if (bad && s[band][n][r] != -infinity()) sees |= 1u << (2 * band + r / 2);
-      }
+  for (int band = 0; band < Config::kBands; ++band) FASTATTN_UNROLL
+  for (int n = 0; n < Config::kKeys / 8; ++n) FASTATTN_UNROLL
+  for (int r = 0; r < 4; ++r) {
+    const uint32_t bad = load_shared<uint32_t>(flags + 4 * (8 * n + 2 * (lane_index() & 3) + (r & 1)));
+    if (bad && s[band][n][r] != -infinity()) sees |= 1u << (2 * band + r / 2);
+  }
   sees |= shuffle_xor(sees, 1);
   sees |= shuffle_xor(sees, 2);
   return sees;
@@ -119,7 +114,8 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
 
   const SharedAddress query_tile = shared_base();
   const int stages = params.two_stages ? 2 : 1;
-  const SharedAddress flags = query_tile + Config::kTiles.flags_at(), context_at = query_tile + Config::kTiles.context_at();
+  const SharedAddress flags = query_tile + Config::kTiles.flags_at(),
+                      context_at = query_tile + Config::kTiles.context_at();
   const SharedAddress key_tiles = query_tile + Config::kTiles.keys_at();
   const SharedAddress value_tiles = key_tiles + stages * KeyTile::kBytes;
   if (thread_index() == 0) store_context(context_at, own);
@@ -128,8 +124,8 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
   const auto rows_of = [&](const Operand& x, int head, int row) {
     return static_cast<const uint16_t*>(x.data) + b * x.batch + head * x.head + row * x.row;
   };
-  const uint16_t *next_keys = rows_of(p.key, h / p.group, start * kKeys);
-  const uint16_t *next_values = rows_of(p.value, h / p.group, start * kKeys);
+  const uint16_t* next_keys = rows_of(p.key, h / p.group, start * kKeys);
+  const uint16_t* next_values = rows_of(p.value, h / p.group, start * kKeys);
   const auto copy_keys = [&](int n) {
     if (n < end)
       copy_tile<KeyTile, kThreads>(key_tiles + (n & (stages - 1)) * KeyTile::kBytes, next_keys, p.key.row,
@@ -149,12 +145,11 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
   float acc[kBands][Config::kDim / 8][4];
   clear(acc);
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band)
-    FASTATTN_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      state.largest[band][half] = -infinity();
-      state.sum[band][half] = 0.0f;
-    }
+  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    state.largest[band][half] = -infinity();
+    state.sum[band][half] = 0.0f;
+  }
 
   if (start < end) {
     copy_tile<RowTile, kThreads>(query_tile, rows_of(p.query, h, m0), p.query.row, p.query_length - m0, p.head_dim);
@@ -224,18 +219,16 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
   uint16_t* out =
       static_cast<uint16_t*>(params.out.data) + context.batch * params.out.batch + context.head * params.out.head;
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band)
-    FASTATTN_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const RowEnd end_of_row = end_row(state.largest[band][half] * p.multiplier, quad_sum(state.sum[band][half]), sink);
-      const int i = row + 16 * band + 8 * half;
-      if (i < p.query_length) {
-        const float norm = end_of_row.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
-        store_row<T>(out + i * params.out.row, acc[band], half, norm, 0, p.value_dim);
-        if ((lane & 3) == 0)
-          store_row_end(end_of_row, params.lse, params.statistics, row0 + i);
-      }
+  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const RowEnd end_of_row = end_row(state.largest[band][half] * p.multiplier, quad_sum(state.sum[band][half]), sink);
+    const int i = row + 16 * band + 8 * half;
+    if (i < p.query_length) {
+      const float norm = end_of_row.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
+      store_row<T>(out + i * params.out.row, acc[band], half, norm, 0, p.value_dim);
+      if ((lane & 3) == 0) store_row_end(end_of_row, params.lse, params.statistics, row0 + i);
     }
+  }
 }
 
 }  // namespace fastattn::cuda

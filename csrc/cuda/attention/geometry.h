@@ -12,9 +12,7 @@ constexpr int kFarthest = 1 << 29;
 FASTATTN_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 FASTATTN_DEVICE int larger(int a, int b) { return a > b ? a : b; }
 
-FASTATTN_DEVICE int clamped(i64 x, int low, int high) {
-  return x < low ? low : x > high ? high : static_cast<int>(x);
-}
+FASTATTN_DEVICE int clamped(i64 x, int low, int high) { return x < low ? low : x > high ? high : static_cast<int>(x); }
 
 // What the interval masks need of one batch.
 struct Interval {

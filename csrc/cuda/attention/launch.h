@@ -1,8 +1,8 @@
 // Attention on a GPU, from plain descriptions.  Every pointer is one of the device; nothing here waits for it.
 //
-// float16 and bfloat16; head dimensions are multiples of 8 up to 256.  Query, key, value, outputs and their gradients have
-// a dense last dimension, and rows that start at multiples of 16 bytes.  Throws std::runtime_error, naming what is wrong,
-// where that does not hold or a kernel cannot be launched.
+// float16 and bfloat16; head dimensions are multiples of 8 up to 256.  Query, key, value, outputs and their gradients
+// have a dense last dimension, and rows that start at multiples of 16 bytes.  Throws std::runtime_error, naming what is
+// wrong, where that does not hold or a kernel cannot be launched.
 #pragma once
 
 #include <string>
@@ -19,7 +19,7 @@ void attention_backward(const Problem& problem, const BackwardInput& input, cons
 // What a forward call would run, for `explain`: tiles, stages, splits, shared memory.
 struct Plan {
   bool decode = false;
-  int dim = 0;            // that the kernel computes with
+  int dim = 0;             // that the kernel computes with
   int rows = 0, keys = 0;  // of a tile
   int threads = 0, shared_bytes = 0, stages = 0, splits = 1;
 };

@@ -7,8 +7,7 @@
 namespace fastattn::cuda {
 namespace {
 
-#define FASTATTN_BY_DIM(kernel) \
-  {kernel##_d32, kernel##_d64, kernel##_d96, kernel##_d128, kernel##_d192, kernel##_d256}
+#define FASTATTN_BY_DIM(kernel) {kernel##_d32, kernel##_d64, kernel##_d96, kernel##_d128, kernel##_d192, kernel##_d256}
 using BackwardLaunch = void (*)(const Launch&, const BackwardParams&);
 constexpr BackwardLaunch kBackwardKv[2][6] = {FASTATTN_BY_DIM(backward_kv_f16), FASTATTN_BY_DIM(backward_kv_bf16)};
 constexpr BackwardLaunch kBackwardQ[2][6] = {FASTATTN_BY_DIM(backward_q_f16), FASTATTN_BY_DIM(backward_q_bf16)};
@@ -160,7 +159,7 @@ class Backward {
     g.sum_columns = g.one_column ? tiles_n : 1;
     if (!rows || !p.key_length) g.sum_batch = 0;
     const i64 blocks = grad.size[0] * grad.size[1] * g.grad_rows * g.grad_columns;
-    if (blocks && grad.size[2] * grad.size[3])
+    if (blocks > 0 && grad.size[2] > 0 && grad.size[3] > 0)
       kParameter[type_index(p)](launch(blocks, ParameterTiles::kSharedBytes), g);
   }
 

@@ -8,8 +8,7 @@
 namespace fastattn::cuda {
 namespace {
 
-#define FASTATTN_BY_DIM(kernel) \
-  {kernel##_d32, kernel##_d64, kernel##_d96, kernel##_d128, kernel##_d192, kernel##_d256}
+#define FASTATTN_BY_DIM(kernel) {kernel##_d32, kernel##_d64, kernel##_d96, kernel##_d128, kernel##_d192, kernel##_d256}
 using ForwardLaunch = void (*)(const Launch&, const ForwardParams&);
 constexpr ForwardLaunch kForward[2][6] = {FASTATTN_BY_DIM(forward_f16), FASTATTN_BY_DIM(forward_bf16)};
 using DecodeLaunch = void (*)(const Launch&, const DecodeParams&);
@@ -83,8 +82,8 @@ Plan attention_plan(const Problem& p, const Device& device) {
   }
   const ForwardTiles tiles = forward_tiles(kHeadDims[dim_index(width(p))]);
   const bool two_stages = fits(device, tiles.shared_bytes(true), tiles.min_blocks);
-  return {false, tiles.dim, tiles.rows, tiles.keys, tiles.threads(), tiles.shared_bytes(two_stages),
-          two_stages ? 2 : 1, 1};
+  return {false, tiles.dim, tiles.rows, tiles.keys, tiles.threads(), tiles.shared_bytes(two_stages), two_stages ? 2 : 1,
+          1};
 }
 
 void attention_forward(const Problem& p, const ForwardOutput& output, Workspace& workspace, const Device& device) {

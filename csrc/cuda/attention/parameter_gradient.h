@@ -103,13 +103,12 @@ FASTATTN_DEVICE void store_bias(void* bias, Element element, i64 at, float x) {
 FASTATTN_DEVICE void spread(const float (&acc)[1][8][4]) {
   sync_block();
   FASTATTN_UNROLL
-  for (int n = 0; n < 8; ++n)
-    FASTATTN_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      const int row = warp_index() * 16 + lane_index() / 4 + 8 * (r / 2);
-      const int column = 8 * n + 2 * (lane_index() & 3) + r % 2;
-      store_shared(shared_base() + 4 * (row * 65 + column), acc[0][n][r]);
-    }
+  for (int n = 0; n < 8; ++n) FASTATTN_UNROLL
+  for (int r = 0; r < 4; ++r) {
+    const int row = warp_index() * 16 + lane_index() / 4 + 8 * (r / 2);
+    const int column = 8 * n + 2 * (lane_index() & 3) + r % 2;
+    store_shared(shared_base() + 4 * (row * 65 + column), acc[0][n][r]);
+  }
   sync_block();
 }
 
@@ -148,7 +147,8 @@ FASTATTN_DEVICE void store_bias_tile(const float (&acc)[1][8][4], const Paramete
     for (int x = thread_index(); x < 64 * 64; x += Config::kThreads) {
       const int i = tile_m * 64 + x / 64, j = tile_n * 64 + x % 64;
       if (i < rows && j < columns)
-        store_bias(params.dbias, params.element, base + static_cast<i64>(i) * columns + j, spread_value(x / 64, x % 64));
+        store_bias(params.dbias, params.element, base + static_cast<i64>(i) * columns + j,
+                   spread_value(x / 64, x % 64));
     }
   }
 }
@@ -187,7 +187,8 @@ FASTATTN_DEVICE void attention_parameter_gradient(const ParameterParams& params)
     const int column = row + thread_index() - 63;
     if (column >= 0 && column < 64) sum += spread_value(row, column);
   }
-  store_global(params.partial_diagonals + static_cast<i64>(block_index()) * ParameterTiles::kDiagonals + thread_index(), sum);
+  store_global(params.partial_diagonals + static_cast<i64>(block_index()) * ParameterTiles::kDiagonals + thread_index(),
+               sum);
 }
 
 }  // namespace fastattn::cuda

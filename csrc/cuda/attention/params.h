@@ -1,7 +1,7 @@
 // What the attention kernels are given: plain structs, passed by value.
 //
-// Strides count elements; a broadcast dimension has stride zero.  A pointer that is null is a stage that is absent, so a
-// kernel's features are known from the presence of their tensors.  Kernels branch on them once per tile: every branch
+// Strides count elements; a broadcast dimension has stride zero.  A pointer that is null is a stage that is absent, so
+// a kernel's features are known from the presence of their tensors.  Kernels branch on them once per tile: every branch
 // is the same for all threads of a block.
 #pragma once
 
@@ -65,9 +65,9 @@ struct Attention {
   // `multiplier` takes them to base-2 logarithms inside the exponential; else they are base-2 logarithms already.
   bool scaled = false, negate = false;
   float multiplier = 1;
-  float scale_log2 = 1;                    // scale * log2(e)
-  float softcap_in = 0, softcap_out = 0;   // scale / softcap, softcap * log2(e); 0 = no cap
-  float scale = 1;                         // for the gradients of query and key
+  float scale_log2 = 1;                   // scale * log2(e)
+  float softcap_in = 0, softcap_out = 0;  // scale / softcap, softcap * log2(e); 0 = no cap
+  float scale = 1;                        // for the gradients of query and key
 
   int query_offset = 0;
   int window_left = -1, window_right = -1;
@@ -79,7 +79,7 @@ struct Attention {
   const float* table = nullptr;
   i64 table_batch = 0, table_head = 0;
   int table_left = 0, table_right = 0;  // its columns are left + 1 + right
-  Dense bias;  // its row and column strides are these:
+  Dense bias;                           // its row and column strides are these:
   int bias_row = 0, bias_column = 0;
   Element bias_element = Element::kFloat32;
   PerHead sink;

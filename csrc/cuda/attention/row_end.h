@@ -1,4 +1,5 @@
-// What becomes of a row when all its keys have been seen: the sink joins the denominator, lse and statistics are stored.
+// What becomes of a row when all its keys have been seen: the sink joins the denominator, lse and statistics are
+// stored.
 #pragma once
 
 #include "scores.h"

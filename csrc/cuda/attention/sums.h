@@ -32,9 +32,9 @@ FASTATTN_DEVICE void attention_sum_diagonals(const SumDiagonalsParams& p) {
   if (out_b >= p.out_batch || c == 0 || c == p.columns - 1) return;
   float sum = 0.0f;
   for (int a = p.out_batch == 1 ? 0 : out_b; a < (p.out_batch == 1 ? p.apart : out_b + 1); ++a) {
-    const int offset = p.query_offsets.data
-                           ? clamped(load_constant(p.query_offsets.data + a * p.query_offsets.batch), -kFarthest, kFarthest)
-                           : p.query_offset;
+    const int offset = p.query_offsets.data ? clamped(load_constant(p.query_offsets.data + a * p.query_offsets.batch),
+                                                      -kFarthest, kFarthest)
+                                            : p.query_offset;
     // key - query index of this column's distance; diagonal n of the blocks holds 64 * n - 63 ... 64 * n + 63
     const int difference = c - p.table_left + offset;
     const int low = difference >= 0 ? difference / 64 : -((63 - difference) / 64);
@@ -42,8 +42,8 @@ FASTATTN_DEVICE void attention_sum_diagonals(const SumDiagonalsParams& p) {
       const int x = difference - 64 * n + 63, diagonal = n - p.first_diagonal;
       if (x < 0 || diagonal < 0 || diagonal >= p.diagonals) continue;
       for (int s = 0; s < p.splits; ++s)
-        sum += load_constant(
-            p.partial + (((static_cast<i64>(a) * p.heads + h) * p.diagonals + diagonal) * p.splits + s) * 128 + x);
+        sum += load_constant(p.partial +
+                             (((static_cast<i64>(a) * p.heads + h) * p.diagonals + diagonal) * p.splits + s) * 128 + x);
     }
   }
   store_global(p.dtable + item, sum);

@@ -18,8 +18,8 @@ struct Tile {
   static constexpr int kRowBytes = 2 * kPanelColumns;
   static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kBytes = kRows * kDim * 2;
-  static constexpr int kChunks = kDim / 8;                   // 16-byte chunks of a row
-  static constexpr int kPanelSteps = kPanelColumns / 16;     // 16-column steps of a panel
+  static constexpr int kChunks = kDim / 8;                // 16-byte chunks of a row
+  static constexpr int kPanelSteps = kPanelColumns / 16;  // 16-column steps of a panel
 
   static FASTATTN_DEVICE int swizzle(int row) { return kPanelColumns == 64 ? row & 7 : (row >> 1) & 3; }
 
@@ -53,16 +53,16 @@ FASTATTN_DEVICE void for_own_chunks(int thread, F f) {
     const int row = row0 + n * kRowStep;
     if (Tile::kRows % kRowStep != 0 && row >= Tile::kRows) break;
     // a step of eight rows leaves the swizzle as it is
-    const uint32_t offset = kRowStep % 8 == 0 ? Tile::chunk(row0, column) + n * kRowStep * Tile::kRowBytes
-                                              : Tile::chunk(row, column);
+    const uint32_t offset =
+        kRowStep % 8 == 0 ? Tile::chunk(row0, column) + n * kRowStep * Tile::kRowBytes : Tile::chunk(row, column);
     FASTATTN_UNROLL
     for (int panel = 0; panel < Tile::kDim / Tile::kPanelColumns; ++panel)
       f(row, panel, offset + panel * Tile::kPanelBytes);
   }
 }
 
-// Starts copying rows [0, valid_rows) and columns [0, dim) of `from` into a tile; the rest becomes zero.  kThreads share
-// the work, this one being `thread` of them.
+// Starts copying rows [0, valid_rows) and columns [0, dim) of `from` into a tile; the rest becomes zero.  kThreads
+// share the work, this one being `thread` of them.
 template <class Tile, int kThreads>
 FASTATTN_DEVICE void copy_tile(SharedAddress tile, const void* from, i64 row_stride, int valid_rows, int dim,
                                int thread = thread_index()) {

@@ -69,7 +69,7 @@ constexpr DecodeTiles decode_tiles(int dim) { return {dim, dim <= 128 ? 32 : 16}
 // Gradients of biases: square tiles of scores, head dimensions walked 64 columns at a time.
 struct ParameterTiles {
   static constexpr int kSize = 64, kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kDiagonals = 128;              // of a tile, the last of them empty
+  static constexpr int kDiagonals = 128;                // of a tile, the last of them empty
   static constexpr int kSharedBytes = 4 * 64 * 64 * 2;  // two stages of two operands
 };
 

@@ -2,5 +2,6 @@
 #include "../attention/decode.h"
 
 namespace fastattn::cuda {
-FASTATTN_KERNEL(decode_bf16_d64, DecodeParams, (attention_decode<DecodeConfig<BFloat16, 64>>), decode_tiles(64).threads(), 1)
+FASTATTN_KERNEL(decode_bf16_d64, DecodeParams, (attention_decode<DecodeConfig<BFloat16, 64>>),
+                decode_tiles(64).threads(), 1)
 }  // namespace fastattn::cuda

@@ -2,5 +2,6 @@
 #include "../attention/forward.h"
 
 namespace fastattn::cuda {
-FASTATTN_KERNEL(forward_f16_d64, ForwardParams, (attention_forward<ForwardConfig<Half, 64>>), forward_tiles(64).threads(), forward_tiles(64).min_blocks)
+FASTATTN_KERNEL(forward_f16_d64, ForwardParams, (attention_forward<ForwardConfig<Half, 64>>),
+                forward_tiles(64).threads(), forward_tiles(64).min_blocks)
 }  // namespace fastattn::cuda

@@ -1,10 +1,7 @@
 // Rotation and masked softmax in the simulator.
 #include "../rows/launch.h"
 
-#include <memory>
-#include <vector>
-
-#include "../sim/simulator.h"
+#include "device.h"
 #include "module.h"
 #include "tensors.h"
 
@@ -12,27 +9,6 @@ namespace py = pybind11;
 
 namespace fastattn::cuda::native {
 namespace {
-
-// The device that kernels run on here.  Few multiprocessors, so that small problems are cut as large ones are on a GPU.
-Device simulated() { return {nullptr, 80, 166912, 4}; }
-
-// Registered and filled with NaN: a partial sum that nobody wrote must not pass for one.
-class Scratch : public Workspace {
- public:
-  ~Scratch() override {
-    for (const auto& block : blocks_) sim::Memory::unregister_range(block.get());
-  }
-  void* allocate(size_t bytes) override {
-    const size_t words = (bytes + 3) / 4;
-    blocks_.push_back(std::make_unique<uint32_t[]>(words ? words : 1));
-    for (size_t i = 0; i < words; ++i) blocks_.back()[i] = 0x7FC0DEADu;
-    sim::Memory::register_range(blocks_.back().get(), words * 4, /*writable=*/true, "workspace");
-    return blocks_.back().get();
-  }
-
- private:
-  std::vector<std::unique_ptr<uint32_t[]>> blocks_;
-};
 
 void simulate_rotate(py::object query, py::object key, py::object query_out, py::object key_out, py::object cos,
                      py::object sin, py::object positions, bool interleaved, bool conjugate) {

@@ -108,6 +108,7 @@ Problem read_problem(Tensors& tensors, py::handle problem) {
   p.dropout_p = py::cast<double>(problem.attr("dropout_p"));
   if (p.dropout_p > 0) {
     const auto seed = py::cast<std::vector<i64>>(problem.attr("dropout_seed").attr("tolist")());
+    p.seed = tensors.read("dropout_seed", problem.attr("dropout_seed"));
     p.dropout_seed = static_cast<uint64_t>(seed.at(0));
     p.dropout_offset = static_cast<uint32_t>(seed.at(1));
   }
