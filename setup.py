@@ -87,7 +87,8 @@ class BuildNative(build_ext):
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
         csrc = ROOT / "csrc"
-        headers = [path.stat().st_mtime for pattern in ("**/*.h", "../setup.py") for path in csrc.glob(pattern)]
+        seen = [*csrc.glob("*.h"), *csrc.glob("common/*.h"), *csrc.glob("cpu/*.h"), ROOT / "setup.py"]
+        headers = [path.stat().st_mtime for path in seen]
 
         commands: list[tuple[Path, Path, list[str]]] = []
         for isa, isa_options in isa_flags().items():
