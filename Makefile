@@ -12,7 +12,11 @@ PY := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+<<<<<<< HEAD
 NATIVE_SOURCES := setup.py $(wildcard build_*.py) $(shell find csrc -type f 2>/dev/null)
+=======
+NATIVE_SOURCES := setup.py build_native.py $(shell find csrc -type f 2>/dev/null)
+>>>>>>> sim
 
 .DELETE_ON_ERROR:
 .PHONY: demo test aot lint format wheel bench gpu install clean
@@ -55,7 +59,7 @@ install: $(VENV)/.installed
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastattn needs Python 3.10 or newer")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install $(PIP_ARGS) --upgrade 'pip>=25' 'setuptools>=77' wheel ninja
+	$(PY) -m pip install $(PIP_ARGS) --upgrade 'pip>=25' 'setuptools>=77' wheel ninja pybind11
 	$(PY) -m pip install $(PIP_ARGS) '$(TORCH)' '$(TRITON)'
 	touch $@
 
@@ -66,4 +70,4 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
 clean:
 	rm -rf build dist .pytest_cache .hypothesis .ruff_cache .benchmarks *.egg-info fastattn/lib
 	find . -name __pycache__ -not -path './$(VENV)*' -prune -exec rm -rf {} +
-	rm -f $(VENV)/.installed
+	rm -f $(VENV)/.installed fastattn/_native*.so

@@ -140,15 +140,15 @@ FASTATTN_DEVICE void attention_backward_kv(const BackwardParams& params) {
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int j = at.row_at(0, 2 * half);
-    if (j >= p.key_length) continue;
+    const bool valid = j < p.key_length;
     if (params.dkey.data) {
       uint16_t* out = static_cast<uint16_t*>(params.dkey.data) + b * params.dkey.batch + kv_head * params.dkey.head;
-      store_row<T>(out + j * params.dkey.row, dk[0], half, p.scale, part * kPartColumns, p.head_dim);
+      store_row<T>(out + j * params.dkey.row, dk[0], half, p.scale, part * kPartColumns, p.head_dim, valid);
     }
     if (params.dvalue.data) {
       uint16_t* out =
           static_cast<uint16_t*>(params.dvalue.data) + b * params.dvalue.batch + kv_head * params.dvalue.head;
-      store_row<T>(out + j * params.dvalue.row, dv[0], half, 1.0f, part * kPartColumns, p.value_dim);
+      store_row<T>(out + j * params.dvalue.row, dv[0], half, 1.0f, part * kPartColumns, p.value_dim, valid);
     }
   }
 }

@@ -150,7 +150,7 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
     FASTATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int i = at.row_at(0, 2 * half);
-      if (i < p.query_length) store_row<T>(out + i * params.dquery.row, acc[0], half, p.scale, 0, p.head_dim);
+      store_row<T>(out + i * params.dquery.row, acc[0], half, p.scale, 0, p.head_dim, i < p.query_length);
     }
   }
   // tiles are numbered by their rows here, whatever the order they ran in

@@ -16,9 +16,10 @@ struct ForwardConfig {
   static constexpr ForwardTiles kTiles = forward_tiles(kDim_);
   static constexpr int kDim = kDim_, kRows = kTiles.rows, kKeys = kTiles.keys, kWarps = kTiles.warps;
   static constexpr int kThreads = kTiles.threads(), kBands = kTiles.bands();
+  static constexpr int kFlagsAt = kTiles.flags_at(), kContextAt = kTiles.context_at(), kKeysAt = kTiles.keys_at();
   using RowTile = Tile<kRows, kDim>;
   using KeyTile = Tile<kKeys, kDim>;
-  static_assert(kTiles.context_at() + kContextBytes <= kTiles.keys_at());
+  static_assert(kContextAt + kContextBytes <= kKeysAt);
 };
 
 // What a row has seen so far: largest score, sum of exponentials relative to it (of this lane's columns only).
@@ -114,9 +115,9 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
 
   const SharedAddress query_tile = shared_base();
   const int stages = params.two_stages ? 2 : 1;
-  const SharedAddress flags = query_tile + Config::kTiles.flags_at(),
-                      context_at = query_tile + Config::kTiles.context_at();
-  const SharedAddress key_tiles = query_tile + Config::kTiles.keys_at();
+  const SharedAddress flags = query_tile + Config::kFlagsAt,
+                      context_at = query_tile + Config::kContextAt;
+  const SharedAddress key_tiles = query_tile + Config::kKeysAt;
   const SharedAddress value_tiles = key_tiles + stages * KeyTile::kBytes;
   if (thread_index() == 0) store_context(context_at, own);
 
@@ -223,11 +224,10 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
   for (int half = 0; half < 2; ++half) {
     const RowEnd end_of_row = end_row(state.largest[band][half] * p.multiplier, quad_sum(state.sum[band][half]), sink);
     const int i = row + 16 * band + 8 * half;
-    if (i < p.query_length) {
-      const float norm = end_of_row.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
-      store_row<T>(out + i * params.out.row, acc[band], half, norm, 0, p.value_dim);
-      if ((lane & 3) == 0) store_row_end(end_of_row, params.lse, params.statistics, row0 + i);
-    }
+    const bool valid = i < p.query_length;
+    const float norm = end_of_row.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
+    store_row<T>(out + i * params.out.row, acc[band], half, norm, 0, p.value_dim, valid);
+    if (valid && (lane & 3) == 0) store_row_end(end_of_row, params.lse, params.statistics, row0 + i);
   }
 }
 

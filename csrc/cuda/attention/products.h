@@ -82,17 +82,24 @@ FASTATTN_DEVICE void accumulate(float (&acc)[kBands][kColumns][4], const uint32_
   }
 }
 
-// Writes a band of accumulators, times a factor per row half, as rows of a 16-bit result.
+// Writes half a band of accumulators, times a factor, as rows of a 16-bit result (where `valid`; all lanes must call).
+// Lanes trade columns first, so that the four that hold a row write 32 bytes of it at once.
 template <class T, int kColumns>
-FASTATTN_DEVICE void store_row(void* row, const float (&acc)[kColumns][4], int half, float factor, int column0,
-                               int dim) {
-  uint16_t* at = static_cast<uint16_t*>(row);
+FASTATTN_DEVICE void store_row(void* row, const float (&acc)[kColumns][4], int half, float factor, int column0, int dim,
+                               bool valid) {
+  const int part = lane_index() & 3, from = (lane_index() & ~3) + 2 * (part & 1);
+  uint16_t* at = static_cast<uint16_t*>(row) + column0 + part * 4;
   FASTATTN_UNROLL
-  for (int n = 0; n < kColumns; ++n) {
-    const int column = column0 + n * 8 + (lane_index() & 3) * 2;
-    if (column0 + n * 8 < dim)
-      store_global(reinterpret_cast<uint32_t*>(at + column),
-                   pack2<T>(acc[n][2 * half] * factor, acc[n][2 * half + 1] * factor));
+  for (int n = 0; n < kColumns; n += 2) {
+    uint32_t mine[2], left[2], right[2];
+    FASTATTN_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      mine[k] = pack2<T>(acc[n + k][2 * half] * factor, acc[n + k][2 * half + 1] * factor);
+      left[k] = shuffle(mine[k], from);
+      right[k] = shuffle(mine[k], from + 1);
+    }
+    const Vec2 four = part < 2 ? Vec2{{left[0], right[0]}} : Vec2{{left[1], right[1]}};
+    if (valid && column0 + n * 8 + part * 4 < dim) store_global(reinterpret_cast<Vec2*>(at + n * 8), four);
   }
 }
 
