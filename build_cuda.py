@@ -99,8 +99,10 @@ def build(
     if nvcc is None:
         raise RuntimeError("FASTATTN_CUDA=1 needs nvcc: install the CUDA toolkit, and set CUDA_HOME or PATH to it")
     top = toolkit(nvcc)
-    device = (nvcc, "-ccbin", compiler, *NVCC_FLAGS, *code_flags(architectures()))
-    host = (compiler, *HOST_FLAGS, *(f"-isystem{path}" for path in (*include_paths, top / "include")))
+    archs = architectures()
+    device = (nvcc, "-ccbin", compiler, *NVCC_FLAGS, *code_flags(archs))
+    known = f'-DFASTATTN_CUDA_ARCHS="{" ".join(archs)}"'  # for `python -m fastattn info`
+    host = (compiler, *HOST_FLAGS, known, *(f"-isystem{path}" for path in (*include_paths, top / "include")))
     units = [Unit(device, path, objects / f"{path.stem}.o") for path in instances()]
     units += [Unit(host, path, objects / f"{path.parent.name}_{path.stem}.o") for path in host_sources()]
     compile_all(units)

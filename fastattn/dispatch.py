@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn.backends.base import AnyProblem, Backend
 from fastattn.backends.cpu import CpuBackend
+from fastattn.backends.cuda import CudaBackend
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.backends.triton import TritonBackend
 from fastattn.problem import Problem
@@ -20,7 +21,7 @@ from fastattn.softmax_problem import SoftmaxProblem
 
 # Asked in this order.
 _BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())
+    backend.name: backend for backend in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 }
 _local = threading.local()
 

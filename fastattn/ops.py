@@ -20,7 +20,7 @@ from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
 from fastattn.rotation import Rotation
 from fastattn.softmax_problem import SOFTMAX_FIELDS, SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
 
-FUSED_BACKENDS = ("triton", "cpu")
+FUSED_BACKENDS = ("cuda", "triton", "cpu")
 
 _SCALAR_TYPES = {"float": "float", "bool": "bool", "int": "SymInt"}
 

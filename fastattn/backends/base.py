@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
+from fastattn.autograd import fused_attention
 from fastattn.problem import Problem
 from fastattn.rotation import Rotation
+from fastattn.rotation_autograd import fused_rotation
+from fastattn.softmax_autograd import fused_softmax
 from fastattn.softmax_problem import SoftmaxProblem
 
 # Everything a backend may be asked to run.
@@ -67,3 +71,59 @@ class Backend(ABC):
 
     def __repr__(self) -> str:
         return f"<fastattn backend {self.name}: {'available' if self.available else self.reason}>"
+
+
+class FusedBackend(Backend):
+    """A backend whose kernels are operators named after it (fastattn/ops.py)."""
+
+    def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        return fused_attention(self.name, problem)
+
+    def softmax(self, problem: SoftmaxProblem) -> Tensor:
+        return fused_softmax(self.name, problem)
+
+    def rotate(self, rotation: Rotation, inplace: bool) -> tuple[Tensor, Tensor]:
+        if inplace:
+            getattr(torch.ops.fastattn, f"{self.name}_rotate_")(*rotation.arguments())
+            return rotation.query, rotation.key
+        return fused_rotation(self.name, rotation)
+
+
+class GpuBackend(FusedBackend):
+    """A backend of NVIDIA GPUs, whose kernels also run, slowly, on CPU tensors: that is how they are tested."""
+
+    # Compute capabilities on which a run of the GPU tests has passed, recorded in bench/results.  Elsewhere the backend
+    # runs when it is asked for by name, not by itself.
+    proven_capabilities: frozenset[tuple[int, int]] = frozenset()
+    # What runs the kernels on CPU tensors, in words.
+    stand_in: str
+
+    @abstractmethod
+    def stands_in(self) -> bool:
+        """Whether CPU tensors are taken."""
+
+    def device_reasons(self, device: torch.device) -> list[str]:
+        """Why tensors on this device cannot be taken."""
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            if capability < (8, 0):
+                return [f"compute capability {capability[0]}.{capability[1]}; it needs 8.0 or newer"]
+        elif not (device.type == "cpu" and self.stands_in()):
+            return [f"the tensors are on {device}; this backend runs on cuda"]
+        return []
+
+    def volunteers(self, problem: AnyProblem) -> list[str]:
+        device = problem.device
+        if device.type != "cuda":
+            return [f"the {self.stand_in} runs only when asked for: backend={self.name!r}"]
+        capability = torch.cuda.get_device_capability(device)
+        if capability not in self.proven_capabilities:
+            return [
+                f"no recorded hardware run on compute capability {capability[0]}.{capability[1]} yet; "
+                f"ask for it with backend={self.name!r}"
+            ]
+        return []
+
+    def kernel(self, problem: AnyProblem) -> str:
+        stand_in = f" ({self.stand_in})" if problem.device.type == "cpu" and self.stands_in() else ""
+        return f"{self.name} {what_runs(problem)}{stand_in}"

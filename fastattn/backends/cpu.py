@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 
 import torch
-from torch import Tensor
 
 from fastattn import native
-from fastattn.autograd import fused_attention
-from fastattn.backends.base import AnyProblem, Backend, what_runs
+from fastattn.backends.base import AnyProblem, FusedBackend, what_runs
 from fastattn.problem import Problem
-from fastattn.rotation import Rotation
-from fastattn.rotation_autograd import fused_rotation
-from fastattn.softmax_autograd import fused_softmax
-from fastattn.softmax_problem import SoftmaxProblem
 
 
-class CpuBackend(Backend):
+class CpuBackend(FusedBackend):
     name = "cpu"
 
     @property
@@ -28,18 +22,6 @@ class CpuBackend(Backend):
         if problem.device.type != "cpu":
             return [f"the tensors are on {problem.device}; this backend runs on cpu"]
         return []
-
-    def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        return fused_attention(self.name, problem)
-
-    def softmax(self, problem: SoftmaxProblem) -> Tensor:
-        return fused_softmax(self.name, problem)
-
-    def rotate(self, rotation: Rotation, inplace: bool) -> tuple[Tensor, Tensor]:
-        if inplace:
-            torch.ops.fastattn.cpu_rotate_(*rotation.arguments())
-            return rotation.query, rotation.key
-        return fused_rotation(self.name, rotation)
 
     def plan(self, problem: Problem) -> dict[str, object]:
         """Query rows and heads of a work item, keys of a tile, work items, scratch memory and threads."""

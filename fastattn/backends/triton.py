@@ -11,19 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.autograd import fused_attention
-from fastattn.backends.base import AnyProblem, Backend, what_runs
+from fastattn.backends.base import AnyProblem, GpuBackend
 from fastattn.ops import absent_gradient, implement
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
 from fastattn.rotation import ROTATION_FIELDS, Rotation
-from fastattn.rotation_autograd import fused_rotation
-from fastattn.softmax_autograd import fused_softmax
 from fastattn.softmax_problem import SOFTMAX_FIELDS, SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
 
 MAX_HEAD_DIM = 256
-# Compute capabilities on which a run of the GPU tests has passed, recorded in bench/results.  Elsewhere the backend
-# runs when it is asked for by name, not by itself.
-PROVEN_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
 
 
 @cache
@@ -40,23 +34,20 @@ def _reason() -> str | None:
     return None
 
 
-class TritonBackend(Backend):
+class TritonBackend(GpuBackend):
     name = "triton"
+    stand_in = "interpreter"
 
     @property
     def reason(self) -> str | None:
         return _reason()
 
+    def stands_in(self) -> bool:
+        return interpreted()
+
     def unsupported_reasons(self, problem: AnyProblem) -> list[str]:
-        reasons = []
-        device = problem.device
-        if device.type == "cuda":
-            capability = torch.cuda.get_device_capability(device)
-            if capability < (8, 0):
-                reasons.append(f"compute capability {capability[0]}.{capability[1]}; it needs 8.0 or newer")
-        elif not interpreted():
-            reasons.append(f"the tensors are on {device}; this backend runs on cuda")
-        elif problem.dtype == torch.bfloat16:
+        reasons = self.device_reasons(problem.device)
+        if problem.device.type == "cpu" and interpreted() and problem.dtype == torch.bfloat16:
             reasons.append("Triton's interpreter computes bfloat16 wrongly")
         if problem.dtype == torch.float64:
             reasons.append("dtype float64; it has float32, float16 and bfloat16")
@@ -67,33 +58,6 @@ class TritonBackend(Backend):
             if problem.query.shape[3] == 0 or problem.value.shape[3] == 0:
                 reasons.append("an empty head dimension")
         return reasons
-
-    def volunteers(self, problem: AnyProblem) -> list[str]:
-        device = problem.device
-        if device.type != "cuda":
-            return ["the interpreter runs only when asked for: backend='triton'"]
-        capability = torch.cuda.get_device_capability(device)
-        if capability not in PROVEN_CAPABILITIES:
-            return [
-                f"no recorded hardware run on compute capability {capability[0]}.{capability[1]} yet; "
-                "ask for it with backend='triton'"
-            ]
-        return []
-
-    def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        return fused_attention(self.name, problem)
-
-    def softmax(self, problem: SoftmaxProblem) -> Tensor:
-        return fused_softmax(self.name, problem)
-
-    def rotate(self, rotation: Rotation, inplace: bool) -> tuple[Tensor, Tensor]:
-        if inplace:
-            torch.ops.fastattn.triton_rotate_(*rotation.arguments())
-            return rotation.query, rotation.key
-        return fused_rotation(self.name, rotation)
-
-    def kernel(self, problem: AnyProblem) -> str:
-        return f"triton {what_runs(problem)}{' (interpreter)' if interpreted() else ''}"
 
     def plan(self, problem: Problem) -> dict[str, object]:
         from fastattn.triton_kernels.attention import Call

@@ -34,8 +34,8 @@ inline Element element_of(const char* name, const View& view) {
   }
 }
 
-// Whether runs of `count` elements along the dense last dimension can be read in one access: every address is a multiple
-// of its size.
+// Whether runs of `count` elements along the dense last dimension can be read in one access: every address is a
+// multiple of its size.
 inline bool in_runs(const View& view, i64 count) {
   if (view.size[3] > 1 && view.stride[3] != 1) return false;
   if (view.size[3] % count || reinterpret_cast<uintptr_t>(view.data) % (count * element_size(view.dtype))) return false;

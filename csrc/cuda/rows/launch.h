@@ -1,5 +1,5 @@
-// Rotation and masked softmax on a GPU, from plain descriptions.  Every pointer is one of the device; nothing here waits
-// for it.  Throws std::runtime_error where a kernel cannot be launched, with the reason.
+// Rotation and masked softmax on a GPU, from plain descriptions.  Every pointer is one of the device; nothing here
+// waits for it.  Throws std::runtime_error where a kernel cannot be launched, with the reason.
 #pragma once
 
 #include "../../common/rows.h"

@@ -40,7 +40,8 @@ RotarySide side_of(const RotationSide& given) {
 
 }  // namespace
 
-void rotate(const RotationSide& query, const RotationSide& key, bool interleaved, bool conjugate, const Device& device) {
+void rotate(const RotationSide& query, const RotationSide& key, bool interleaved, bool conjugate,
+            const Device& device) {
   const RotationSide* given[2] = {&query, &key};
   RotaryParams p;
   const Element element = element_of("query", query.from);

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "../attention/features.h"
 #include "../instances.h"
 #include "host.h"
 #include "launch.h"
@@ -12,50 +13,6 @@ constexpr int kThreads = 256, kWarps = 8, kSharedBytes = 128, kLineThreads = 128
 // Columns of a tile for each warp: 32 numbers a lane forward, 64 bytes of each operand backward.
 constexpr i64 kForwardTile = 32 * 32;
 i64 backward_tile(i64 element_bytes) { return 32 * 64 / element_bytes; }
-
-// So that positions, windows and lengths add up within 31 bits.
-constexpr i64 kFarthest = i64{1} << 29;
-
-Dense dense_of(const View& view) {
-  return {view.data, view.stride[0], view.stride[1], view.stride[2], view.stride[3]};
-}
-
-template <class T>
-const T* pointer(const View& view) {
-  return static_cast<const T*>(view.data);
-}
-
-Attention features_of(const Problem& p) {
-  Attention f;
-  f.batch = checked("batch", p.batch);
-  f.heads = checked("heads", p.query_heads);
-  f.query_length = checked("rows", p.query_length, kFarthest);
-  f.key_length = checked("columns", p.key_length, kFarthest);
-  const auto window = [](i64 width) { return width < 0 || width >= kFarthest ? -1 : static_cast<int>(width); };
-  f.window_left = window(p.window_left);
-  f.window_right = window(p.window_right);
-  f.query_offset = static_cast<int>(std::clamp(p.query_offset, -kFarthest, kFarthest));
-  f.query_offsets = {pointer<i64>(p.query_offsets), p.query_offsets.stride[0]};
-  f.key_lengths = {pointer<i64>(p.key_lengths), p.key_lengths.stride[0]};
-  f.prefix_lengths = {pointer<i64>(p.prefix_lengths), p.prefix_lengths.stride[0]};
-  f.query_ids = {pointer<i64>(p.query_ids), p.query_ids.stride[0]};
-  f.key_ids = {pointer<i64>(p.key_ids), p.key_ids.stride[0]};
-  f.mask = dense_of(p.dense_mask);
-  f.slopes = {pointer<float>(p.slopes), p.slopes.stride[0]};
-  if (p.table) {
-    f.table = pointer<float>(p.table);
-    f.table_batch = p.table.stride[0];
-    f.table_head = p.table.stride[1];
-    const i64 last = checked("columns of the table", p.table.size[2], kFarthest) - 1;
-    f.table_left = static_cast<int>(std::clamp(p.table_left, i64{0}, last));
-    f.table_right = static_cast<int>(last) - f.table_left;
-  }
-  if (p.dense_bias) {
-    f.bias = dense_of(p.dense_bias);
-    f.bias_element = element_of("dense_bias", p.dense_bias);
-  }
-  return f;
-}
 
 // How rows are dealt out: as few warps each as hold a row, more where there are too few rows to fill the device.
 template <class Params>
@@ -132,7 +89,8 @@ struct Gradients {
       line_sum_f16(launch, p);
   }
 
-  // Cuts the rows into parts: enough blocks to fill the device, at least 64 rows each.  Sums of each batch, head and part.
+  // Cuts the rows into parts: enough blocks to fill the device, at least 64 rows each.  Sums of each batch, head and
+  // part.
   void cut_rows(LineSumParams& p) const {
     p.batches = rows.features.batch;
     p.heads = rows.features.heads;
@@ -174,9 +132,9 @@ struct Gradients {
     p.lines = checked("elements of a gradient", count);
     p.out = const_cast<void*>(gradient.data);
     p.out_element = element_of("gradient", gradient);
-    part_sum({checked("blocks", count >= kManyLines ? ceil_div(count, kThreads) : count), 1, 1, kSharedBytes,
-              device.stream},
-             p);
+    part_sum(
+        {checked("blocks", count >= kManyLines ? ceil_div(count, kThreads) : count), 1, 1, kSharedBytes, device.stream},
+        p);
   }
 
   void slopes() const { add_parts(rows.distances, problem.query_length, 1, views.dslopes, 0, -1); }

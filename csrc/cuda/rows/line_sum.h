@@ -1,8 +1,8 @@
 // Sums of dS = y * (dy - delta) along the columns or the diagonals of the scores: gradients of a dense bias and of the
 // inner entries of a distance table.
 //
-// A thread owns a line and walks down its rows, so that neighbouring lanes read neighbouring columns of each row and every
-// sum has one order.
+// A thread owns a line and walks down its rows, so that neighbouring lanes read neighbouring columns of each row and
+// every sum has one order.
 #pragma once
 
 #include "../attention/geometry.h"
@@ -34,7 +34,8 @@ struct LineSum {
   FASTATTN_DEVICE float rows(int b, int h, int first, int last) const {
     const Interval interval = interval_of(p.features, b);
     const Stored<T>* const y = static_cast<const Stored<T>*>(p.out.data) + b * p.out.batch + h * p.out.head;
-    const Stored<T>* const dy = static_cast<const Stored<T>*>(p.grad_out.data) + b * p.grad_out.batch + h * p.grad_out.head;
+    const Stored<T>* const dy =
+        static_cast<const Stored<T>*>(p.grad_out.data) + b * p.grad_out.batch + h * p.grad_out.head;
     const float* const delta = p.delta + (static_cast<i64>(b) * p.features.heads + h) * p.features.query_length;
     float sum = 0.0f;
     FASTATTN_NO_UNROLL

@@ -26,8 +26,8 @@ struct RotarySide {
   PerBatch offsets;
   i64 offset = 0;
   int heads = 0, length = 0;
-  int tokens = 0;      // batch * length
-  int groups = 0;      // of heads that share a block
+  int tokens = 0;  // batch * length
+  int groups = 0;  // of heads that share a block
   int blocks = 0;
   i64 table_rows = 0;  // P
 };
@@ -36,9 +36,9 @@ struct RotaryParams {
   RotarySide side[2];
   int dim = 0, half = 0;  // 2 * half of dim elements rotate
   bool interleaved = false, conjugate = false;
-  bool copy_rest = false;    // the elements that do not rotate have to be moved
-  bool wide = false;         // every access can be of 16 bytes
-  int units = 0;             // a token's row in pieces: pairs of vectors, or vectors, or single ones of either
+  bool copy_rest = false;  // the elements that do not rotate have to be moved
+  bool wide = false;       // every access can be of 16 bytes
+  int units = 0;           // a token's row in pieces: pairs of vectors, or vectors, or single ones of either
   int tokens_per_block = 0;
 };
 
@@ -47,10 +47,10 @@ struct SoftmaxParams {
   Attention features;
   Rows scores, out;
   float scale = 1;
-  int rows = 0;           // B * H * Sq
-  int warps_per_row = 1;  // a power of two
-  int tiles = 1;          // parts of a row that its threads hold at once
-  bool wide = false;      // scores and out in 16-byte accesses
+  int rows = 0;                               // B * H * Sq
+  int warps_per_row = 1;                      // a power of two
+  int tiles = 1;                              // parts of a row that its threads hold at once
+  bool wide = false;                          // scores and out in 16-byte accesses
   bool wide_mask = false, wide_bias = false;  // as many of theirs at a time, where the columns are dense
 };
 

@@ -1,8 +1,8 @@
 // Rotary embedding of queries and keys in one launch; its backward is the same kernel with the sines negated.
 //
-// A block holds some tokens of up to four heads, so that cosines and sines are read once for all of them.  A thread turns
-// the same few pairs of each head: it reads what it is going to write and nothing else, which makes `to` free to be
-// `from`.  Bandwidth is all that counts: all loads of a thread are issued before the first of their results is used.
+// A block holds some tokens of up to four heads, so that cosines and sines are read once for all of them.  A thread
+// turns the same few pairs of each head: it reads what it is going to write and nothing else, which makes `to` free to
+// be `from`.  Bandwidth is all that counts: all loads of a thread are issued before the first of their results is used.
 #pragma once
 
 #include "elements.h"
@@ -77,9 +77,8 @@ struct TokenRows {
     Vec4 raw[kRotaryHeads][kVectors];
     FASTATTN_UNROLL
     for (int n = 0; n < kRotaryHeads; ++n)
-      if (n < count)
-        FASTATTN_UNROLL
-        for (int v = 0; v < kVectors; ++v) raw[n][v] = load_wide<T>(from + n * from_head + at[v]);
+      if (n < count) FASTATTN_UNROLL
+    for (int v = 0; v < kVectors; ++v) raw[n][v] = load_wide<T>(from + n * from_head + at[v]);
     FASTATTN_UNROLL
     for (int n = 0; n < kRotaryHeads; ++n)
       if (n < count) {
@@ -126,8 +125,8 @@ struct TokenRows {
 
 // A token's row in units: first those that rotate, then the rest.
 template <class T>
-FASTATTN_DEVICE void rotate_wide(const RotaryParams& p, const RotarySide& side, const TokenRows<T>& rows, int b, i64 row,
-                                 int unit) {
+FASTATTN_DEVICE void rotate_wide(const RotaryParams& p, const RotarySide& side, const TokenRows<T>& rows, int b,
+                                 i64 row, int unit) {
   constexpr int kN = kWide<T>;
   if (!p.interleaved && unit * kN < p.half) {
     const Angles<kN> a = angles<kN>(p, side, b, row, unit * kN);

@@ -1,8 +1,8 @@
 // The threads that share a row: which columns each of them holds, and sums and maxima over all of them.
 //
-// A row belongs to one, two, four or all eight warps of its block.  Thread g of G holds, of a tile of columns, `kChunks`
-// chunks of as many elements as 16 bytes hold: neighbours in the wide layout, G apart in the other, so that either way
-// the lanes of a warp read memory that lies together.
+// A row belongs to one, two, four or all eight warps of its block.  Thread g of G holds, of a tile of columns,
+// `kChunks` chunks of as many elements as 16 bytes hold: neighbours in the wide layout, G apart in the other, so that
+// either way the lanes of a warp read memory that lies together.
 #pragma once
 
 #include "elements.h"
@@ -93,9 +93,8 @@ FASTATTN_DEVICE void row_sums(float (&x)[kCount], int warps_per_row) {
   if (warps_per_row == 1) return;
   const int warp = warp_index(), first = warp / warps_per_row * warps_per_row;
   sync_block();
-  if (lane_index() == 0)
-    FASTATTN_UNROLL
-    for (int n = 0; n < kCount; ++n) store_shared(shared_base() + 4 * (n * kRowWarps + warp), x[n]);
+  if (lane_index() == 0) FASTATTN_UNROLL
+  for (int n = 0; n < kCount; ++n) store_shared(shared_base() + 4 * (n * kRowWarps + warp), x[n]);
   sync_block();
   FASTATTN_UNROLL
   for (int n = 0; n < kCount; ++n) {

@@ -47,7 +47,8 @@ struct SoftmaxGradientRow {
   }
 
   // A chunk as numbers, both 0 where y is and where the row does not see.
-  FASTATTN_DEVICE void numbers(const Vec4& y_raw, const Vec4& dy_raw, int column, float (&y)[kN], float (&dy)[kN]) const {
+  FASTATTN_DEVICE void numbers(const Vec4& y_raw, const Vec4& dy_raw, int column, float (&y)[kN],
+                               float (&dy)[kN]) const {
     widen<T>(y_raw, y);
     widen<T>(dy_raw, dy);
     FASTATTN_UNROLL

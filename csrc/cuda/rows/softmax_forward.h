@@ -1,8 +1,8 @@
 // Masked softmax of scores that are already there.
 //
-// A row is read once and written once; in between its threads hold it in registers, up to 8192 columns.  Longer ones take
-// two passes over parts of the row, the first of which keeps a running maximum and sum.  Interval masks give the bounds
-// of a row by arithmetic: what lies outside is written as 0 and not looked at.
+// A row is read once and written once; in between its threads hold it in registers, up to 8192 columns.  Longer ones
+// take two passes over parts of the row, the first of which keeps a running maximum and sum.  Interval masks give the
+// bounds of a row by arithmetic: what lies outside is written as 0 and not looked at.
 #pragma once
 
 #include <cmath>
@@ -193,15 +193,13 @@ struct SoftmaxRow {
   FASTATTN_DEVICE void add_to(Total& total, const float (&s)[kChunks][kN]) const {
     float top = -infinity();
     FASTATTN_UNROLL
-    for (int c = 0; c < kChunks; ++c)
-      FASTATTN_UNROLL
-      for (int e = 0; e < kN; ++e) top = fmaxf(top, s[c][e]);
+    for (int c = 0; c < kChunks; ++c) FASTATTN_UNROLL
+    for (int e = 0; e < kN; ++e) top = fmaxf(top, s[c][e]);
     total.raise(top);
     const float pivot = total.pivot();
     FASTATTN_UNROLL
-    for (int c = 0; c < kChunks; ++c)
-      FASTATTN_UNROLL
-      for (int e = 0; e < kN; ++e) total.sum += Total::weight(s[c][e], pivot);
+    for (int c = 0; c < kChunks; ++c) FASTATTN_UNROLL
+    for (int e = 0; e < kN; ++e) total.sum += Total::weight(s[c][e], pivot);
   }
 
   FASTATTN_DEVICE void store(float (&s)[kChunks][kN], int tile, float pivot, float share) const {
@@ -210,8 +208,7 @@ struct SoftmaxRow {
     for (int c = 0; c < kChunks; ++c) {
       // 0 where masked, also in a row that sees NaN or +inf, whose visible weights are NaN
       FASTATTN_UNROLL
-      for (int e = 0; e < kN; ++e)
-        s[c][e] = s[c][e] == -infinity() ? 0.0f : Total::weight(s[c][e], pivot) * share;
+      for (int e = 0; e < kN; ++e) s[c][e] = s[c][e] == -infinity() ? 0.0f : Total::weight(s[c][e], pivot) * share;
       store_chunk<T>(row, columns.chunk(tile, c), columns.element_step, p.wide, p.features.key_length, s[c]);
     }
   }

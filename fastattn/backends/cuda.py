@@ -1,0 +1,165 @@
+"""The CUDA C++ backend (csrc/cuda): operators of libfastattn_cuda.so on GPUs; on the CPU in the simulator when
+FASTATTN_CUDA_SIMULATOR=1 is set (slow: for tests)."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import native
+from fastattn.backends.base import AnyProblem, GpuBackend
+from fastattn.ops import absent_gradient, empty_like_layout, implement
+from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
+from fastattn.rotation import ROTATION_FIELDS, Rotation
+from fastattn.softmax_problem import SOFTMAX_FIELDS, SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16)
+ROW_DTYPES = (torch.float32, *DTYPES)  # of the masked softmax, the rotation, and of a dense bias
+
+
+def simulated() -> bool:
+    return os.environ.get("FASTATTN_CUDA_SIMULATOR", "0") == "1"
+
+
+@cache
+def _simulator_reason() -> str | None:
+    if find_spec("fastattn._native") is None:
+        return (
+            "FASTATTN_CUDA_SIMULATOR=1 and fastattn._native is not built; build it in a checkout, where pybind11 is "
+            "installed, with: pip install --no-build-isolation -e ."
+        )
+    return None
+
+
+def _reason() -> str | None:
+    if simulated():
+        return _simulator_reason()
+    if not native.load_cuda_library():
+        return native.cuda_load_error
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    return None
+
+
+# what torch.compiler.assume_constant_result sets (see native.py)
+_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+class CudaBackend(GpuBackend):
+    name = "cuda"
+    stand_in = "simulator"
+
+    @property
+    def reason(self) -> str | None:
+        return _reason()
+
+    def stands_in(self) -> bool:
+        return simulated()
+
+    def unsupported_reasons(self, problem: AnyProblem) -> list[str]:
+        reasons = self.device_reasons(problem.device)
+        dtypes = DTYPES if isinstance(problem, Problem) else ROW_DTYPES
+        if problem.dtype not in dtypes:
+            reasons.append(f"dtype {_names((problem.dtype,))}; it has {_names(dtypes)}")
+        bias = None if isinstance(problem, Rotation) else problem.dense_bias
+        if bias is not None and bias.dtype not in ROW_DTYPES:
+            reasons.append(f"a dense bias of dtype {_names((bias.dtype,))}; it takes {_names(ROW_DTYPES)}")
+        if isinstance(problem, Problem):
+            for name, dim in (("D", problem.query.shape[3]), ("Dv", problem.value.shape[3])):
+                if dim > MAX_HEAD_DIM or dim % 8 or dim == 0:
+                    reasons.append(f"{name} = {dim}; it has multiples of 8 up to {MAX_HEAD_DIM}")
+        return reasons
+
+
+def _simulator() -> ModuleType:
+    return import_module("fastattn._native")
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(**dict(zip(FIELD_NAMES, args, strict=True)))
+    query, rows = problem.query, problem.query.shape[:3]
+    out = empty_like_layout(query, (*rows, problem.value.shape[3]))
+    lse, statistics = (query.new_empty(size, dtype=torch.float32) for size in (rows, (*rows, 2)))
+    _simulator().attention_forward(problem, out, lse, statistics)
+    return out, lse, statistics
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, statistics: Tensor, needs: int, *args: Any
+) -> tuple[Tensor, ...]:
+    problem = Problem(**dict(zip(FIELD_NAMES, args, strict=True)))
+    grads: dict[str, Tensor | None] = dict.fromkeys(GRADIENT_FIELDS)
+    for bit, name in enumerate(GRADIENT_FIELDS):
+        like = getattr(problem, name)
+        if needs >> bit & 1 and like is not None:
+            is_operand = name in ("query", "key", "value")
+            grads[name] = empty_like_layout(like, tuple(like.shape)) if is_operand else like.new_empty(like.shape)
+    _simulator().attention_backward(problem, grad_out, grad_lse, out, statistics, *grads.values())
+    return tuple(
+        absent_gradient(name, grad_out, statistics) if grad is None else grad for name, grad in grads.items()
+    )
+
+
+def _softmax_forward(*args: Any) -> Tensor:
+    problem = SoftmaxProblem(**dict(zip(SOFTMAX_FIELDS, args, strict=True)))
+    out = problem.scores.new_empty(problem.scores.shape)
+    _simulator().softmax_forward(problem.attention(), problem.scores, out)
+    return out
+
+
+def _softmax_backward(grad_out: Tensor, out: Tensor, needs: int, *args: Any) -> tuple[Tensor, ...]:
+    # the output stands for the scores, whose shape, dtype and device it has
+    problem = SoftmaxProblem(**dict(zip(SOFTMAX_FIELDS, (out, *args), strict=True)))
+    grads: list[Tensor | None] = []
+    for bit, name in enumerate(SOFTMAX_GRADIENT_FIELDS):
+        like = getattr(problem, name)
+        grads.append(like.new_empty(like.shape) if needs >> bit & 1 and like is not None else None)
+    _simulator().softmax_backward(problem.attention(), out, _dense_rows(grad_out), *grads)
+    return tuple(grad_out.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _rotate(*args: Any) -> tuple[Tensor, Tensor]:
+    rotation = Rotation(**dict(zip(ROTATION_FIELDS, args, strict=True)))
+    query, key = rotation.query, rotation.key
+    out = empty_like_layout(query, tuple(query.shape)), empty_like_layout(key, tuple(key.shape))
+    _simulate_rotation(rotation, *out)
+    return out
+
+
+def _rotate_inplace(*args: Any) -> None:
+    rotation = Rotation(**dict(zip(ROTATION_FIELDS, args, strict=True)))
+    _simulate_rotation(rotation, rotation.query, rotation.key)
+
+
+def _simulate_rotation(rotation: Rotation, query_out: Tensor, key_out: Tensor) -> None:
+    _simulator().rotate(
+        _dense_rows(rotation.query), _dense_rows(rotation.key), query_out, key_out, rotation.cos, rotation.sin,
+        rotation.positions, rotation.interleaved, rotation.conjugate,
+    )  # fmt: skip
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """What the operators of the library do with a tensor whose last dimension is not dense: a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+# CPU tensors come here in the simulator alone: `unsupported_reasons` keeps other calls away.  CUDA tensors go to
+# libfastattn_cuda.so, which registers its own when it is loaded.
+implement("cuda_forward", _forward, "CPU")
+implement("cuda_backward", _backward, "CPU")
+implement("cuda_softmax_forward", _softmax_forward, "CPU")
+implement("cuda_softmax_backward", _softmax_backward, "CPU")
+implement("cuda_rotate", _rotate, "CPU")
+implement("cuda_rotate_", _rotate_inplace, "CPU")
