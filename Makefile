@@ -12,11 +12,7 @@ PY := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-<<<<<<< HEAD
 NATIVE_SOURCES := setup.py $(wildcard build_*.py) $(shell find csrc -type f 2>/dev/null)
-=======
-NATIVE_SOURCES := setup.py build_native.py $(shell find csrc -type f 2>/dev/null)
->>>>>>> sim
 
 .DELETE_ON_ERROR:
 .PHONY: demo test aot lint format wheel bench gpu install clean

@@ -91,7 +91,6 @@ class BuildNative(build_ext):
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
         if compiler is None:
             raise RuntimeError("fastattn needs a C++20 compiler: install g++ (>= 12), or set CXX")
-<<<<<<< HEAD
         build = build_cuda.build if LIBRARIES[ext.name] == build_cuda.LIBRARY else build_cpu
         build(
             Path(self.get_ext_fullpath(ext.name)),
@@ -100,15 +99,6 @@ class BuildNative(build_ext):
             cpp_extension.include_paths(),
             cpp_extension.library_paths(),
         )
-=======
-        includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-        flags = [*CXX_FLAGS, *os.environ.get("FASTATTN_CXXFLAGS", "").split()]
-        objects = Path(self.build_temp)
-        objects.mkdir(parents=True, exist_ok=True)
-        csrc = ROOT / "csrc"
-        seen = [*csrc.glob("*.h"), *csrc.glob("common/*.h"), *csrc.glob("cpu/*.h"), ROOT / "setup.py"]
-        headers = [path.stat().st_mtime for path in seen]
->>>>>>> sim
 
 
 def build_cpu(

@@ -115,8 +115,7 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
 
   const SharedAddress query_tile = shared_base();
   const int stages = params.two_stages ? 2 : 1;
-  const SharedAddress flags = query_tile + Config::kFlagsAt,
-                      context_at = query_tile + Config::kContextAt;
+  const SharedAddress flags = query_tile + Config::kFlagsAt, context_at = query_tile + Config::kContextAt;
   const SharedAddress key_tiles = query_tile + Config::kKeysAt;
   const SharedAddress value_tiles = key_tiles + stages * KeyTile::kBytes;
   if (thread_index() == 0) store_context(context_at, own);
