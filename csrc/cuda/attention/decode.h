@@ -42,9 +42,12 @@ FASTATTN_DEVICE uint32_t isolate_warp_values(SharedAddress value_tile, const flo
   sync_warp();
   uint32_t sees = 0;
   FASTATTN_UNROLL
-  for (int n = 0; n < Config::kKeys / 8; ++n) FASTATTN_UNROLL
-  for (int r = 0; r < 4; ++r)
-    if (bad_rows >> (8 * n + 2 * (lane_index() & 3) + (r & 1)) & 1 && s[0][n][r] != -infinity()) sees |= 1u << (r / 2);
+  for (int n = 0; n < Config::kKeys / 8; ++n) {
+    FASTATTN_UNROLL
+    for (int r = 0; r < 4; ++r)
+      if (bad_rows >> (8 * n + 2 * (lane_index() & 3) + (r & 1)) & 1 && s[0][n][r] != -infinity())
+        sees |= 1u << (r / 2);
+  }
   sees |= shuffle_xor(sees, 1);
   return sees | shuffle_xor(sees, 2);
 }

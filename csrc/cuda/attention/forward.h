@@ -34,29 +34,34 @@ template <int kBands, int kColumns, int kAccumulators>
 FASTATTN_DEVICE void online_softmax(float (&s)[kBands][kColumns][4], float (&acc)[kBands][kAccumulators][4],
                                     RowState<kBands>& state, float multiplier, uint32_t poisoned) {
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    float largest = s[band][0][2 * half];
+  for (int band = 0; band < kBands; ++band) {
     FASTATTN_UNROLL
-    for (int n = 0; n < kColumns; ++n) largest = fmaxf(largest, fmaxf(s[band][n][2 * half], s[band][n][2 * half + 1]));
-    largest = fmaxf(quad_max(largest), state.largest[band][half]);
-    // a row that has seen nothing yet keeps a finite pivot, so that -inf - -inf never happens
-    const float pivot = largest == -infinity() ? 0.0f : largest * multiplier;
-    const float rescale = exp2_approx(state.largest[band][half] * multiplier - pivot);
-    state.largest[band][half] = largest;
-    float sum = 0.0f;
-    FASTATTN_UNROLL
-    for (int n = 0; n < kColumns; ++n) FASTATTN_UNROLL
-    for (int r = 2 * half; r < 2 * half + 2; ++r) {
-      s[band][n][r] = exp2_approx(fmaf(s[band][n][r], multiplier, -pivot));
-      sum += s[band][n][r];
-    }
-    state.sum[band][half] = state.sum[band][half] * rescale + sum;
-    const float factor = poisoned >> (2 * band + half) & 1 ? not_a_number() : rescale;
-    FASTATTN_UNROLL
-    for (int c = 0; c < kAccumulators; ++c) {
-      acc[band][c][2 * half] *= factor;
-      acc[band][c][2 * half + 1] *= factor;
+    for (int half = 0; half < 2; ++half) {
+      float largest = s[band][0][2 * half];
+      FASTATTN_UNROLL
+      for (int n = 0; n < kColumns; ++n)
+        largest = fmaxf(largest, fmaxf(s[band][n][2 * half], s[band][n][2 * half + 1]));
+      largest = fmaxf(quad_max(largest), state.largest[band][half]);
+      // a row that has seen nothing yet keeps a finite pivot, so that -inf - -inf never happens
+      const float pivot = largest == -infinity() ? 0.0f : largest * multiplier;
+      const float rescale = exp2_approx(state.largest[band][half] * multiplier - pivot);
+      state.largest[band][half] = largest;
+      float sum = 0.0f;
+      FASTATTN_UNROLL
+      for (int n = 0; n < kColumns; ++n) {
+        FASTATTN_UNROLL
+        for (int r = 2 * half; r < 2 * half + 2; ++r) {
+          s[band][n][r] = exp2_approx(fmaf(s[band][n][r], multiplier, -pivot));
+          sum += s[band][n][r];
+        }
+      }
+      state.sum[band][half] = state.sum[band][half] * rescale + sum;
+      const float factor = poisoned >> (2 * band + half) & 1 ? not_a_number() : rescale;
+      FASTATTN_UNROLL
+      for (int c = 0; c < kAccumulators; ++c) {
+        acc[band][c][2 * half] *= factor;
+        acc[band][c][2 * half + 1] *= factor;
+      }
     }
   }
 }
@@ -85,11 +90,15 @@ FASTATTN_DEVICE uint32_t isolate_values(SharedAddress value_tile, SharedAddress 
   sync_block();
   uint32_t sees = 0;
   FASTATTN_UNROLL
-  for (int band = 0; band < Config::kBands; ++band) FASTATTN_UNROLL
-  for (int n = 0; n < Config::kKeys / 8; ++n) FASTATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
-    const uint32_t bad = load_shared<uint32_t>(flags + 4 * (8 * n + 2 * (lane_index() & 3) + (r & 1)));
-    if (bad && s[band][n][r] != -infinity()) sees |= 1u << (2 * band + r / 2);
+  for (int band = 0; band < Config::kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int n = 0; n < Config::kKeys / 8; ++n) {
+      FASTATTN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const uint32_t bad = load_shared<uint32_t>(flags + 4 * (8 * n + 2 * (lane_index() & 3) + (r & 1)));
+        if (bad && s[band][n][r] != -infinity()) sees |= 1u << (2 * band + r / 2);
+      }
+    }
   }
   sees |= shuffle_xor(sees, 1);
   sees |= shuffle_xor(sees, 2);
@@ -145,10 +154,12 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
   float acc[kBands][Config::kDim / 8][4];
   clear(acc);
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    state.largest[band][half] = -infinity();
-    state.sum[band][half] = 0.0f;
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      state.largest[band][half] = -infinity();
+      state.sum[band][half] = 0.0f;
+    }
   }
 
   if (start < end) {
@@ -219,14 +230,17 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
   uint16_t* out =
       static_cast<uint16_t*>(params.out.data) + context.batch * params.out.batch + context.head * params.out.head;
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const RowEnd end_of_row = end_row(state.largest[band][half] * p.multiplier, quad_sum(state.sum[band][half]), sink);
-    const int i = row + 16 * band + 8 * half;
-    const bool valid = i < p.query_length;
-    const float norm = end_of_row.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
-    store_row<T>(out + i * params.out.row, acc[band], half, norm, 0, p.value_dim, valid);
-    if (valid && (lane & 3) == 0) store_row_end(end_of_row, params.lse, params.statistics, row0 + i);
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const RowEnd end_of_row =
+          end_row(state.largest[band][half] * p.multiplier, quad_sum(state.sum[band][half]), sink);
+      const int i = row + 16 * band + 8 * half;
+      const bool valid = i < p.query_length;
+      const float norm = end_of_row.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
+      store_row<T>(out + i * params.out.row, acc[band], half, norm, 0, p.value_dim, valid);
+      if (valid && (lane & 3) == 0) store_row_end(end_of_row, params.lse, params.statistics, row0 + i);
+    }
   }
 }
 

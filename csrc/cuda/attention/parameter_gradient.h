@@ -103,11 +103,13 @@ FASTATTN_DEVICE void store_bias(void* bias, Element element, i64 at, float x) {
 FASTATTN_DEVICE void spread(const float (&acc)[1][8][4]) {
   sync_block();
   FASTATTN_UNROLL
-  for (int n = 0; n < 8; ++n) FASTATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
-    const int row = warp_index() * 16 + lane_index() / 4 + 8 * (r / 2);
-    const int column = 8 * n + 2 * (lane_index() & 3) + r % 2;
-    store_shared(shared_base() + 4 * (row * 65 + column), acc[0][n][r]);
+  for (int n = 0; n < 8; ++n) {
+    FASTATTN_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int row = warp_index() * 16 + lane_index() / 4 + 8 * (r / 2);
+      const int column = 8 * n + 2 * (lane_index() & 3) + r % 2;
+      store_shared(shared_base() + 4 * (row * 65 + column), acc[0][n][r]);
+    }
   }
   sync_block();
 }

@@ -14,9 +14,13 @@ namespace fastattn::cuda {
 template <int kBands, int kColumns>
 FASTATTN_DEVICE void clear(float (&s)[kBands][kColumns][4]) {
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-  for (int n = 0; n < kColumns; ++n) FASTATTN_UNROLL
-  for (int r = 0; r < 4; ++r) s[band][n][r] = 0.0f;
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int n = 0; n < kColumns; ++n) {
+      FASTATTN_UNROLL
+      for (int r = 0; r < 4; ++r) s[band][n][r] = 0.0f;
+    }
+  }
 }
 
 // s += A B^T: rows [row0, row0 + 16 * kBands) of tile A by all rows of tile B, over their common width.
@@ -57,10 +61,14 @@ FASTATTN_DEVICE void multiply_rows(float (&s)[kBands][TileB::kRows / 8][4], Shar
 template <class T, int kBands, int kColumns>
 FASTATTN_DEVICE void pack_rows(uint32_t (&packed)[kBands][kColumns / 2][4], const float (&s)[kBands][kColumns][4]) {
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-  for (int k = 0; k < kColumns / 2; ++k) FASTATTN_UNROLL
-  for (int r = 0; r < 4; ++r)
-    packed[band][k][r] = pack2<T>(s[band][2 * k + r / 2][2 * (r % 2)], s[band][2 * k + r / 2][2 * (r % 2) + 1]);
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int k = 0; k < kColumns / 2; ++k) {
+      FASTATTN_UNROLL
+      for (int r = 0; r < 4; ++r)
+        packed[band][k][r] = pack2<T>(s[band][2 * k + r / 2][2 * (r % 2)], s[band][2 * k + r / 2][2 * (r % 2) + 1]);
+    }
+  }
 }
 
 // acc += P B: P (16 * kBands, rows of B) from registers by columns [16 * step0, 16 * step0 + 8 * kColumns) of tile B.
@@ -70,14 +78,16 @@ FASTATTN_DEVICE void accumulate(float (&acc)[kBands][kColumns][4], const uint32_
   const int lane = lane_index();
   const SharedAddress b_lane = b + TileB::lane_part(lane & 15, lane >> 4);
   FASTATTN_UNROLL
-  for (int k = 0; k < TileB::kRows / 16; ++k) FASTATTN_UNROLL
-  for (int n = 0; n < kColumns / 2; ++n) {
-    uint32_t right[4];
-    load_matrix_x4_transposed(right, TileB::at(b_lane, step0 + n) + k * 16 * TileB::kRowBytes);
+  for (int k = 0; k < TileB::kRows / 16; ++k) {
     FASTATTN_UNROLL
-    for (int band = 0; band < kBands; ++band) {
-      multiply_m16n8k16<T>(acc[band][2 * n], p[band][k], right[0], right[1]);
-      multiply_m16n8k16<T>(acc[band][2 * n + 1], p[band][k], right[2], right[3]);
+    for (int n = 0; n < kColumns / 2; ++n) {
+      uint32_t right[4];
+      load_matrix_x4_transposed(right, TileB::at(b_lane, step0 + n) + k * 16 * TileB::kRowBytes);
+      FASTATTN_UNROLL
+      for (int band = 0; band < kBands; ++band) {
+        multiply_m16n8k16<T>(acc[band][2 * n], p[band][k], right[0], right[1]);
+        multiply_m16n8k16<T>(acc[band][2 * n + 1], p[band][k], right[2], right[3]);
+      }
     }
   }
 }

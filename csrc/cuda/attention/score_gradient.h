@@ -22,28 +22,32 @@ FASTATTN_DEVICE void weights_and_gradient(float (&s)[kBands][kColumns][4], float
   uint32_t bits[kBands];
   if (p.dropout_seed) keep_bits<kBands, kColumns>(bits, p, at);
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-  for (int n = 0; n < kColumns; ++n) FASTATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
-    const RowStatistics row = row_of(band, n, r);
-    float& weight = s[band][n][r];
-    float& gradient = dp[band][n][r];
-    const bool hidden = careful && weight == -infinity();
-    weight = exp2_approx(fmaf(weight, p.multiplier, -row.largest) - row.log_sum);
-    if (hidden) weight = 0.0f;
-    float dropped = weight;
-    if (p.dropout_seed) {
-      const bool keep = has(bits[band], n, r);
-      dropped = keep ? weight * p.keep_scale : 0.0f;
-      gradient = keep ? gradient * p.keep_scale : 0.0f;
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int n = 0; n < kColumns; ++n) {
+      FASTATTN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const RowStatistics row = row_of(band, n, r);
+        float& weight = s[band][n][r];
+        float& gradient = dp[band][n][r];
+        const bool hidden = careful && weight == -infinity();
+        weight = exp2_approx(fmaf(weight, p.multiplier, -row.largest) - row.log_sum);
+        if (hidden) weight = 0.0f;
+        float dropped = weight;
+        if (p.dropout_seed) {
+          const bool keep = has(bits[band], n, r);
+          dropped = keep ? weight * p.keep_scale : 0.0f;
+          gradient = keep ? gradient * p.keep_scale : 0.0f;
+        }
+        gradient = weight * (gradient - row.delta);
+        if (careful) {
+          // A NaN of a row or key that is masked here must not pass through 0 * NaN; one that is seen must come back.
+          if (weight == 0.0f) gradient = 0.0f;
+          dropped = weight == 0.0f ? 0.0f : dropped + row.delta * 0.0f;
+        }
+        weight = dropped;
+      }
     }
-    gradient = weight * (gradient - row.delta);
-    if (careful) {
-      // A NaN of a row or key that is masked here must not pass through 0 * NaN; one that is seen must come back.
-      if (weight == 0.0f) gradient = 0.0f;
-      dropped = weight == 0.0f ? 0.0f : dropped + row.delta * 0.0f;
-    }
-    weight = dropped;
   }
 }
 
@@ -54,11 +58,15 @@ FASTATTN_DEVICE void through_softcap(float (&ds)[kBands][kColumns][4], float (&s
                                      const Attention& p, Raw raw) {
   raw(s);
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-  for (int n = 0; n < kColumns; ++n) FASTATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
-    const float t = tanh_of(s[band][n][r] * p.softcap_in);
-    ds[band][n][r] *= 1.0f - t * t;
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int n = 0; n < kColumns; ++n) {
+      FASTATTN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const float t = tanh_of(s[band][n][r] * p.softcap_in);
+        ds[band][n][r] *= 1.0f - t * t;
+      }
+    }
   }
 }
 

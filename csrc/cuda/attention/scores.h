@@ -69,9 +69,13 @@ FASTATTN_DEVICE void with_reader(const void* data, Element element, F f) {
 template <int kBands, int kColumns, class F>
 FASTATTN_DEVICE void each(float (&s)[kBands][kColumns][4], F f) {
   FASTATTN_UNROLL
-  for (int n = 0; n < kColumns; ++n) FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-  for (int r = 0; r < 4; ++r) f(s[band][n][r], band, n, r);
+  for (int n = 0; n < kColumns; ++n) {
+    FASTATTN_UNROLL
+    for (int band = 0; band < kBands; ++band) {
+      FASTATTN_UNROLL
+      for (int r = 0; r < 4; ++r) f(s[band][n][r], band, n, r);
+    }
+  }
 }
 
 // value[band][r / 2] = f(head) of each row of this lane: one call where all rows have the same head.
@@ -79,8 +83,10 @@ template <int kBands, bool kTransposed, bool kPacked, class F>
 FASTATTN_DEVICE void per_head(float (&value)[kBands][2], const Place<kTransposed, kPacked>& at, F f) {
   const float common = kPacked ? 0.0f : f(at.head);
   FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-  for (int half = 0; half < 2; ++half) value[band][half] = kPacked ? f(at.head_at(band, 2 * half)) : common;
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) value[band][half] = kPacked ? f(at.head_at(band, 2 * half)) : common;
+  }
 }
 
 template <class Place, int kBands, int kColumns>
@@ -126,10 +132,12 @@ FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention
     // there on: half the registers (the launcher refuses strides that need more).
     int row[kBands][2];
     FASTATTN_UNROLL
-    for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-    for (int half = 0; half < 2; ++half)
-      row[band][half] = at.kTransposed ? smaller(at.key(band, 0, 2 * half), p.key_length - 1) * p.bias_column
-                                       : smaller(at.query(band, 0, 2 * half), p.query_length - 1) * p.bias_row;
+    for (int band = 0; band < kBands; ++band) {
+      FASTATTN_UNROLL
+      for (int half = 0; half < 2; ++half)
+        row[band][half] = at.kTransposed ? smaller(at.key(band, 0, 2 * half), p.key_length - 1) * p.bias_column
+                                         : smaller(at.query(band, 0, 2 * half), p.query_length - 1) * p.bias_row;
+    }
     const i64 slice = b * p.bias.batch + at.head * p.bias.head;
     with_reader(p.bias.data, p.bias_element, [&](auto read) {
       each(s, [&](float& x, int band, int n, int r) {
@@ -156,17 +164,21 @@ FASTATTN_DEVICE void visible_bits(uint32_t (&bits)[kBands], const Attention& p, 
   FASTATTN_UNROLL
   for (int band = 0; band < kBands; ++band) bits[band] = 0;
   FASTATTN_NO_UNROLL
-  for (int n = 0; n < kColumns; ++n) FASTATTN_UNROLL
-  for (int band = 0; band < kBands; ++band) FASTATTN_UNROLL
-  for (int r = 0; r < 4; ++r) {
-    const int i = at.query(band, n, r), j = at.key(band, n, r);
-    int lo, hi;
-    keys_of_query(p, v, i + v.offset, lo, hi);
-    bool seen = j >= lo && j < hi && i < p.query_length;
-    if (p.query_ids.data && seen) seen = load_constant(query_ids + i) == load_constant(key_ids + j);
-    if (p.mask.data && seen)
-      seen = load_constant(mask + at.head_at(band, r) * p.mask.head + i * p.mask.row + j * p.mask.column) != 0;
-    bits[band] |= static_cast<uint32_t>(seen) << (4 * n + r);
+  for (int n = 0; n < kColumns; ++n) {
+    FASTATTN_UNROLL
+    for (int band = 0; band < kBands; ++band) {
+      FASTATTN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const int i = at.query(band, n, r), j = at.key(band, n, r);
+        int lo, hi;
+        keys_of_query(p, v, i + v.offset, lo, hi);
+        bool seen = j >= lo && j < hi && i < p.query_length;
+        if (p.query_ids.data && seen) seen = load_constant(query_ids + i) == load_constant(key_ids + j);
+        if (p.mask.data && seen)
+          seen = load_constant(mask + at.head_at(band, r) * p.mask.head + i * p.mask.row + j * p.mask.column) != 0;
+        bits[band] |= static_cast<uint32_t>(seen) << (4 * n + r);
+      }
+    }
   }
 }
 

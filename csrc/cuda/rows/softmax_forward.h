@@ -193,13 +193,17 @@ struct SoftmaxRow {
   FASTATTN_DEVICE void add_to(Total& total, const float (&s)[kChunks][kN]) const {
     float top = -infinity();
     FASTATTN_UNROLL
-    for (int c = 0; c < kChunks; ++c) FASTATTN_UNROLL
-    for (int e = 0; e < kN; ++e) top = fmaxf(top, s[c][e]);
+    for (int c = 0; c < kChunks; ++c) {
+      FASTATTN_UNROLL
+      for (int e = 0; e < kN; ++e) top = fmaxf(top, s[c][e]);
+    }
     total.raise(top);
     const float pivot = total.pivot();
     FASTATTN_UNROLL
-    for (int c = 0; c < kChunks; ++c) FASTATTN_UNROLL
-    for (int e = 0; e < kN; ++e) total.sum += Total::weight(s[c][e], pivot);
+    for (int c = 0; c < kChunks; ++c) {
+      FASTATTN_UNROLL
+      for (int e = 0; e < kN; ++e) total.sum += Total::weight(s[c][e], pivot);
+    }
   }
 
   FASTATTN_DEVICE void store(float (&s)[kChunks][kN], int tile, float pivot, float share) const {
