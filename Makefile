@@ -23,9 +23,9 @@ demo: install
 test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-# every Triton kernel, feature, tile and architecture, compiled and held to tests/resources/triton.json (most of an hour)
+# every GPU kernel, feature, tile and architecture, compiled and held to tests/resources/*.json (more than an hour)
 aot: install
-	AOT_ALL=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_triton_aot.py
+	AOT_ALL=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_triton_aot.py tests/test_cuda_resources.py
 
 lint: install
 	$(PY) -m ruff check .

@@ -18,9 +18,11 @@ class Unit:
     command: tuple[str, ...]
     source: Path
     target: Path
+    mode: str = "-c"
 
     def line(self) -> list[str]:
-        return [*self.command, "-MD", "-MF", str(self.dependencies), "-c", str(self.source), "-o", str(self.target)]
+        files = ["-MF", str(self.dependencies), self.mode, str(self.source), "-o", str(self.target)]
+        return [*self.command, "-MD", *files]
 
     @property
     def dependencies(self) -> Path:

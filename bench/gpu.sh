@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in at most ten minutes, on a machine without a network: build, tests, ceilings,
-# the bench against every peer installed.  One folder of results, one summary, one exit code.
+# Everything that only a GPU can tell, in at most ten minutes, on a machine without a network: build, tests, sanitizers,
+# ceilings, the bench against every peer installed.  One folder of results, one summary, one exit code.
+#
+# The CUDA library is taken as it lies in fastattn/lib (built elsewhere and brought along), else built here with nvcc.
 #
 #   bench/gpu.sh [--dry-run]
 #
@@ -30,6 +32,7 @@ OUT=$(cd "$OUT" && pwd)
 LOG=$OUT/log.txt
 : >"$LOG"
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+export FASTATTN_NATIVE=0 # the simulator has nothing to tell here
 
 declare -a SUMMARY=()
 FAILED=0
@@ -103,10 +106,30 @@ install() {
   "$PYTHON" -m pip install "${flags[@]}" --target "$SITE" --upgrade .
 }
 
-sanitizer() {
+cuda_library() {
+  local library=fastattn/lib/libfastattn_cuda.so
+  if [[ -e $library ]]; then
+    echo "$library is here"
+  else
+    FASTATTN_CUDA=1 FASTATTN_CUDA_ARCHS=$("$PYTHON" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}{chr(97) if major >= 9 else str()}")') "$PYTHON" setup.py -q build_ext --inplace || return
+  fi
+  # where the package was copied instead of installed in place
+  if [[ -d $SITE/fastattn ]]; then install -D "$library" "$SITE/$library"; fi
+  "$PYTHON" -c '
+from fastattn import native
+assert native.load_cuda_library(), native.cuda_load_error
+print(native.cuda_info())'
+}
+
+# Kernels of ours on a few small cases; a tool reports only what it saw, so each gets the same.
+sanitize() { # tool
   local report status
-  report=$(compute-sanitizer --tool memcheck --error-exitcode 86 \
-    "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py -k "causal and float32" 2>&1)
+  report=$(compute-sanitizer --tool "$1" --kernel-regex kns=fastattn --error-exitcode 86 \
+    "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py \
+    -k "cuda and float16 and not bfloat16 and (causal or t5 or dense_keys or partial)" 2>&1)
   status=$?
   printf '%s\n' "$report" | tail -n 40
   if printf '%s' "$report" | grep -qi -E 'device not supported|not supported on this (device|platform)'; then
@@ -118,7 +141,7 @@ sanitizer() {
 
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
-export -f environment install sanitizer
+export -f environment install cuda_library sanitize
 export PYTHON SITE
 
 step environment 40 bash -c environment
@@ -129,16 +152,27 @@ fi
 PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONPATH
 
-step info 60 "$PYTHON" -m fastattn info
-step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests --junitxml="$OUT/tests.xml"
-step verify 90 "$PYTHON" -m fastattn verify --device "$DEVICE"
 if [[ $DEVICE != cuda ]]; then
-  skip sanitizer "no GPU"
-elif ! command -v compute-sanitizer >/dev/null; then
-  skip sanitizer "compute-sanitizer is not installed"
+  skip "CUDA library" "no GPU"
+elif [[ -e fastattn/lib/libfastattn_cuda.so ]] || command -v nvcc >/dev/null; then
+  step "CUDA library" 240 bash -c cuda_library
 else
-  step sanitizer 70 bash -c sanitizer
+  skip "CUDA library" "neither built nor an nvcc to build it with"
 fi
+step info 60 "$PYTHON" -m fastattn info
+step tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests --junitxml="$OUT/tests.xml"
+step verify 90 "$PYTHON" -m fastattn verify --device "$DEVICE"
+for tool in memcheck racecheck synccheck; do
+  if [[ $DEVICE != cuda ]]; then
+    skip "$tool" "no GPU"
+  elif [[ ! -e fastattn/lib/libfastattn_cuda.so ]]; then
+    skip "$tool" "no CUDA library"
+  elif ! command -v compute-sanitizer >/dev/null; then
+    skip "$tool" "compute-sanitizer is not installed"
+  else
+    step "$tool" 45 bash -c "sanitize $tool"
+  fi
+done
 step ceilings 40 "$PYTHON" -m fastattn.bench.ceilings --device "$DEVICE" --out "$OUT/ceilings.json"
 
 # The bench takes what is left.  It writes after every case and begins none past its own deadline, which is early enough

@@ -224,6 +224,7 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("fastattn", "fastattn.attention, its own choice", _fastattn),
+        Peer("fastattn-cuda", "fastattn.attention, backend cuda", functools.partial(_fastattn, backend="cuda")),
         Peer("fastattn-triton", "fastattn.attention, backend triton", functools.partial(_fastattn, backend="triton")),
         Peer(
             "fastattn-sdpa",

@@ -21,6 +21,7 @@ COLOURS = {
     "fastattn": "#d62728",
     "fastattn-mha": "#d62728",
     "fastattn-sdpa": "#ff7f0e",
+    "fastattn-cuda": "#a50f15",
     "fastattn-triton": "#e6550d",
     "sdpa": "#1f77b4",
     "nn-mha": "#1f77b4",

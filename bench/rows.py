@@ -23,7 +23,7 @@ from fastattn.bench.scenarios import Case, distances, rotary_tables, rotate
 SOFTMAX_SCENARIOS = ("softmax", "softmax-causal", "softmax-mask", "softmax-bias")
 ROTARY_SCENARIOS = ("rotary-half", "rotary-interleaved")
 ROW_SCENARIOS = (*SOFTMAX_SCENARIOS, *ROTARY_SCENARIOS)
-BACKENDS = {"fastattn": None, "fastattn-triton": "triton"}
+BACKENDS = {"fastattn": None, "fastattn-cuda": "cuda", "fastattn-triton": "triton"}
 
 Outputs = tuple[Tensor, ...]
 

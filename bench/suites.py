@@ -15,7 +15,9 @@ from fastattn.bench.rows import ROTARY_SCENARIOS, SOFTMAX_SCENARIOS
 from fastattn.bench.scenarios import Case, Shape
 
 CPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-math", "naive")
-GPU_PEERS = ("fastattn", "fastattn-triton", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "naive")
+# The library's own choice, and each backend by name.
+GPU_OURS = ("fastattn", "fastattn-cuda", "fastattn-triton")
+GPU_PEERS = (*GPU_OURS, "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "naive")
 GPU_WIDTHS = ((128, 16), (64, 32), (256, 8))  # head dim, heads: the same 2048 wide model in all
 COMPILED_PEERS = ("flex", "naive-compiled")
 LIBRARY_PEERS = ("flash-attn", "xformers")
@@ -88,7 +90,7 @@ def compiled(device: str, quick: bool) -> Suite:
         return Suite("compiled", "compiled peers", tuple(cases), ("fastattn", "sdpa", "naive", "flex"))
     shapes = [Shape(4, heads, 4096, 4096, dim) for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)]
     cases = [Case("compiled", name, s, torch.bfloat16) for name in ("causal", "plain", "t5") for s in shapes]
-    peers = ("fastattn", "fastattn-triton", "sdpa", "naive", *COMPILED_PEERS)
+    peers = (*GPU_OURS, "sdpa", "naive", *COMPILED_PEERS)
     return Suite("compiled", "compiled peers", tuple(cases), peers)
 
 
@@ -150,7 +152,7 @@ def overhead(device: str, quick: bool) -> Suite:
 
 
 def _row_peers(device: str, quick: bool) -> tuple[str, ...]:
-    ours = ("fastattn",) if device == "cpu" else ("fastattn", "fastattn-triton")
+    ours = ("fastattn",) if device == "cpu" else GPU_OURS
     return (*ours, "naive") if quick and device == "cpu" else (*ours, "naive", "naive-compiled")
 
 

@@ -133,8 +133,9 @@ for _name in FUSED_BACKENDS:
         torch.library.register_fake(f"fastattn::{_name}_{_op}", _fake, lib=_library)
 
 
-# What the native library would do with a problem, as JSON, for `explain`.
-_library.define(f"cpu_plan({PROBLEM_SCHEMA}) -> str")
+# What the native libraries would do with a problem, as JSON, for `explain`.
+for _name in ("cuda", "cpu"):
+    _library.define(f"{_name}_plan({PROBLEM_SCHEMA}) -> str")
 
 
 def implement(name: str, function: Callable[..., object], dispatch_key: str) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -79,3 +80,11 @@ def _surroundings() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
     assert torch.is_grad_enabled(), "the test left gradients disabled"
+
+
+@pytest.fixture
+def cuda_simulator(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The CUDA backend takes CPU tensors, in the simulator; the module that runs it."""
+    module = pytest.importorskip("fastattn._native", reason="fastattn._native is not built")
+    monkeypatch.setenv("FASTATTN_CUDA_SIMULATOR", "1")
+    return module

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -12,6 +13,8 @@ from features import FEATURES, Feature, Scene, Shape, Tensors
 from torch import Tensor
 
 import fastattn
+from fastattn.biases import Bias
+from fastattn.masks import Mask
 
 DEFAULT_SHAPE = Shape(query_length=9, key_length=21)
 
@@ -62,7 +65,8 @@ class SoftmaxCall:
     def fused(self, backend: str | None, device: str = "cpu") -> tuple[Tensor, Tensors]:
         """Output and gradients."""
         leaves = self.fresh(device)
-        out = fastattn.masked_softmax(leaves["scores"], **self.keywords(leaves), backend=backend)
+        keywords = {name: _moved(value, device) for name, value in self.keywords(leaves).items()}
+        out = fastattn.masked_softmax(leaves["scores"], **keywords, backend=backend)
         grads = torch.autograd.grad(out, list(leaves.values()), self.grad_out.to(out), allow_unused=True)
         return out.detach(), {n: _no_grad(g, leaves[n]) for n, g in zip(leaves, grads, strict=True)}
 
@@ -125,6 +129,19 @@ class SoftmaxCall:
                 (mass,) = torch.autograd.grad(total, leaf, score.sum_to_size(total.shape), allow_unused=True)
                 result[name] = mass.abs()
         return result
+
+
+def _moved(value: object, device: str) -> object:
+    """A mask or bias, with what it is joined of, whose tensors lie on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(part, device) for part in value)
+    if isinstance(value, (Mask, Bias)):
+        there = copy.copy(value)
+        vars(there).update({name: _moved(part, device) for name, part in vars(value).items()})
+        return there
+    return value
 
 
 def _no_grad(grad: Tensor | None, leaf: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import fastattn
 from fastattn.__main__ import COMMANDS, main
 from fastattn.bench.gate import Check
+from fastattn.bench.scenarios import Case
 from fastattn.cli import demo, info, minilm, verify
 from fastattn.cli.console import Console, escape, plain
 from fastattn.cli.sentences import QUESTIONS, SENTENCES, TOPIC_OF
@@ -103,6 +104,23 @@ def test_verify_fails_where_something_is_wrong(
     shown = capsys.readouterr().out
     assert "key, odd" in shown
     assert "0 of 1 passed" in shown
+
+
+def test_verify_says_what_a_backend_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A dtype it does not have is not an error of its results; a backend that refuses everything has not passed."""
+
+    def refuse(case: Case, *_: object) -> list[Check]:
+        if case.dtype == torch.float64:
+            raise fastattn.UnsupportedError("no float64 here")
+        return [Check("out", 0.1, 1.0)]
+
+    monkeypatch.setattr(verify, "verify_case", refuse)
+    assert main(["verify", "--device", "cpu", "--backend", "cpu", "--feature", "alibi"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 of 3 passed" in shown and "refused: no float64 here" in shown
+    assert main(["verify", "--device", "cpu", "--backend", "cpu", "--feature", "alibi", "--dtype", "float64"]) == 1
 
 
 def test_bench_lists_and_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

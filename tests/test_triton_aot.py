@@ -8,7 +8,6 @@ say why in the commit.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from resource_baseline import add_to_baseline, read_baseline
 from torch import Tensor
 
 import fastattn
@@ -86,22 +86,10 @@ def _launches(case: Case) -> list[aot.Launch]:
     return caught
 
 
-def _baseline() -> dict[str, dict[str, list[int]]]:
-    return json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
-
-
-def _one_line_per_kernel(versions: dict[str, dict[str, list[int]]]) -> str:
-    blocks = []
-    for version, kernels in versions.items():
-        rows = ",\n".join(f"  {json.dumps(name)}: {figures}" for name, figures in kernels.items())
-        blocks.append(f"{json.dumps(version)}: {{\n{rows}\n}}")
-    return "{\n" + ",\n".join(blocks) + "\n}\n"
-
-
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_resources(case: Case) -> None:
     """Fits the device, uses its tensor cores, does not spill where it must not, and takes no more than it took."""
-    known = _baseline().get(triton.__version__, {})
+    known = read_baseline(BASELINE, triton.__version__)
     found: dict[str, list[int]] = {}
     problems = []
     for launch in _launches(case):
@@ -123,11 +111,7 @@ def test_resources(case: Case) -> None:
         elif known and not UPDATE and not ALL:
             problems.append(f"{name}: not in the baseline; run this test with AOT_UPDATE=1")
     if UPDATE:
-        everything = _baseline()
-        everything.setdefault(triton.__version__, {}).update(found)
-        BASELINE.parent.mkdir(exist_ok=True)
-        lines = {v: dict(sorted(kernels.items())) for v, kernels in sorted(everything.items())}
-        BASELINE.write_text(_one_line_per_kernel(lines))
+        add_to_baseline(BASELINE, triton.__version__, found)
     assert not problems, "\n".join(problems)
 
 

@@ -1,15 +1,11 @@
 """Compiles launches for a GPU that is not there, and reads what the compiler made of them.
 
 Host functions run as usual on CPU tensors while `record_launches` catches every kernel launch; `compile_launch` then
-compiles one for any target, and `resources` reads registers, stack and instruction counts from the machine code with
-the tools inside the triton package.
+compiles one for any target, and `resources` reads registers, stack and instruction counts from the machine code.
 """
 
 from __future__ import annotations
 
-import collections
-import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
+
+from .machine_code import read_machine_code
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -110,25 +108,10 @@ class Resources:
     mma: int  # HMMA or HGMMA (wgmma) or tcgen05 products
 
 
-def _tool(name: str) -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-
-
 def resources(kernel: CompiledKernel) -> Resources:
     """Read the resources of a kernel compiled for an NVIDIA target."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", cubin.name], check=True, capture_output=True, text=True
-        ).stdout
-        sass = subprocess.run([_tool("nvdisasm"), "-c", cubin.name], check=True, capture_output=True, text=True).stdout
-    opcodes = collections.Counter(re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9]*)", sass))
-    products = sum(opcodes[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "IMMA"))
-    return Resources(
-        registers=max(int(n) for n in re.findall(r"REG:(\d+)", usage)),
-        stack=max(int(n) for n in re.findall(r"STACK:(\d+)", usage)),
-        shared=kernel.metadata.shared,
-        instructions=sum(opcodes.values()),
-        mma=products,
-    )
+        code = read_machine_code(Path(cubin.name))
+    return Resources(code.registers, code.stack, kernel.metadata.shared, code.instructions, code.products)

@@ -176,6 +176,19 @@ void cuda_rotate_(FASTATTN_ROTATION_PARAMETERS) {
   run_rotation(call, query, key, FASTATTN_ROTATION_ARGUMENTS);
 }
 
+std::string cuda_plan(FASTATTN_PROBLEM_PARAMETERS) {
+  const Call call(query);
+  const Plan plan = attention_plan(unpack(call.place, FASTATTN_PROBLEM_ARGUMENTS), call.device);
+  const std::pair<const char*, int> entries[] = {
+      {"dim", plan.dim},         {"rows", plan.rows},     {"keys", plan.keys},
+      {"threads", plan.threads}, {"stages", plan.stages}, {"splits", plan.splits},
+      {"shared_bytes", plan.shared_bytes}};
+  std::string json = std::string(R"({"kernel": ")") + (plan.decode ? "decode" : "forward") + '"';
+  for (const auto& [name, value] : entries)
+    json += std::string(", \"") + name + "\": " + std::to_string(value);
+  return json + "}";
+}
+
 std::string cuda_info() {
   int runtime = 0;
   check(cudaRuntimeGetVersion(&runtime));
@@ -195,6 +208,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("cuda_forward", TORCH_BOX(&fastattn::cuda::cuda_forward));
   m.impl("cuda_backward", TORCH_BOX(&fastattn::cuda::cuda_backward));
+  m.impl("cuda_plan", TORCH_BOX(&fastattn::cuda::cuda_plan));
   m.impl("cuda_softmax_forward", TORCH_BOX(&fastattn::cuda::cuda_softmax_forward));
   m.impl("cuda_softmax_backward", TORCH_BOX(&fastattn::cuda::cuda_softmax_backward));
   m.impl("cuda_rotate", TORCH_BOX(&fastattn::cuda::cuda_rotate));

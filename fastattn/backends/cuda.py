@@ -3,6 +3,7 @@ FASTATTN_CUDA_SIMULATOR=1 is set (slow: for tests)."""
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cache
 from importlib import import_module
@@ -82,6 +83,12 @@ class CudaBackend(GpuBackend):
                     reasons.append(f"{name} = {dim}; it has multiples of 8 up to {MAX_HEAD_DIM}")
         return reasons
 
+    def plan(self, problem: Problem) -> dict[str, object]:
+        """Tiles, stages of copies, splits of the keys and shared memory of the forward kernel."""
+        if simulated() and problem.device.type == "cpu":
+            return _simulator().attention_plan(problem)
+        return json.loads(torch.ops.fastattn.cuda_plan(*problem.arguments()))
+
 
 def _simulator() -> ModuleType:
     return import_module("fastattn._native")
@@ -107,9 +114,7 @@ def _backward(
             is_operand = name in ("query", "key", "value")
             grads[name] = empty_like_layout(like, tuple(like.shape)) if is_operand else like.new_empty(like.shape)
     _simulator().attention_backward(problem, grad_out, grad_lse, out, statistics, *grads.values())
-    return tuple(
-        absent_gradient(name, grad_out, statistics) if grad is None else grad for name, grad in grads.items()
-    )
+    return tuple(absent_gradient(name, grad_out, statistics) if grad is None else grad for name, grad in grads.items())
 
 
 def _softmax_forward(*args: Any) -> Tensor:

@@ -93,6 +93,14 @@ def cpu_library() -> Pairs:
     return rows
 
 
+def cuda_library() -> Pairs:
+    """The CUDA library: loaded or why not, and what was compiled into it."""
+    if not native.load_cuda_library():
+        return [("CUDA library", f"not loaded: {escape(str(native.cuda_load_error))}")]
+    rows = [("CUDA library", f"[green]loaded[/green]  {native.cuda_library_path}")]
+    return rows + [(f"  {key}", escape(str(value))) for key, value in native.cuda_info().items()]
+
+
 def gpus() -> Pairs:
     if not torch.cuda.is_available():
         built = torch.version.cuda
@@ -153,8 +161,8 @@ def main(options: argparse.Namespace) -> int:
     console.pairs(versions())
     console.heading("Processor and kernels")
     console.pairs(processor() + cpu_library())
-    console.heading("GPUs")
-    console.pairs(gpus())
+    console.heading("GPUs and kernels")
+    console.pairs(gpus() + cuda_library())
     console.heading("Build tools")
     console.pairs(compilers())
     console.heading("Backends, in the order they are asked")

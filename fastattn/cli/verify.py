@@ -33,11 +33,11 @@ class Verdict:
     backend: str
     worst: float  # error over budget
     where: str
-    note: str = ""
+    refusal: str = ""  # why the backend does not run it, in its own words
 
     @property
     def passed(self) -> bool:
-        return self.worst <= 1.0 and not self.note
+        return self.worst <= 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +103,7 @@ def _worst(feature: str, dtype: str, backend: str, device: str) -> Verdict:
         try:
             checks = verify_case(case, device, backend)
         except fastattn.UnsupportedError as error:
-            return Verdict(feature, dtype, backend, float("nan"), shape_name, f"refused: {error}")
+            return Verdict(feature, dtype, backend, float("nan"), shape_name, str(error))
         for check in checks:
             share = check.error / check.budget if check.budget else (0.0 if check.error == 0 else float("inf"))
             if not (share <= worst or math.isnan(worst)):  # a NaN comes in and stays
@@ -141,18 +141,20 @@ def main(options: argparse.Namespace) -> int:
         "  forward and every gradient, against the formula in float64; the budget is twice the error of the same\n"
         "  formula in the tested dtype, plus a few roundings of the result"
     )
-    bad = [v for v in verdicts if not v.passed]
-    for v in bad if not options.all else verdicts:
+    ran = [v for v in verdicts if not v.refusal]
+    bad = [v for v in ran if not v.passed]
+    for v in bad if not options.all else ran:
         colour = "green" if v.passed else "red"
-        console.print(
-            f"  [{colour}]{v.backend} {v.dtype} {v.feature}[/{colour}]: {v.worst:.2f} at {v.where} {escape(v.note)}"
-        )
-    checked = f"{len(verdicts) - len(bad)} of {len(verdicts)} passed on {device}"
-    console.print(f"[green]{checked}[/green]" if not bad and verdicts else f"[bold red]{checked}[/bold red]")
-    return 0 if verdicts and not bad else 1
+        console.print(f"  [{colour}]{v.backend} {v.dtype} {v.feature}[/{colour}]: {v.worst:.2f} at {v.where}")
+    # a backend is not wrong about what it refuses in words; nothing else may be left out
+    for refusal in sorted({v.refusal for v in verdicts if v.refusal}):
+        console.print(f"  refused: {escape(refusal)}")
+    checked = f"{len(ran) - len(bad)} of {len(ran)} passed on {device}"
+    console.print(f"[green]{checked}[/green]" if not bad and ran else f"[bold red]{checked}[/bold red]")
+    return 0 if ran and not bad else 1
 
 
 def _cell(verdict: Verdict) -> str:
-    if verdict.passed:
-        return f"[green]{verdict.worst:.2f}[/green]"
-    return f"[bold red]{escape(verdict.note[:20]) or f'{verdict.worst:.2f}'}[/bold red]"
+    if verdict.refusal:
+        return "refused"
+    return f"[{'green' if verdict.passed else 'bold red'}]{verdict.worst:.2f}[/]"

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from rotary_cases import SHAPES, check_empty, check_gradient_of_one_operand, check_in_place_inside_guard_bands
 from rotary_oracle import RotaryCall, RotaryShape, check_rotation
 
 import fastattn
-
-SHAPES = {
-    "usual": RotaryShape(),
-    "partial": RotaryShape(dim=24, width=10),
-    "odd rest": RotaryShape(dim=13, width=6),
-    "many heads": RotaryShape(heads=6, kv_heads=1, length=3),
-    "long": RotaryShape(batch=1, heads=1, kv_heads=1, length=300, rows=300, dim=64, width=64),
-    "nothing rotates": RotaryShape(dim=8, width=0),
-}
 
 
 @pytest.mark.parametrize("positions", ["none", "shared", "each"])
@@ -32,35 +22,18 @@ def test_rotation(dtype: torch.dtype, shape: str, interleaved: bool, positions: 
 
 @pytest.mark.parametrize("empty", ["batch", "heads", "kv_heads", "length"])
 def test_empty(empty: str) -> None:
-    call = RotaryCall(RotaryShape(**{empty: 0}), positions="each")
-    query, key = call.run("triton")
-    torch.testing.assert_close(query.double(), call.exact(call.query), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(key.double(), call.exact(call.key), atol=1e-5, rtol=1e-5)
+    check_empty("triton", empty)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_in_place_inside_guard_bands(dtype: torch.dtype, interleaved: bool) -> None:
-    """The same bits as out of place, and nothing beside the operands is read or written."""
-    call = RotaryCall(RotaryShape(dim=24, width=10), dtype, interleaved=interleaved, positions="each")
-    expected = call.run("triton")
-    padded = [torch.nn.functional.pad(x, (3, 5, 2, 1), value=math.nan) for x in (call.query, call.key)]
-    inner = [x[..., 2:-1, 3:-5] for x in padded]
-    for ours, want in zip(call.run("triton", query=inner[0], key=inner[1]), expected, strict=True):
-        assert torch.equal(ours, want)
-    found = call.run("triton", query=inner[0], key=inner[1], inplace=True)
-    for whole, part, ours, want in zip(padded, inner, found, expected, strict=True):
-        assert ours.data_ptr() == part.data_ptr() and torch.equal(part, want)
-        assert whole.isnan().sum() == whole.numel() - part.numel()
+    check_in_place_inside_guard_bands("triton", dtype, interleaved=interleaved)
 
 
 @pytest.mark.parametrize("which", ["query", "key"])
 def test_gradient_of_one_operand(which: str) -> None:
-    call = RotaryCall(RotaryShape())
-    leaf = getattr(call, which).requires_grad_()
-    place = ("query", "key").index(which)
-    (grad,) = torch.autograd.grad(call.run("triton", **{which: leaf})[place], leaf, call.grads[place])
-    torch.testing.assert_close(grad, call.exact(call.grads[place], conjugate=True).float())
+    check_gradient_of_one_operand("triton", which)
 
 
 def test_it_is_the_kernel_that_runs() -> None:

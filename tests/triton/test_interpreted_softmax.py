@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from features import BIASES, MASKS, Shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from softmax_cases import (
+    EMPTY,
+    SHAPE,
+    check_a_row_that_sees_no_number,
+    check_empty,
+    check_guard_bands,
+    check_low_scores,
+    check_the_same_bits_on_every_run,
+    draw_composition,
+)
 from softmax_oracle import SoftmaxCall, check
 
-import fastattn
 from fastattn.triton_kernels import tiles
 from fastattn.triton_kernels.tiles import Tile
 
-SHAPE = Shape(heads=2, query_length=7, key_length=45)
 # Parts of rows instead of whole rows, at a size where several are needed.
 PARTS = Tile(1, 16, 4, 1)
 DTYPES = (torch.float32, torch.float16)
@@ -52,84 +61,37 @@ def test_the_tile_is_one_row_until_16384_columns() -> None:
 @settings(max_examples=25)
 @given(data=st.data())
 def test_composition(data: st.DataObject) -> None:
-    names = (*data.draw(st.permutations(MASKS), "masks")[: data.draw(st.integers(0, 2))],)
-    names += (*data.draw(st.permutations(BIASES), "biases")[: data.draw(st.integers(0, 2))],)
-    shape = Shape(
-        batch=data.draw(st.integers(1, 2)),
-        heads=data.draw(st.integers(1, 3)),
-        query_length=data.draw(st.integers(1, 20)),
-        key_length=data.draw(st.integers(1, 50)),
-    )
-    offset = data.draw(st.one_of(st.none(), st.integers(-25, 45), st.just("tensor")))
-    if offset == "tensor":
-        offset = torch.randint(-9, 30, (shape.batch,))
-    scale = data.draw(st.sampled_from([1.0, 0.25, -1.5, 0.0]))
-    call = SoftmaxCall(names, shape, data.draw(st.sampled_from(DTYPES)), offset=offset, scale=scale)
+    call = draw_composition(data, DTYPES)
     with tiles.override(**({"rows": PARTS} if data.draw(st.booleans(), "in parts") else {})):
         check(call, "triton")
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_guard_bands(in_parts: bool) -> None:
-    """Nothing beside a slice is read or written, and what the masks hide is not read: it is NaN."""
-    call = SoftmaxCall(("window", "alibi"), SHAPE)
-    scores = call.leaves["scores"].masked_fill(~call.visible(), math.nan)
-    padded = torch.nn.functional.pad(scores, (3, 5, 2, 1), value=math.nan)[..., 2:-1, 3:-5]
-    grad = torch.nn.functional.pad(
-        call.grad_out.masked_fill(~call.visible(), math.nan), (1, 1, 1, 1), value=math.nan
-    )[..., 1:-1, 1:-1]  # fmt: skip
-    with tiles.override(**({"rows": PARTS} if in_parts else {})):
-        want_out, want = call.fused("triton")
-        leaf = padded.detach().requires_grad_()
-        out = fastattn.masked_softmax(leaf, **call.keywords(call.leaves), backend="triton")
-        (dscores,) = torch.autograd.grad(out, leaf, grad)
-    assert torch.equal(out, want_out) and torch.equal(dscores, want["scores"])
+@pytest.fixture(params=[False, True], ids=["whole", "in parts"])
+def in_parts(request: pytest.FixtureRequest) -> Iterator[None]:
+    with tiles.override(**({"rows": PARTS} if request.param else {})):
+        yield
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.usefixtures("in_parts")
+def test_guard_bands() -> None:
+    check_guard_bands("triton")
+
+
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_row_that_sees_no_number(value: float, in_parts: bool) -> None:
-    scores = torch.randn(1, 2, 4, 40)
-    scores[0, 1, 2, 1] = value
-    seen = torch.ones(1, 1, 1, 40, dtype=torch.bool)
-    seen[..., 3] = False
-    with tiles.override(**({"rows": PARTS} if in_parts else {})):
-        out = fastattn.masked_softmax(scores, mask=fastattn.BoolMask(seen), backend="triton")
-    assert (out[..., 3] == 0).all()
-    bad = out.isnan()
-    assert bad[0, 1, 2][seen[0, 0, 0]].all()
-    bad[0, 1, 2] = False
-    assert not bad.any()
+def test_a_row_that_sees_no_number(value: float) -> None:
+    check_a_row_that_sees_no_number("triton", value)
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_low_scores(in_parts: bool) -> None:
-    """-inf masks, finfo.min is a number: rows of nothing else are zero and uniform."""
-    lowest = torch.finfo(torch.float32).min
-    scores = torch.full((1, 1, 3, 20), lowest)
-    scores[0, 0, 1] = -math.inf
-    scores[0, 0, 2, 5:] = -math.inf
-    expected = torch.zeros(3, 20)
-    expected[0], expected[2, :5] = 0.05, 0.2
-    with tiles.override(**({"rows": PARTS} if in_parts else {})):
-        out = fastattn.masked_softmax(scores, backend="triton")
-        biased = fastattn.masked_softmax(torch.randn(1, 1, 3, 20), bias=fastattn.DenseBias(scores), backend="triton")
-    torch.testing.assert_close(out[0, 0], expected)
-    torch.testing.assert_close(biased[0, 0], expected)
+@pytest.mark.usefixtures("in_parts")
+def test_low_scores() -> None:
+    check_low_scores("triton")
 
 
 def test_gradients_are_the_same_bits_on_every_run() -> None:
-    call = SoftmaxCall(("causal", "alibi", "table", "dense_keys"), SHAPE)
-    first, second = call.fused("triton"), call.fused("triton")
-    assert torch.equal(first[0], second[0])
-    for name, grad in first[1].items():
-        assert torch.equal(grad, second[1][name]), name
+    check_the_same_bits_on_every_run("triton")
 
 
-@pytest.mark.parametrize("size", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0)], ids=str)
+@pytest.mark.parametrize("size", EMPTY)
 def test_empty(size: tuple[int, ...]) -> None:
-    scores, table = torch.randn(size, requires_grad=True), torch.randn(size[1], 5, requires_grad=True)
-    out = fastattn.masked_softmax(scores, bias=fastattn.DistanceTable(table), backend="triton")
-    assert out.shape == size
-    out.sum().backward()
-    assert (table.grad == 0).all()
+    check_empty("triton", size)

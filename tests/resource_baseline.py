@@ -1,0 +1,29 @@
+"""What kernels took when they were last looked at: figures by compiler version and kernel, in tests/resources."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+Figures = dict[str, list[int]]
+
+
+def _read(path: Path) -> dict[str, Figures]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_baseline(path: Path, version: str) -> Figures:
+    """The figures of each kernel as that compiler version makes it."""
+    return _read(path).get(version, {})
+
+
+def add_to_baseline(path: Path, version: str, found: Figures) -> None:
+    """Write what was found over what was known, one kernel a line."""
+    everything = _read(path)
+    everything.setdefault(version, {}).update(found)
+    path.parent.mkdir(exist_ok=True)
+    blocks = []
+    for name, kernels in sorted(everything.items()):
+        rows = ",\n".join(f"  {json.dumps(kernel)}: {figures}" for kernel, figures in sorted(kernels.items()))
+        blocks.append(f"{json.dumps(name)}: {{\n{rows}\n}}")
+    path.write_text("{\n" + ",\n".join(blocks) + "\n}\n")

@@ -1,0 +1,104 @@
+"""The CUDA masked softmax in the simulator: every mask and bias, forward and gradients, in one pass and in two, by one
+warp and by eight, in wide accesses and in narrow ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from features import BIASES, MASKS, Shape
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from softmax_cases import (
+    EMPTY,
+    SHAPE,
+    check_a_row_that_sees_no_number,
+    check_empty,
+    check_guard_bands,
+    check_low_scores,
+    check_the_same_bits_on_every_run,
+    draw_composition,
+)
+from softmax_oracle import SoftmaxCall, check
+
+pytestmark = pytest.mark.usefixtures("cuda_simulator")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Rows of whole 16-byte vectors; long enough for several warps each, as the simulated device is not filled otherwise.
+WIDE = Shape(heads=2, query_length=7, key_length=544)
+# More columns than the threads of a block hold at once.
+LONG = Shape(batch=1, heads=1, query_length=2, key_length=8201)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", [*MASKS, *BIASES])
+def test_feature(feature: str, dtype: torch.dtype) -> None:
+    check(SoftmaxCall((feature,), SHAPE, dtype), "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", [*MASKS, *BIASES])
+def test_feature_in_wide_accesses(feature: str, dtype: torch.dtype) -> None:
+    check(SoftmaxCall((feature,), WIDE, dtype), "cuda")
+
+
+@pytest.mark.parametrize("feature", [*MASKS, *BIASES])
+def test_feature_in_parts(feature: str) -> None:
+    check(SoftmaxCall((feature,), LONG, torch.bfloat16), "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 7, 129, 1000, 1024, 4096, 16384])
+def test_row_length(length: int, dtype: torch.dtype) -> None:
+    shape = Shape(batch=1, heads=1, query_length=2, key_length=length)
+    check(SoftmaxCall((), shape, dtype), "cuda")
+    check(SoftmaxCall(("window_left", "alibi"), shape, dtype, scale=0.3), "cuda")
+
+
+@pytest.mark.parametrize(("rows", "length", "warps"), [(64, 40, 8), (64, 1024, 8), (64, 1025, 4), (64, 4097, 1)])
+def test_warps_of_a_row(cuda_simulator, rows: int, length: int, warps: int) -> None:
+    """As few as hold the row, once there are rows enough: that many rows to a block of eight warps."""
+    cuda_simulator.clear_reports()
+    SoftmaxCall((), Shape(batch=1, heads=1, query_length=rows, key_length=length), torch.float16).fused("cuda")
+    assert cuda_simulator.reports()[0]["grid"] == (rows // warps, 1, 1)
+
+
+def test_wide_accesses(cuda_simulator) -> None:
+    """A row is read once and written once, in sectors that are used in full."""
+    cuda_simulator.clear_reports()
+    call = SoftmaxCall((), WIDE, torch.bfloat16)
+    call.fused("cuda")
+    forward = cuda_simulator.reports()[0]
+    sectors = call.leaves["scores"].numel() * 2 // 32
+    assert forward["traffic"]["load_constant"]["actual"] == sectors
+    assert forward["traffic"]["store_global"]["actual"] == sectors
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_composition(data: st.DataObject) -> None:
+    check(draw_composition(data, DTYPES), "cuda")
+
+
+def test_guard_bands() -> None:
+    check_guard_bands("cuda")
+
+
+@pytest.mark.parametrize("columns", [40, 4100])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_sees_no_number(value: float, columns: int) -> None:
+    check_a_row_that_sees_no_number("cuda", value, columns)
+
+
+def test_low_scores() -> None:
+    check_low_scores("cuda")
+
+
+def test_gradients_are_the_same_bits_on_every_run() -> None:
+    check_the_same_bits_on_every_run("cuda")
+
+
+@pytest.mark.parametrize("size", EMPTY)
+def test_empty(size: tuple[int, ...]) -> None:
+    check_empty("cuda", size)
