@@ -35,6 +35,7 @@ namespace fastattn::cuda::instruction_tests {
   X(multiply_from_shared_bf16, (multiply_from_shared<BFloat16>), 32)        \
   X(copies, (copies), 64)                                                   \
   X(handover, (handover), 96)                                               \
+  X(orderly_global, (orderly_global), 64)                                   \
   X(access_pattern_1, (access_pattern<uint8_t>), 32)                        \
   X(access_pattern_4, (access_pattern<uint32_t>), 32)                       \
   X(access_pattern_8, (access_pattern<Vec2>), 32)                           \
@@ -63,6 +64,12 @@ namespace fastattn::cuda::instruction_tests {
   X(misaligned_global, (misaligned_global), 64)                             \
   X(misaligned_load_matrix, (misaligned_load_matrix), 32)                   \
   X(misaligned_copy, (misaligned_copy), 64)                                 \
+  X(blocks_store_the_same, (blocks_store_the_same), 64)                     \
+  X(blocks_add_without_atomics, (blocks_add_without_atomics), 64)           \
+  X(block_reads_another, (block_reads_another), 64)                         \
+  X(block_writes_what_another_read, (block_writes_what_another_read), 64)   \
+  X(store_beside_atomics, (store_beside_atomics), 64)                       \
+  X(missing_barrier_in_global, (missing_barrier_in_global), 64)             \
   X(divergent_shuffle, (divergent_shuffle), 32)                             \
   X(divergent_multiply, (divergent_multiply), 32)                           \
   X(divergent_barrier, (divergent_barrier), 64)                             \

@@ -60,9 +60,11 @@ FASTATTN_DEVICE void functions(const Params& p) {
     output(p, 1, i, log2_approx(x));
     output(p, 2, i, reciprocal_approx(x));
   }
-  output(p, 3, 0, infinity());
-  output(p, 3, 1, not_a_number());
-  output(p, 3, 2, float_of(bits_of(-2.5f)));
+  if (thread_index() == 0) {
+    output(p, 3, 0, infinity());
+    output(p, 3, 1, not_a_number());
+    output(p, 3, 2, float_of(bits_of(-2.5f)));
+  }
 }
 
 // in0 uint32[32], in1 int[32] -> out0 uint32[4][32]
@@ -172,7 +174,7 @@ FASTATTN_DEVICE void multiply_from_shared(const Params& p) {
   }
   float d[4] = {};
   multiply_m16n8k16<T>(d, a, b[0], b[1]);
-  for (int i = 0; i < 4; ++i) output(p, 0, lane * 4 + i, d[i]);
+  for (int i = 0; i < 4; ++i) output(p, 0, (block_index() * 32 + lane) * 4 + i, d[i]);
 }
 
 // in0 Vec4[64], in1 int[64] valid, in2 uint32[64] -> out0 Vec4[64], out1 uint32[64], each of the mirrored thread
@@ -212,6 +214,22 @@ FASTATTN_DEVICE void handover(const Params& p) {
                  load_shared<uint32_t>(base + 4 * static_cast<uint32_t>(lane) + 128));
       if (round + 1 < p.n[0]) named_barrier_arrive(kEmpty, 96);
     }
+  }
+}
+
+// What is in order in global memory: a block's threads with a barrier between, blocks that each keep to half a word,
+// and atomics of all.  Two blocks.  out0 int[2][64], out1 int[1], out2 uint16[2]
+FASTATTN_DEVICE void orderly_global(const Params& p) {
+  int* mine = static_cast<int*>(p.out[0]) + block_index() * block_threads();
+  store_global(mine + thread_index(), thread_index());
+  sync_block();
+  const int other = load_global(mine + block_threads() - 1 - thread_index());
+  sync_block();
+  store_global(mine + thread_index(), other);
+  atomic_add(static_cast<int*>(p.out[1]), 1);
+  if (thread_index() == 0) {
+    auto* half = static_cast<uint16_t*>(p.out[2]) + block_index();
+    store_global(half, static_cast<uint16_t>(load_global(half) + 1));
   }
 }
 

@@ -131,6 +131,37 @@ FASTATTN_DEVICE void misaligned_copy(const Params& p) {
                 static_cast<const uint32_t*>(p.in[0]) + thread_index(), true);
 }
 
+// Blocks have no order, whatever the order of a run.
+FASTATTN_DEVICE void blocks_store_the_same(const Params& p) { output(p, 0, thread_index(), 1); }
+FASTATTN_DEVICE void blocks_add_without_atomics(const Params& p) {
+  if (block_index() != thread_index()) return;
+  int* total = static_cast<int*>(p.out[0]);
+  store_global(total, load_global(total) + 1);
+}
+FASTATTN_DEVICE void block_reads_another(const Params& p) {
+  const auto* mine = static_cast<const int*>(p.out[0]);
+  if (block_index() == 0) output(p, 0, thread_index(), 1);
+  if (block_index() == 1) output(p, 0, 64 + thread_index(), load_global(mine + thread_index()));
+}
+FASTATTN_DEVICE void block_writes_what_another_read(const Params& p) {
+  const auto* mine = static_cast<const int*>(p.out[0]);
+  if (block_index() == 0) output(p, 0, 64 + thread_index(), load_global(mine + thread_index()));
+  if (block_index() == 1) output(p, 0, thread_index(), 1);
+}
+FASTATTN_DEVICE void store_beside_atomics(const Params& p) {
+  int* total = static_cast<int*>(p.out[0]);
+  if (block_index() != 1) {
+    atomic_add(total, 1);
+  } else if (thread_index() == 0) {
+    store_global(total, 0);
+  }
+}
+FASTATTN_DEVICE void missing_barrier_in_global(const Params& p) {
+  output(p, 0, thread_index(), 1);
+  const auto* mine = static_cast<const int*>(p.out[0]);
+  output(p, 0, 64 + thread_index(), load_global(mine + (thread_index() ^ 1)));
+}
+
 FASTATTN_DEVICE void divergent_shuffle(const Params& p) {
   int value = lane_index();
   if (lane_index() < 16) value = shuffle_xor(value, 1);

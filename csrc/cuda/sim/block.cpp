@@ -289,11 +289,15 @@ std::string Block::name(int thread) const {
          std::to_string(thread % kLanes) + ")";
 }
 
+std::string Block::block_text(uint32_t linear) const {
+  const auto x = static_cast<uint32_t>(current_position.grid[0]), y = static_cast<uint32_t>(current_position.grid[1]);
+  return "block (" + std::to_string(linear % x) + ", " + std::to_string(linear / x % y) + ", " +
+         std::to_string(linear / x / y) + ")";
+}
+
 void Block::fail(int thread, Where where, const std::string& message) {
-  const int (&b)[3] = current_position.block;
-  throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", block (" + std::to_string(b[0]) + ", " +
-                           std::to_string(b[1]) + ", " + std::to_string(b[2]) + "), " + name(thread) + ", " +
-                           Sites::text(where) + ": " + message);
+  throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", " + block_text(linear_index()) + ", " +
+                           name(thread) + ", " + Sites::text(where) + ": " + message);
 }
 
 std::string Block::waits_of(Warp& warp, int lane) const {
@@ -321,9 +325,8 @@ void Block::deadlock() {
             " " + what;
     first = last + 1;
   }
-  const int (&b)[3] = current_position.block;
-  throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", block (" + std::to_string(b[0]) + ", " +
-                           std::to_string(b[1]) + ", " + std::to_string(b[2]) + "): deadlock: " + text);
+  throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", " + block_text(linear_index()) +
+                           ": deadlock: " + text);
 }
 
 // ---- Shared memory.
@@ -401,6 +404,7 @@ void Block::begin_launch(const char* kernel, int threads, const Launch& launch) 
   report_.shared_bytes = launch.shared_bytes;
   find_races_ = options().races;
   count_ = options().counters;
+  global_races_.begin_launch();
 }
 
 Report Block::end_launch() {

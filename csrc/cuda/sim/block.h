@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "global_races.h"
 #include "instructions.h"
 #include "races.h"
 #include "simulator.h"
@@ -105,6 +106,13 @@ class Block {
   [[noreturn]] void fail(int thread, Where where, const std::string& message);
   std::string name(int thread) const;
 
+  // The block's number along the grid, x fastest, and the words for one.
+  uint32_t linear_index() const {
+    const Position& p = current_position;
+    return static_cast<uint32_t>((p.block[2] * p.grid[1] + p.block[1]) * p.grid[0] + p.block[0]);
+  }
+  std::string block_text(uint32_t linear) const;
+
   // Shared memory.
   uint8_t* shared(uint32_t address) { return &bytes_[address - kSharedBase]; }
   // Bounds and alignment; the text says what was tried.
@@ -122,6 +130,7 @@ class Block {
   bool find_races() const { return find_races_; }
   bool count() const { return count_; }
   Races& races() { return races_; }
+  GlobalRaces& global_races() { return global_races_; }
   Traffics& traffics() { return traffics_; }
   Report& report() { return report_; }
   void begin_launch(const char* kernel, int threads, const Launch& launch);
@@ -153,6 +162,7 @@ class Block {
   std::vector<uint8_t> bytes_, states_;
   std::vector<Time> times_;
   Races races_;
+  GlobalRaces global_races_;
   Traffics traffics_;
   Report report_;
   bool find_races_ = true, count_ = true;

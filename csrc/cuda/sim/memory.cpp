@@ -15,7 +15,13 @@ struct Range {
   std::string name;
 };
 std::vector<Range> ranges;
-size_t last_read = 0, last_written = 0;  // where the last access was found: mostly the next one is there too
+
+// Where the last access was found: mostly the next one is there too.
+struct Found {
+  size_t range = ~size_t{0};
+  bool may_be_written = false;  // by this launch: the range or one that overlaps it
+};
+Found last_read, last_written;
 
 bool allows(const Range& range, uintptr_t begin, uintptr_t end, bool write) {
   return range.begin <= begin && end <= range.end && (range.writable || !write);
@@ -38,24 +44,40 @@ std::string complaint(uintptr_t begin, uintptr_t end) {
          std::to_string(offset);
 }
 
-void check_global(const void* address, int bytes, bool write, const char* what, Where where) {
+// Bounds, permission, alignment, order.
+void check_global(const void* address, int bytes, bool write, bool atomic, const char* what, Where where) {
   const auto begin = reinterpret_cast<uintptr_t>(address), end = begin + static_cast<uintptr_t>(bytes);
-  size_t& last = write ? last_written : last_read;
-  if (last < ranges.size() && allows(ranges[last], begin, end, write)) [[likely]] {
-  } else {
+  Found& last = write ? last_written : last_read;
+  if (last.range >= ranges.size() || !allows(ranges[last.range], begin, end, write)) [[unlikely]] {
     const auto found =
         std::find_if(ranges.begin(), ranges.end(), [&](const Range& r) { return allows(r, begin, end, write); });
     if (found == ranges.end()) {
       block.fail(where, std::string(what) + " of " + std::to_string(bytes) +
                             " bytes of global memory: " + complaint(begin, end));
     }
-    last = static_cast<size_t>(found - ranges.begin());
+    last.range = static_cast<size_t>(found - ranges.begin());
+    last.may_be_written = std::any_of(ranges.begin(), ranges.end(), [&](const Range& r) {
+      return r.writable && r.begin < found->end && found->begin < r.end;
+    });
   }
   if (begin % static_cast<uintptr_t>(bytes) != 0) {
     block.fail(where, std::string("misaligned ") + what + " of " + std::to_string(bytes) +
                           " bytes of global memory, at an address that is " +
                           std::to_string(begin % static_cast<uintptr_t>(bytes)) + " past a multiple of its size");
   }
+  if (!block.find_races() || !last.may_be_written) return;
+  const int thread = current_position.thread;
+  const GlobalRaces::Party party{block.linear_index(), thread, block.time(thread), Sites::number(where)};
+  const GlobalRaces::Conflict conflict =
+      write ? block.global_races().write(party, begin, bytes, atomic) : block.global_races().read(party, begin, bytes);
+  if (!conflict.found) return;
+  const Range& range = ranges[last.range];
+  block.fail(where, std::string("race in global memory: ") + what + " of " + std::to_string(bytes) +
+                        " bytes at offset " + std::to_string(begin - range.begin) + " of " +
+                        (range.name.empty() ? "a range" : "`" + range.name + "`") + " is not ordered after the " +
+                        (conflict.was_write ? "write" : "read") + " by " + block.block_text(conflict.block) +
+                        (conflict.several_blocks ? " and others" : "") + ", " + block.name(conflict.thread) + ", at " +
+                        Sites::text(Sites::location(conflict.site)));
 }
 
 void count_access(Access access, Where where, uint64_t address, int bytes) {
@@ -68,16 +90,23 @@ void count_access(Access access, Where where, uint64_t address, int bytes) {
 
 void Memory::register_range(const void* begin, size_t bytes, bool writable, std::string name) {
   const auto at = reinterpret_cast<uintptr_t>(begin);
-  if (bytes != 0) ranges.push_back({at, at + bytes, writable, std::move(name)});
+  if (bytes == 0) return;
+  ranges.push_back({at, at + bytes, writable, std::move(name)});
+  last_read = last_written = Found{};
 }
 
 void Memory::unregister_range(const void* begin) {
   const auto at = reinterpret_cast<uintptr_t>(begin);
   const auto found = std::find_if(ranges.rbegin(), ranges.rend(), [at](const Range& r) { return r.begin == at; });
-  if (found != ranges.rend()) ranges.erase(std::next(found).base());
+  if (found == ranges.rend()) return;
+  ranges.erase(std::next(found).base());
+  last_read = last_written = Found{};
 }
 
-void Memory::clear() { ranges.clear(); }
+void Memory::clear() {
+  ranges.clear();
+  last_read = last_written = Found{};
+}
 
 // ---- Shared memory.
 
@@ -111,14 +140,14 @@ void store_shared(uint32_t address, const void* from, int bytes, Where where) {
 // ---- Global memory.
 
 void load_global(void* to, const void* address, int bytes, bool constant, Where where) {
-  check_global(address, bytes, false, "load", where);
+  check_global(address, bytes, false, false, "load", where);
   std::memcpy(to, address, static_cast<size_t>(bytes));
   count_access(constant ? Access::kConstantLoad : Access::kGlobalLoad, where, reinterpret_cast<uintptr_t>(address),
                bytes);
 }
 
 void store_global(void* address, const void* from, int bytes, Where where) {
-  check_global(address, bytes, true, "store", where);
+  check_global(address, bytes, true, false, "store", where);
   std::memcpy(address, from, static_cast<size_t>(bytes));
   count_access(Access::kGlobalStore, where, reinterpret_cast<uintptr_t>(address), bytes);
 }
@@ -127,7 +156,7 @@ namespace {
 
 template <class V>
 V add(V* address, V value, Where where) {
-  check_global(address, sizeof(V), true, "atomic_add", where);
+  check_global(address, sizeof(V), true, true, "atomic_add", where);
   count_access(Access::kAtomic, where, reinterpret_cast<uintptr_t>(address), sizeof(V));
   const V old = *address;
   *address = old + value;
@@ -145,7 +174,7 @@ void copy_async(uint32_t to, const void* from, int bytes, bool valid, Where wher
   const int index = current_position.thread;
   block.check_shared(index, to, bytes, "asynchronous copy", where);
   block.check_no_copy(index, to, bytes, "asynchronous copy", where);
-  if (valid) check_global(from, bytes, false, "asynchronous copy", where);
+  if (valid) check_global(from, bytes, false, false, "asynchronous copy", where);
   if (block.find_races()) {
     block.check_race(index, block.races().check_write(index, block.time(index), to - kSharedBase, bytes), to, bytes,
                      "asynchronous copy", where);

@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cstring>
+#include <filesystem>
 #include <map>
 #include <string_view>
 #include <tuple>
@@ -42,10 +43,9 @@ uint32_t Sites::number(std::source_location where) {
 const std::source_location& Sites::location(uint32_t site) { return table.locations.at(site); }
 
 std::string Sites::file(const std::source_location& where) {
-  const std::string_view path = where.file_name();
+  const std::string path = std::filesystem::path(where.file_name()).lexically_normal().string();
   const size_t root = path.rfind("csrc/cuda/");
-  if (root != std::string_view::npos) return std::string(path.substr(root + std::strlen("csrc/cuda/")));
-  return std::string(path.substr(path.rfind('/') + 1));
+  return path.substr(root != std::string::npos ? root + std::strlen("csrc/cuda/") : path.rfind('/') + 1);
 }
 
 std::string Sites::function(const std::source_location& where) {
