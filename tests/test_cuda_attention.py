@@ -86,7 +86,9 @@ def test_decode_head_dims(device: ModuleType, dim: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("key_length", [1, 31, 33, 64, 129, 200])
 @pytest.mark.parametrize("query_length", [17, 64, 127, 129, 150])
 def test_lengths(query_length: int, key_length: int, features: tuple[str, ...]) -> None:
-    shape = Shape(batch=1, heads=2, kv_heads=1, query_length=query_length, key_length=key_length, head_dim=32, value_dim=32)
+    shape = Shape(
+        batch=1, heads=2, kv_heads=1, query_length=query_length, key_length=key_length, head_dim=32, value_dim=32
+    )
     check(Call(features, shape, HALF), "cuda")
 
 
@@ -116,7 +118,7 @@ def test_stages(device: ModuleType, dim: int, shared_memory: int) -> None:
     problem = lower(**{name: call.leaves[name].detach() for name in ("query", "key", "value")})
     plan = device.attention_plan(problem)
     assert plan["shared_bytes"] <= shared_memory
-    if dim >= 192:
+    if dim == 256:
         assert plan["stages"] == (1 if shared_memory < 100 * 1024 else 2)
 
 
@@ -203,21 +205,25 @@ def test_extreme_dropout(dropout_p: float) -> None:
 @pytest.mark.parametrize("query_length", [3, 150])
 @pytest.mark.parametrize("where", ["query", "key", "value", "grad"])
 def test_not_a_number_stays_where_it_may_be_seen(where: str, query_length: int) -> None:
-    """A key that some rows do not see makes NaN of the others only, forward and backward."""
+    """Number 1 of the queries, keys, values or gradients is NaN under a causal mask that starts at the first key."""
     torch.manual_seed(0)
     tensors = {
         "query": torch.randn(1, 1, query_length, 32), "key": torch.randn(1, 1, 150, 32),
         "value": torch.randn(1, 1, 150, 32), "grad": torch.randn(1, 1, query_length, 32),
     }  # fmt: skip
     tensors[where][0, 0, 1, 5] = float("nan")
-    results = []
-    for backend, dtype in (("cuda", HALF), ("reference", torch.float32)):
-        leaves = [tensors[name].to(dtype).requires_grad_() for name in ("query", "key", "value")]
-        out = fastattn.attention(*leaves, mask=fastattn.Causal(), query_offset=0, backend=backend)
-        grads = torch.autograd.grad(out, leaves, tensors["grad"].to(dtype))
-        results.append([x.isnan().any(-1) for x in (out, *grads)])
-    for mine, reference, name in zip(*results, ("out", "dquery", "dkey", "dvalue"), strict=True):
-        assert torch.equal(mine, reference), name
+    leaves = [tensors[name].to(HALF).requires_grad_() for name in ("query", "key", "value")]
+    out = fastattn.attention(*leaves, mask=fastattn.Causal(), query_offset=0, backend="cuda")
+    dquery, dkey, dvalue = torch.autograd.grad(out, leaves, tensors["grad"].to(HALF))
+
+    rows, keys = torch.arange(query_length), torch.arange(150)
+    met = rows >= 1 if where in ("key", "value") else rows == 1  # rows that meet it
+    seen = keys <= rows[met].max()  # keys that such a row sees
+    assert torch.equal(out[0, 0].isnan().any(-1), met & (where != "grad"))
+    assert torch.equal(dquery[0, 0].isnan().any(-1), met)
+    for grad in (dkey, dvalue):
+        assert not grad[0, 0][~seen].isnan().any()
+        assert grad[0, 0][seen].isnan().any()
 
 
 def test_gradients_are_bit_identical() -> None:
@@ -256,9 +262,9 @@ def test_what_is_not_aligned_is_copied() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 20, 37, dtype=HALF)[..., 3:35] for _ in range(3))
     transposed = torch.randn(1, 2, 32, 20, dtype=HALF).transpose(-1, -2)
-    for given in ((query, key, value), (query, transposed, value)):
-        expected = fastattn.attention(*(x.contiguous() for x in given), backend="cuda")
-        assert torch.equal(fastattn.attention(*given, backend="cuda"), expected)
+    for operands in ((query, key, value), (query, transposed, value)):
+        expected = fastattn.attention(*(x.contiguous() for x in operands), backend="cuda")
+        assert torch.equal(fastattn.attention(*operands, backend="cuda"), expected)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
@@ -275,7 +281,11 @@ def test_no_bank_conflicts(device: ModuleType, dim: int) -> None:
 
 @pytest.mark.parametrize(
     ("problem", "words"),
-    [({"dtype": torch.float32}, "float32"), ({"dim": 264}, "multiples of 8 up to 256"), ({"dim": 20}, "multiples of 8")],
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"dim": 264}, "multiples of 8 up to 256"),
+        ({"dim": 20}, "multiples of 8"),
+    ],
 )
 def test_refusals(problem: dict, words: str) -> None:
     x = torch.zeros(1, 1, 4, problem.get("dim", 16), dtype=problem.get("dtype", HALF))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -95,8 +96,8 @@ def _simulator() -> ModuleType:
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(**dict(zip(FIELD_NAMES, args, strict=True)))
-    query, rows = problem.query, problem.query.shape[:3]
+    problem = _attention(args)
+    query, rows = args[0], problem.query.shape[:3]
     out = empty_like_layout(query, (*rows, problem.value.shape[3]))
     lse, statistics = (query.new_empty(size, dtype=torch.float32) for size in (rows, (*rows, 2)))
     _simulator().attention_forward(problem, out, lse, statistics)
@@ -106,14 +107,17 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, statistics: Tensor, needs: int, *args: Any
 ) -> tuple[Tensor, ...]:
-    problem = Problem(**dict(zip(FIELD_NAMES, args, strict=True)))
+    problem = _attention(args)
+    given = dict(zip(FIELD_NAMES, args, strict=True))
     grads: dict[str, Tensor | None] = dict.fromkeys(GRADIENT_FIELDS)
     for bit, name in enumerate(GRADIENT_FIELDS):
-        like = getattr(problem, name)
+        like = given[name]
         if needs >> bit & 1 and like is not None:
             is_operand = name in ("query", "key", "value")
             grads[name] = empty_like_layout(like, tuple(like.shape)) if is_operand else like.new_empty(like.shape)
-    _simulator().attention_backward(problem, grad_out, grad_lse, out, statistics, *grads.values())
+    _simulator().attention_backward(
+        problem, _aligned_rows(grad_out), grad_lse, _aligned_rows(out), statistics, *grads.values()
+    )
     return tuple(absent_gradient(name, grad_out, statistics) if grad is None else grad for name, grad in grads.items())
 
 
@@ -158,6 +162,18 @@ def _simulate_rotation(rotation: Rotation, query_out: Tensor, key_out: Tensor) -
 def _dense_rows(x: Tensor) -> Tensor:
     """What the operators of the library do with a tensor whose last dimension is not dense: a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _aligned_rows(x: Tensor) -> Tensor:
+    """The same where a row does not start at a multiple of 16 bytes either, as attention's operands must."""
+    dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    strides = [stride for stride, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1]
+    return x if dense and all(stride % 8 == 0 for stride in strides) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _attention(args: tuple[Any, ...]) -> Problem:
+    problem = Problem(**dict(zip(FIELD_NAMES, args, strict=True)))
+    return replace(problem, **{name: _aligned_rows(getattr(problem, name)) for name in ("query", "key", "value")})
 
 
 # CPU tensors come here in the simulator alone: `unsupported_reasons` keeps other calls away.  CUDA tensors go to
