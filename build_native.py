@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent
 CUDA = ROOT / "csrc" / "cuda"
 
 FLAGS = [
-    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g1"),
+    # -fno-trapping-math: selects between floats become vector code, as in the CPU library
+    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-g1"),
     # a local variable that is read before it is written holds a strange number, not yesterday's right one
     "-ftrivial-auto-var-init=pattern",
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),

@@ -91,7 +91,7 @@ PYBIND11_MODULE(_native, module) {
         for (const sim::Report& report : sim::reports()) result.append(to_dict(report));
         return result;
       },
-      "A dict for each launch since clear_reports(): what it was and what its accesses cost.");
+      "A dict for each of the latest 256 launches since clear_reports(): what it was and what its accesses cost.");
   module.def(
       "last_report",
       [] {

@@ -10,7 +10,13 @@ namespace fastattn::cuda::sim {
 namespace {
 
 std::mutex one_launch_at_a_time;
-std::vector<Report> all_reports;
+std::vector<Report> latest_reports;
+constexpr size_t kReports = 256;
+
+void keep(Report report) {
+  if (latest_reports.size() == kReports) latest_reports.erase(latest_reports.begin());
+  latest_reports.push_back(std::move(report));
+}
 
 [[noreturn]] void refuse(const char* kernel, const std::string& reason) {
   throw std::runtime_error("simulated kernel " + std::string(kernel) + ": " + reason);
@@ -27,8 +33,8 @@ Options& options() {
   return value;
 }
 
-const std::vector<Report>& reports() { return all_reports; }
-void clear_reports() { all_reports.clear(); }
+const std::vector<Report>& reports() { return latest_reports; }
+void clear_reports() { latest_reports.clear(); }
 
 void launch(const char* kernel, int threads, const Launch& launch, const void* params, void (*body)(const void*)) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
@@ -43,7 +49,7 @@ void launch(const char* kernel, int threads, const Launch& launch, const void* p
   }
   block.begin_launch(kernel, threads, launch);
   struct Finish {  // also after an error
-    ~Finish() { all_reports.push_back(block.end_launch()); }
+    ~Finish() { keep(block.end_launch()); }
   } finish;
   int index[3];
   for (index[2] = 0; index[2] < launch.grid_z; ++index[2]) {

@@ -76,7 +76,7 @@ struct Report {
   std::vector<LineTraffic> lines;
 };
 
-// One for each launch since the last clear, also for one that failed.
+// One for each launch since the last clear, also for one that failed; of the latest 256.
 const std::vector<Report>& reports();
 void clear_reports();
 
