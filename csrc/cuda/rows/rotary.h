@@ -54,7 +54,7 @@ FASTATTN_DEVICE void turn(float& x0, float& x1, float cos, float sin) {
   x0 = y0;
 }
 
-// One token's elements in the heads first ... of this block: applies move(from, to, ...) to each that exists.
+// One token of the heads of this block.
 template <class T>
 struct TokenRows {
   const Stored<T>* from;
