@@ -13,6 +13,8 @@ struct BackwardQConfig {
   static constexpr BackwardQTiles kTiles = backward_q_tiles(kDim_);
   static constexpr int kDim = kDim_, kRows = kTiles.rows, kKeys = kTiles.keys;
   static constexpr int kWarps = kTiles.warps(), kThreads = kTiles.threads();
+  static constexpr int kContextAt = kTiles.context_at(), kKeysAt = kTiles.keys_at();
+  static_assert(kContextAt + kContextBytes <= kKeysAt);
   using RowTile = Tile<kRows, kDim>;
   using KeyTile = Tile<kKeys, kDim>;
 };
@@ -37,32 +39,34 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
   using KeyTile = typename Config::KeyTile;
   constexpr int kKeys = Config::kKeys, kThreads = Config::kThreads;
   const Attention& p = params.attention;
-  const int lane = lane_index(), warp = warp_index();
+  const int lane = lane_index();
 
   int tile = block_index() % params.tiles;
   if (p.window_right >= 0) tile = params.tiles - 1 - tile;
   const int b = block_index() / params.tiles / p.heads, h = block_index() / params.tiles % p.heads;
   const int m0 = tile * Config::kRows;
-  const Interval interval = interval_of(p, b);
-  const int first = m0 + interval.offset;
-  const int last = smaller(m0 + Config::kRows, p.query_length) - 1 + interval.offset;
-  const Range keys = keys_of_queries(p, interval, first, last);
-  const int start = larger(keys.lo, 0) / kKeys, end = keys.hi > 0 ? (keys.hi + kKeys - 1) / kKeys : 0;
+  const RowContext own = row_context(p, b, h, m0, m0 + Config::kRows - 1);
+  const int start = larger(own.keys.lo, 0) / kKeys, end = own.keys.hi > 0 ? (own.keys.hi + kKeys - 1) / kKeys : 0;
 
   const int stages = params.two_stages ? 2 : 1;
   const SharedAddress query_tile = shared_base(), grad_tile = query_tile + RowTile::kBytes;
-  const SharedAddress key_tiles = grad_tile + RowTile::kBytes, value_tiles = key_tiles + stages * KeyTile::kBytes;
+  const SharedAddress context_at = query_tile + Config::kContextAt;
+  const SharedAddress key_tiles = query_tile + Config::kKeysAt, value_tiles = key_tiles + stages * KeyTile::kBytes;
+  if (thread_index() == 0) store_context(context_at, own);
 
-  const uint16_t* k = static_cast<const uint16_t*>(p.key.data) + b * p.key.batch + h / p.group * p.key.head;
-  const uint16_t* v = static_cast<const uint16_t*>(p.value.data) + b * p.value.batch + h / p.group * p.value.head;
+  const auto rows_of = [&](const Operand& x, int head, int row) {
+    return static_cast<const uint16_t*>(x.data) + b * x.batch + head * x.head + row * x.row;
+  };
+  const uint16_t* next_keys = rows_of(p.key, h / p.group, start * kKeys);
+  const uint16_t* next_values = rows_of(p.value, h / p.group, start * kKeys);
   const auto copy_step = [&](int n) {
-    const i64 row = static_cast<i64>(n) * kKeys;
     const int stage = (n & (stages - 1)) * KeyTile::kBytes;
     if (n < end) {
-      copy_tile<KeyTile, kThreads>(key_tiles + stage, k + row * p.key.row, p.key.row, p.key_length - n * kKeys,
-                                   p.head_dim);
-      copy_tile<KeyTile, kThreads>(value_tiles + stage, v + row * p.value.row, p.value.row, p.key_length - n * kKeys,
+      copy_tile<KeyTile, kThreads>(key_tiles + stage, next_keys, p.key.row, p.key_length - n * kKeys, p.head_dim);
+      copy_tile<KeyTile, kThreads>(value_tiles + stage, next_values, p.value.row, p.key_length - n * kKeys,
                                    p.value_dim);
+      next_keys += kKeys * p.key.row;
+      next_values += kKeys * p.value.row;
     }
     copy_async_commit();
   };
@@ -70,11 +74,11 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
   float acc[1][Config::kDim / 8][4];
   clear(acc);
   float slope_sum = 0.0f, left_sum = 0.0f, right_sum = 0.0f;
-  Place<> at{m0 + warp * 16 + lane / 4, 2 * (lane & 3), b, h};
+  const int band0 = warp_index() * 16, row0 = m0 + band0 + lane / 4;
   RowStatistics rows[2];
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int i = at.row_at(0, 2 * half);
+    const int i = row0 + 8 * half;
     const i64 row = (static_cast<i64>(b) * p.heads + h) * p.query_length + i;
     const bool inside = i < p.query_length;
     rows[half].largest = inside ? load_constant(params.statistics + 2 * row) : 0.0f;
@@ -82,26 +86,24 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
     rows[half].delta = inside ? load_constant(params.delta + row) : 0.0f;
   }
   if (start < end) {
-    const uint16_t* q = static_cast<const uint16_t*>(p.query.data) + b * p.query.batch + h * p.query.head;
-    const uint16_t* g =
-        static_cast<const uint16_t*>(params.grad_out.data) + b * params.grad_out.batch + h * params.grad_out.head;
-    copy_tile<RowTile, kThreads>(query_tile, q + m0 * p.query.row, p.query.row, p.query_length - m0, p.head_dim);
-    copy_tile<RowTile, kThreads>(grad_tile, g + m0 * params.grad_out.row, params.grad_out.row, p.query_length - m0,
+    copy_tile<RowTile, kThreads>(query_tile, rows_of(p.query, h, m0), p.query.row, p.query_length - m0, p.head_dim);
+    copy_tile<RowTile, kThreads>(grad_tile, rows_of(params.grad_out, h, m0), params.grad_out.row, p.query_length - m0,
                                  p.value_dim);
     copy_step(start);
   }
+  sync_block();  // the context is there
   for (int n = start; n < end; ++n) {
     const int stage = (n & (stages - 1)) * KeyTile::kBytes;
     const SharedAddress key_tile = key_tiles + stage, value_tile = value_tiles + stage;
     const int n0 = n * kKeys;
-    at.column = n0 + 2 * (lane & 3);
     if (params.two_stages) {
       copy_step(n + 1);
       copy_async_wait<1>();
     } else {
       copy_async_wait<0>();
     }
-    const bool masked = needs_masks(p, keys, n0, n0 + kKeys);
+    const RowContext context = load_context(context_at);
+    const bool masked = needs_masks(p, context.keys, n0, n0 + kKeys);
     const bool careful = needs_care(p, masked);
     if (careful) {
       // rows that saw a bad key have a NaN lse or delta already; the others must not meet it again
@@ -110,25 +112,26 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
     }
     sync_block();
 
-    const Side side = side_of(p, first, last, n0, n0 + kKeys);
+    const Place<> at{row0, n0 + 2 * (lane & 3), context.batch, context.head};
+    const Side side = side_of(p, context.first, context.last, n0, n0 + kKeys);
     float s[1][kKeys / 8][4], ds[1][kKeys / 8][4];
     const auto raw = [&](float (&product)[1][kKeys / 8][4]) {
-      multiply_rows<T, RowTile, KeyTile>(product, query_tile, warp * 16, key_tile);
+      multiply_rows<T, RowTile, KeyTile>(product, query_tile, band0, key_tile);
     };
     raw(s);
-    finish_scores(s, p, interval, at, masked, side);
-    multiply_rows<T, RowTile, KeyTile>(ds, grad_tile, warp * 16, value_tile);
+    finish_scores(s, p, context.interval, at, masked, side);
+    multiply_rows<T, RowTile, KeyTile>(ds, grad_tile, band0, value_tile);
     weights_and_gradient(s, ds, p, at, careful, [&](int, int, int r) { return rows[r / 2]; });
 
     if (params.partial_slopes) {
       each(ds, [&](float& x, int band, int c, int r) {
-        const int distance = at.key(band, c, r) - (at.query(band, c, r) + interval.offset);
+        const int distance = at.key(band, c, r) - (at.query(band, c, r) + context.interval.offset);
         slope_sum -= x * static_cast<float>(distance < 0 ? -distance : distance);
       });
     }
     if (params.partial_ends) {
       each(ds, [&](float& x, int band, int c, int r) {
-        const int distance = at.key(band, c, r) - (at.query(band, c, r) + interval.offset);
+        const int distance = at.key(band, c, r) - (at.query(band, c, r) + context.interval.offset);
         if (side == Side::kFarLeft || (side == Side::kNear && distance <= -p.table_left)) {
           left_sum += x;
         } else if (side == Side::kFarRight || distance >= p.table_right) {
@@ -145,16 +148,18 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
   }
   copy_async_wait<0>();
 
+  const RowContext context = load_context(context_at);
   if (params.dquery.data) {
-    uint16_t* out = static_cast<uint16_t*>(params.dquery.data) + b * params.dquery.batch + h * params.dquery.head;
+    uint16_t* out = static_cast<uint16_t*>(params.dquery.data) + context.batch * params.dquery.batch +
+                    context.head * params.dquery.head;
     FASTATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int i = at.row_at(0, 2 * half);
+      const int i = row0 + 8 * half;
       store_row<T>(out + i * params.dquery.row, acc[0], half, p.scale, 0, p.head_dim, i < p.query_length);
     }
   }
   // tiles are numbered by their rows here, whatever the order they ran in
-  const i64 place = (static_cast<i64>(b) * p.heads + h) * params.tiles + tile;
+  const i64 place = (static_cast<i64>(context.batch) * p.heads + context.head) * params.tiles + tile;
   if (params.partial_slopes) {
     const float total = block_sum<Config::kWarps>(slope_sum, query_tile);
     if (thread_index() == 0) store_global(params.partial_slopes + place, total);

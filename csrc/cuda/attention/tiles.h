@@ -28,8 +28,10 @@ struct BackwardQTiles {
   int dim, rows, keys;
   constexpr int warps() const { return rows / 16; }
   constexpr int threads() const { return 32 * warps(); }
-  // queries, gradients of the output, stages of keys, stages of values
-  constexpr int shared_bytes(bool two_stages) const { return 4 * rows * dim + (two_stages ? 8 : 4) * keys * dim; }
+  // queries, gradients of the output, the block's context, stages of keys, stages of values
+  constexpr int context_at() const { return 4 * rows * dim; }
+  constexpr int keys_at() const { return context_at() + 128; }
+  constexpr int shared_bytes(bool two_stages) const { return keys_at() + (two_stages ? 8 : 4) * keys * dim; }
 };
 
 constexpr BackwardQTiles backward_q_tiles(int dim) { return {dim, dim <= 128 ? 128 : 64, dim <= 64 ? 64 : 32}; }
