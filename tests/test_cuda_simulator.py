@@ -260,6 +260,13 @@ def test_units_of_every_size(run: Run, size: int, through_constant: int) -> None
     assert torch.equal(out, values.flip(0))
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(1, torch.uint8), (2, torch.int16)])
+def test_neighbours_in_a_word_do_not_race(run: Run, size: int, dtype: torch.dtype) -> None:
+    out = torch.zeros(64, dtype=dtype)
+    run(f"own_units_{size}", {"out0": out}, n=(3,), shared_bytes=64 * size)
+    assert torch.equal(out, (torch.arange(64) + 3).to(dtype))
+
+
 def test_atomics(run: Run) -> None:
     at = torch.randint(0, 5, (64,), dtype=torch.int32)
     floats, ints = torch.randint(-50, 50, (64,)).float(), torch.randint(-50, 50, (64,), dtype=torch.int32)

@@ -22,6 +22,8 @@ namespace fastattn::cuda::instruction_tests {
   X(copy_4, (copy_units<uint32_t>), 64)                                     \
   X(copy_8, (copy_units<Vec2>), 64)                                         \
   X(copy_16, (copy_units<Vec4>), 64)                                        \
+  X(own_units_1, (own_units<uint8_t>), 64)                                  \
+  X(own_units_2, (own_units<uint16_t>), 64)                                 \
   X(atomics, (atomics), 64)                                                 \
   X(load_matrix_x4, (load_matrices<4, false>), 32)                          \
   X(load_matrix_x4_transposed, (load_matrices<4, true>), 32)                \

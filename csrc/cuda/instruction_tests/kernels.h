@@ -102,6 +102,18 @@ FASTATTN_DEVICE void copy_units(const Params& p) {
   output(p, 0, thread, load_shared<V>(base + static_cast<uint32_t>(sizeof(V)) * static_cast<uint32_t>(mirrored)));
 }
 
+// Each thread counts in a V of its own, beside those of others in the same four bytes.  out0 V[64]
+template <class V>
+FASTATTN_DEVICE void own_units(const Params& p) {
+  const SharedAddress mine = shared_base() + static_cast<uint32_t>(sizeof(V)) * static_cast<uint32_t>(thread_index());
+  store_shared(mine, static_cast<V>(thread_index()));
+  for (int i = 0; i < p.n[0]; ++i) {
+    store_shared(mine, static_cast<V>(load_shared<V>(mine) + 1));
+    any_lane(true);
+  }
+  output(p, 0, thread_index(), load_shared<V>(mine));
+}
+
 // in0 int[64] indices, in1 float[64], in2 int[64] -> out0 float, out1 int
 FASTATTN_DEVICE void atomics(const Params& p) {
   const int thread = thread_index(), at = input<int>(p, 0, thread);

@@ -80,7 +80,6 @@ void Block::thread_main() {
   }
   // Outside the handler: a fiber must not be left while it handles an exception.
   Thread& self = block.self();
-  self.exited = true;
   Thread* next = block.error_ ? nullptr : block.next_ready();
   if (next != nullptr) current_position.thread = next->index;
   Fiber::jump(self.fiber, next != nullptr ? next->fiber : block.main_);
@@ -128,7 +127,6 @@ void Block::run(const char* kernel, int threads, const Launch& launch, const int
   }
   for (int i = 0; i < threads; ++i) {
     Thread& thread = threads_[static_cast<size_t>(i)];
-    thread.exited = false;
     thread.copies.clear();
     thread.copy_groups.clear();
     thread.uncommitted = 0;
@@ -192,7 +190,7 @@ bool Block::arrive(Warp& warp, Operation operation, int parameter, Where where, 
 
 void Block::release(Warp& warp) {
   warp.arrived = 0;
-  warp.ready = kAllLanes & ~(1u << current_position.thread % kLanes);
+  resume_other_lanes(warp);
   if (count_) warp.requests.flush(traffics_);
 }
 
@@ -221,65 +219,67 @@ void Block::sync_warp(Where where) {
 // ---- Barriers of the block.  A warp arrives as a whole, as bar.sync and __syncthreads ask.
 
 void Block::barrier(Operation operation, int id, int threads, bool predicate, Where where, int* predicates) {
-  struct Arguments {
-    bool predicate;
-    int threads;
-    int predicates;  // what the barrier returns
-  } mine{predicate, threads, 0};
+  BarrierCall mine{predicate, threads, 0};
   const bool waits = operation != Operation::kBarrierArrive;
   Warp& warp = this->warp();
-  if (arrive(warp, operation, id, where, &mine)) {
-    ++report_.block_barriers;
-    if (count_) warp.requests.flush(traffics_);
-    if (id < 0 || id >= kNamedBarriers) fail(where, "barrier " + std::to_string(id) + " of 0 to 15");
-    if (threads <= 0 || threads % kLanes != 0 || threads > thread_count_) {
-      fail(where, "barrier " + std::to_string(id) + " for " + std::to_string(threads) +
-                      " threads: not a multiple of 32 up to the block's " + std::to_string(thread_count_));
-    }
-    Barrier& barrier = barriers_[id];
-    if (barrier.expected == 0) barrier.expected = threads;
-    const int first = current_position.thread / kLanes * kLanes;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const auto* other = static_cast<const Arguments*>(warp.arguments[lane]);
-      if (other->threads != barrier.expected) {
-        fail(first + lane, where,
-             "barrier " + std::to_string(id) + " for " + std::to_string(other->threads) +
-                 " threads, where others came for " + std::to_string(barrier.expected));
-      }
-      barrier.predicates += other->predicate;
-      if (find_races_) barrier.announcements.emplace_back(first + lane, time(first + lane));
-      if (waits) barrier.waiting.push_back(first + lane);
-    }
-    barrier.arrived += kLanes;
-    warp.arrived = 0;
-    if (barrier.arrived < barrier.expected) {
-      if (waits) {
-        warp.at_barrier = id;
-        warp.barrier_where = where;
-        suspend();
-      } else {
-        if (find_races_) races_.advance(&times_[static_cast<size_t>(first)], kLanes);
-        warp.ready = kAllLanes & ~(1u << current_position.thread % kLanes);
-      }
-    } else {
-      Barrier complete = std::exchange(barrier, Barrier{});
-      if (find_races_) {
-        if (!waits) races_.advance(&times_[static_cast<size_t>(first)], kLanes);
-        races_.join(complete.announcements, complete.waiting.data(), static_cast<int>(complete.waiting.size()), times_);
-      }
-      for (const int thread : complete.waiting) {
-        Warp& other = warp_of(thread);
-        const int lane = thread % kLanes;
-        static_cast<Arguments*>(other.arguments[lane])->predicates = complete.predicates;
-        other.ready |= 1u << lane;
-        other.at_barrier = -1;
-      }
-      warp.ready = kAllLanes & ~(1u << current_position.thread % kLanes);
-    }
-  } else {
+  if (!arrive(warp, operation, id, where, &mine)) {
     suspend();
+  } else {
+    enter_barrier(warp, id, waits, where);
+    Barrier& barrier = barriers_[id];
+    if (barrier.arrived == barrier.expected) {
+      complete_barrier(barrier);
+      resume_other_lanes(warp);
+    } else if (!waits) {
+      resume_other_lanes(warp);
+    } else {
+      warp.at_barrier = id;
+      warp.barrier_where = where;
+      suspend();
+    }
   }
   if (predicates != nullptr) *predicates = mine.predicates;
+}
+
+// The running thread is the last of its warp.
+void Block::enter_barrier(Warp& warp, int id, bool waits, Where where) {
+  warp.arrived = 0;
+  ++report_.block_barriers;
+  if (count_) warp.requests.flush(traffics_);
+  if (id < 0 || id >= kNamedBarriers) fail(where, "barrier " + std::to_string(id) + " of 0 to 15");
+  Barrier& barrier = barriers_[id];
+  const int first = current_position.thread / kLanes * kLanes;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const auto& call = *static_cast<const BarrierCall*>(warp.arguments[lane]);
+    const auto what = [&] {
+      return "barrier " + std::to_string(id) + " for " + std::to_string(call.threads) + " threads";
+    };
+    if (call.threads <= 0 || call.threads % kLanes != 0 || call.threads > thread_count_) {
+      fail(first + lane, where, what() + ": not a multiple of 32 up to the block's " + std::to_string(thread_count_));
+    }
+    if (barrier.expected == 0) barrier.expected = call.threads;
+    if (call.threads != barrier.expected) {
+      fail(first + lane, where, what() + ", where others came for " + std::to_string(barrier.expected));
+    }
+    ++barrier.arrived;
+    barrier.predicates += call.predicate;
+    if (find_races_) barrier.announcements.emplace_back(first + lane, time(first + lane));
+    if (waits) barrier.waiting.push_back(first + lane);
+  }
+  if (find_races_ && !waits) races_.advance(&times_[static_cast<size_t>(first)], kLanes);
+}
+
+void Block::complete_barrier(Barrier& barrier) {
+  const Barrier complete = std::exchange(barrier, Barrier{});
+  if (find_races_) {
+    races_.join(complete.announcements, complete.waiting.data(), static_cast<int>(complete.waiting.size()), times_);
+  }
+  for (const int thread : complete.waiting) {
+    Warp& warp = warp_of(thread);
+    static_cast<BarrierCall*>(warp.arguments[thread % kLanes])->predicates = complete.predicates;
+    warp.ready |= 1u << thread % kLanes;
+    warp.at_barrier = -1;
+  }
 }
 
 // ---- Errors.

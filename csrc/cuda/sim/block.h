@@ -44,7 +44,6 @@ struct PendingCopy {
 struct Thread {
   Fiber fiber;
   int index = 0;
-  bool exited = false;
   std::vector<PendingCopy> copies;  // in order of issue
   std::vector<size_t> copy_groups;  // for each committed group under way, how many copies it has
   size_t uncommitted = 0;           // copies since the last commit
@@ -61,6 +60,13 @@ struct Warp {
   Where barrier_where;
   uint32_t exited = 0;
   Requests requests;
+};
+
+// What a thread brings to a barrier, and gets from it.
+struct BarrierCall {
+  bool predicate;
+  int threads;
+  int predicates;  // how many held
 };
 
 struct Barrier {
@@ -143,7 +149,9 @@ class Block {
   void release(Warp& warp);
   void suspend();
   Thread* next_ready();
-  void resume_all(const std::vector<int>& threads);
+  void resume_other_lanes(Warp& warp) { warp.ready = kAllLanes & ~(1u << current_position.thread % kLanes); }
+  void enter_barrier(Warp& warp, int id, bool waits, Where where);
+  void complete_barrier(Barrier& barrier);
   void exit_thread();
   void deadlock();
   [[noreturn]] void diverged(Warp& warp, const std::string& newcomer, Where where);

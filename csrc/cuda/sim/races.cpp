@@ -59,13 +59,14 @@ void Races::join(const std::vector<std::pair<int, Time>>& arrived, const int* wa
 }
 
 void Races::note_read(Event& event, uint16_t lane, const Time& time, uint8_t bytes, uint32_t site) {
-  if (event.epoch == time.epoch) {
+  const bool together = event.epoch == time.epoch && lane != kSeveral && (event.bytes & bytes) != 0;
+  if (!together) {
+    event = Event{time.epoch, site, lane, bytes};
+  } else if (event.who == lane) {
     event.bytes |= bytes;
-    if (event.who != lane) event.who = kSeveral;
-    event.site = site;
-    return;
+  } else if (event.who != kSeveral) {
+    event = Event{time.epoch, site, kSeveral, static_cast<uint8_t>(event.bytes & bytes)};
   }
-  event = Event{time.epoch, site, lane, bytes};
 }
 
 Conflict Races::read(int thread, const Time& time, uint32_t at, int bytes, uint32_t site) {

@@ -51,6 +51,8 @@ class Races {
   Conflict check_write(int thread, const Time& time, uint32_t at, int bytes);
 
  private:
+  // One of each kind for four bytes: where lanes use different bytes of them, the last one stays.  That can hide a race
+  // between single bytes, and never makes one up.
   struct Event {
     uint32_t epoch = 0;  // 0: none
     uint32_t site = 0;
