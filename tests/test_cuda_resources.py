@@ -43,7 +43,7 @@ REPRESENTATIVE = {
 }  # fmt: skip
 # Kernels of products: they must use the tensor cores, and fill them through ldmatrix and cp.async.
 WITH_PRODUCTS = ("forward", "backward_kv", "backward_q", "decode", "parameter_gradient")
-# Its accumulators alone take half of the 255 registers there are; the baseline holds how much of the rest goes to memory.
+# Its accumulators take half of the registers a thread can have; the baseline says how much of the rest is in memory.
 MAY_SPILL = ("backward_q_f16_d256", "backward_q_bf16_d256")
 
 
