@@ -23,7 +23,7 @@ demo: install
 test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-# every GPU kernel, feature, tile and architecture, compiled and held to tests/resources/*.json (more than an hour)
+# every GPU kernel, feature, tile and architecture, compiled and held to tests/resources/*.json (about an hour)
 aot: install
 	AOT_ALL=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_triton_aot.py tests/test_cuda_resources.py
 

@@ -65,14 +65,25 @@ def test_warps_of_a_row(cuda_simulator, rows: int, length: int, warps: int) -> N
 
 
 def test_wide_accesses(cuda_simulator) -> None:
-    """A row is read once and written once, in sectors that are used in full."""
+    """What there is of each row is read once and written once, in sectors that are used in full."""
     cuda_simulator.clear_reports()
     call = SoftmaxCall((), WIDE, torch.bfloat16)
     call.fused("cuda")
-    forward = cuda_simulator.reports()[0]
+    forward, backward = cuda_simulator.reports()
     sectors = call.leaves["scores"].numel() * 2 // 32
-    assert forward["traffic"]["load_constant"]["actual"] == sectors
-    assert forward["traffic"]["store_global"]["actual"] == sectors
+    for report, operands in ((forward, 1), (backward, 2)):
+        assert report["traffic"]["load_constant"]["actual"] == operands * sectors
+        assert report["traffic"]["store_global"]["actual"] == sectors
+
+
+def test_what_is_hidden_is_not_read(cuda_simulator) -> None:
+    """A causal square reads half of itself, and the vectors that its diagonal cuts."""
+    cuda_simulator.clear_reports()
+    shape = Shape(batch=1, heads=1, query_length=256, key_length=256)
+    SoftmaxCall(("causal",), shape, torch.bfloat16).fused("cuda")
+    forward = cuda_simulator.reports()[0]["traffic"]
+    assert forward["load_constant"]["actual"] <= (256 * 257 // 2 + 256 * 15) * 2 // 32
+    assert forward["store_global"]["actual"] == 256 * 256 * 2 // 32
 
 
 @settings(max_examples=40)

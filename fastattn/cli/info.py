@@ -149,6 +149,9 @@ def missing() -> Pairs:
     rows = []
     if not native.load_cpu_library():
         rows.append(("CPU kernels", "pip install --no-build-isolation -e .   (in a checkout; needs a C++20 compiler)"))
+    if torch.version.cuda and not native.load_cuda_library():
+        command = "FASTATTN_CUDA=1 pip install --no-build-isolation -e ."
+        rows.append(("CUDA kernels", f"{command}   (in a checkout; needs nvcc)"))
     for name, purpose, command in OPTIONAL:
         if version_of(name) is None:
             rows.append((name, escape(f"{command}   ({purpose})")))
