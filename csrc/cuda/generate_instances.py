@@ -93,7 +93,7 @@ class Instance:
     def source(self) -> str:
         arguments = f"{self.name}, {self.kernel.params}, ({self.function}), {self.threads}, {self.min_blocks}"
         return (
-            f"// Written by generate_instances.py.\n"
+            f"// Written by generate_instances.py.\n// clang-format off\n"
             f'#include "../{self.kernel.header}"\n\n'
             f"namespace fastattn::cuda {{\n"
             f"FASTATTN_KERNEL({arguments})\n"

@@ -1,4 +1,5 @@
 // Written by generate_instances.py.
+// clang-format off
 #include "../attention/delta.h"
 
 namespace fastattn::cuda {

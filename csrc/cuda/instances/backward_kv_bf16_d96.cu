@@ -1,7 +1,7 @@
 // Written by generate_instances.py.
+// clang-format off
 #include "../attention/backward_kv.h"
 
 namespace fastattn::cuda {
-FASTATTN_KERNEL(backward_kv_bf16_d96, BackwardParams, (attention_backward_kv<BackwardKvConfig<BFloat16, 96>>),
-                backward_kv_tiles(96).threads(), 1)
+FASTATTN_KERNEL(backward_kv_bf16_d96, BackwardParams, (attention_backward_kv<BackwardKvConfig<BFloat16, 96>>), backward_kv_tiles(96).threads(), 1)
 }  // namespace fastattn::cuda

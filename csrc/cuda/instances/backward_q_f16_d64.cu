@@ -1,7 +1,7 @@
 // Written by generate_instances.py.
+// clang-format off
 #include "../attention/backward_q.h"
 
 namespace fastattn::cuda {
-FASTATTN_KERNEL(backward_q_f16_d64, BackwardParams, (attention_backward_q<BackwardQConfig<Half, 64>>),
-                backward_q_tiles(64).threads(), 1)
+FASTATTN_KERNEL(backward_q_f16_d64, BackwardParams, (attention_backward_q<BackwardQConfig<Half, 64>>), backward_q_tiles(64).threads(), 1)
 }  // namespace fastattn::cuda

@@ -1,7 +1,7 @@
 // Written by generate_instances.py.
+// clang-format off
 #include "../attention/decode.h"
 
 namespace fastattn::cuda {
-FASTATTN_KERNEL(decode_bf16_d256, DecodeParams, (attention_decode<DecodeConfig<BFloat16, 256>>),
-                decode_tiles(256).threads(), 1)
+FASTATTN_KERNEL(decode_bf16_d256, DecodeParams, (attention_decode<DecodeConfig<BFloat16, 256>>), decode_tiles(256).threads(), 1)
 }  // namespace fastattn::cuda

@@ -1,7 +1,7 @@
 // Written by generate_instances.py.
+// clang-format off
 #include "../attention/forward.h"
 
 namespace fastattn::cuda {
-FASTATTN_KERNEL(forward_f16_d192, ForwardParams, (attention_forward<ForwardConfig<Half, 192>>),
-                forward_tiles(192).threads(), forward_tiles(192).min_blocks)
+FASTATTN_KERNEL(forward_f16_d192, ForwardParams, (attention_forward<ForwardConfig<Half, 192>>), forward_tiles(192).threads(), forward_tiles(192).min_blocks)
 }  // namespace fastattn::cuda

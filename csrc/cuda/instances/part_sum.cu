@@ -1,4 +1,5 @@
 // Written by generate_instances.py.
+// clang-format off
 #include "../rows/part_sum.h"
 
 namespace fastattn::cuda {

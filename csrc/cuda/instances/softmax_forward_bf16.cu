@@ -1,4 +1,5 @@
 // Written by generate_instances.py.
+// clang-format off
 #include "../rows/softmax_forward.h"
 
 namespace fastattn::cuda {
