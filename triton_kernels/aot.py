@@ -24,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from . import launcher
+
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
@@ -56,7 +58,7 @@ def record_launches() -> Iterator[list[Launch]]:
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         caught.append(Launch(self, arguments, options))
 
-    with mock.patch.object(JITFunction, "run", run):
+    with mock.patch.object(JITFunction, "run", run), launcher.ordinary():
         yield caught
 
 
