@@ -23,7 +23,8 @@ demo: install
 test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-# every Triton kernel, feature, tile and architecture, compiled and held to tests/resources/triton.json (most of an hour)
+# every Triton kernel, feature, tile and architecture, compiled and held to tests/resources/triton.json; a second of one
+# core for each of some thousand kernels.  AOT_UPDATE=1 writes the file.
 aot: install
 	AOT_ALL=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_triton_aot.py
 

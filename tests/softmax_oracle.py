@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from features import FEATURES, Feature, Scene, Shape, Tensors
+from features import FEATURES, Feature, Scene, Shape, Tensors, moved
 from torch import Tensor
 
 import fastattn
@@ -62,7 +62,8 @@ class SoftmaxCall:
     def fused(self, backend: str | None, device: str = "cpu") -> tuple[Tensor, Tensors]:
         """Output and gradients."""
         leaves = self.fresh(device)
-        out = fastattn.masked_softmax(leaves["scores"], **self.keywords(leaves), backend=backend)
+        keywords = {name: moved(value, device) for name, value in self.keywords(leaves).items()}
+        out = fastattn.masked_softmax(leaves["scores"], **keywords, backend=backend)
         grads = torch.autograd.grad(out, list(leaves.values()), self.grad_out.to(out), allow_unused=True)
         return out.detach(), {n: _no_grad(g, leaves[n]) for n, g in zip(leaves, grads, strict=True)}
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+import bodies
 import pytest
 import torch
 from rotary_oracle import RotaryCall, RotaryShape, check_rotation
@@ -41,17 +40,7 @@ def test_empty(empty: str) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_in_place_inside_guard_bands(dtype: torch.dtype, interleaved: bool) -> None:
-    """The same bits as out of place, and nothing beside the operands is read or written."""
-    call = RotaryCall(RotaryShape(dim=24, width=10), dtype, interleaved=interleaved, positions="each")
-    expected = call.run("triton")
-    padded = [torch.nn.functional.pad(x, (3, 5, 2, 1), value=math.nan) for x in (call.query, call.key)]
-    inner = [x[..., 2:-1, 3:-5] for x in padded]
-    for ours, want in zip(call.run("triton", query=inner[0], key=inner[1]), expected, strict=True):
-        assert torch.equal(ours, want)
-    found = call.run("triton", query=inner[0], key=inner[1], inplace=True)
-    for whole, part, ours, want in zip(padded, inner, found, expected, strict=True):
-        assert ours.data_ptr() == part.data_ptr() and torch.equal(part, want)
-        assert whole.isnan().sum() == whole.numel() - part.numel()
+    bodies.rotation_in_place_inside_guard_bands("triton", "cpu", dtype, interleaved)
 
 
 @pytest.mark.parametrize("which", ["query", "key"])

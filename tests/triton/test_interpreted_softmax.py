@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import bodies
 import pytest
 import torch
 from features import BIASES, MASKS, Shape
@@ -71,19 +72,8 @@ def test_composition(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_guard_bands(in_parts: bool) -> None:
-    """Nothing beside a slice is read or written, and what the masks hide is not read: it is NaN."""
-    call = SoftmaxCall(("window", "alibi"), SHAPE)
-    scores = call.leaves["scores"].masked_fill(~call.visible(), math.nan)
-    padded = torch.nn.functional.pad(scores, (3, 5, 2, 1), value=math.nan)[..., 2:-1, 3:-5]
-    grad = torch.nn.functional.pad(
-        call.grad_out.masked_fill(~call.visible(), math.nan), (1, 1, 1, 1), value=math.nan
-    )[..., 1:-1, 1:-1]  # fmt: skip
     with tiles.override(**({"rows": PARTS} if in_parts else {})):
-        want_out, want = call.fused("triton")
-        leaf = padded.detach().requires_grad_()
-        out = fastattn.masked_softmax(leaf, **call.keywords(call.leaves), backend="triton")
-        (dscores,) = torch.autograd.grad(out, leaf, grad)
-    assert torch.equal(out, want_out) and torch.equal(dscores, want["scores"])
+        bodies.softmax_inside_guard_bands("triton", "cpu", SHAPE)
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
@@ -119,11 +109,7 @@ def test_low_scores(in_parts: bool) -> None:
 
 
 def test_gradients_are_the_same_bits_on_every_run() -> None:
-    call = SoftmaxCall(("causal", "alibi", "table", "dense_keys"), SHAPE)
-    first, second = call.fused("triton"), call.fused("triton")
-    assert torch.equal(first[0], second[0])
-    for name, grad in first[1].items():
-        assert torch.equal(grad, second[1][name]), name
+    bodies.the_same_bits_on_every_run("triton", "cpu", SoftmaxCall(("causal", "alibi", "table", "dense_keys"), SHAPE))
 
 
 @pytest.mark.parametrize("size", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0)], ids=str)
