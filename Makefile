@@ -23,7 +23,8 @@ demo: install
 test: install
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-# every GPU kernel, feature, tile and architecture, compiled and held to tests/resources/*.json (about an hour)
+# every GPU kernel, feature, tile and architecture, compiled and held to tests/resources/*.json; a second of one core for
+# each of some thousand kernels.  AOT_UPDATE=1 writes the files.
 aot: install
 	AOT_ALL=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_triton_aot.py tests/test_cuda_resources.py
 

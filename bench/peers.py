@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastattn
 from fastattn.bench.modules import ModuleInputs, prepare_module
 from fastattn.bench.rows import RowInputs, prepare_rows
-from fastattn.bench.scenarios import SCENARIOS, Inputs, dense_terms, naive_attention, rotate
+from fastattn.bench.scenarios import SCENARIOS, WINDOWS, Inputs, dense_terms, naive_attention, rotate
 
 
 class CannotError(Exception):
@@ -180,10 +180,10 @@ def _flash_attn(inputs: Inputs) -> Callable[[], Tensor]:
     from flash_attn import flash_attn_func
 
     scenario = SCENARIOS[inputs.case.scenario]
-    if scenario.name not in ("plain", "causal", "window", "alibi", "softcap", "dropout"):
+    if scenario.name not in ("plain", "causal", *WINDOWS, "alibi", "softcap", "dropout"):
         raise CannotError(f"flash_attn_func has no argument for {scenario.title}")
     slopes = inputs.extras.get("slopes")
-    window = (255, 0) if scenario.name == "window" else (-1, -1)
+    window = (WINDOWS[scenario.name] - 1, 0) if scenario.name in WINDOWS else (-1, -1)
 
     def forward() -> Tensor:
         out = flash_attn_func(

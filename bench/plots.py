@@ -41,7 +41,7 @@ DIRECTIONS = {"forward": "forward (inference)", "backward": "backward", "both": 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
     """Write every figure that the rows give; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    measured = [row for row in rows if row.status == "ok" and row.median_s is not None]
+    measured = [row for row in rows if row.status == "ok" and row.median_s is not None and row.variant in COLOURS]
     written: list[Path] = []
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130})
     by_device: dict[tuple[str, str], list[Row]] = {}

@@ -12,6 +12,8 @@ import torch
 
 import fastattn
 from fastattn.bench.gate import WrongResultError, expect, gate
+from fastattn.bench.launches import VARIANTS as LAUNCH_VARIANTS
+from fastattn.bench.launches import launch_rows
 from fastattn.bench.memory import peak_bytes
 from fastattn.bench.modules import ModuleInputs, make_module_inputs
 from fastattn.bench.peers import CannotError, Prepared, prepare
@@ -77,6 +79,8 @@ def run(options: Options) -> list[Row]:
                 found = [make_row(where, case, "fastattn", "both", status="skipped", note="past the deadline")]
             else:
                 found = run_case(suite, case, options, where)
+                if suite.per_call and (options.peers is None or set(LAUNCH_VARIANTS) & set(options.peers)):
+                    found += launch_rows(where, case, options.device, options.budget)
             options.sink(found)
             rows += found
     torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastattn
 
-WINDOW = 256  # keys a windowed query sees, itself included
+WINDOWS = {"window": 256, "window-1024": 1024}  # keys a windowed query sees, itself included
 T5_BUCKETS, T5_MAX_DISTANCE = 32, 128
 TABLE_REACH = 64  # distances -64 .. 64 have their own entry in the learned distance table
 SOFTCAP = 30.0
@@ -181,8 +181,15 @@ def rotary_tables(shape: Shape, generator: torch.Generator) -> Extras:
     return {"cos": angle.cos().float(), "sin": angle.sin().float()}
 
 
-def _window_share(shape: Shape, extras: Extras) -> float:
-    return min(1.0, WINDOW / max(1, shape.key_length))
+def _window_scenario(name: str, window: int) -> Scenario:
+    return Scenario(
+        name=name,
+        title=f"causal sliding window of {window}",
+        arguments=lambda shape, t: {"mask": fastattn.SlidingWindow(window - 1, 0)},
+        dense_mask=lambda shape, t: _causal(shape, t) & (distances(shape, t["_device"].device) > -window),
+        mask_mod=lambda shape, t: lambda b, h, i, j: (j <= i + shape.offset) & (j > i + shape.offset - window),
+        visible=lambda shape, t: min(1.0, window / max(1, shape.key_length)),
+    )
 
 
 def _same_document(shape: Shape, extras: Extras) -> Tensor:
@@ -215,14 +222,7 @@ def _build() -> dict[str, Scenario]:
     scenarios = [
         Scenario(name="plain", title="no mask, no bias"),
         causal,
-        Scenario(
-            name="window",
-            title=f"causal sliding window of {WINDOW}",
-            arguments=lambda shape, t: {"mask": fastattn.SlidingWindow(WINDOW - 1, 0)},
-            dense_mask=lambda shape, t: _causal(shape, t) & (distances(shape, t["_device"].device) > -WINDOW),
-            mask_mod=lambda shape, t: lambda b, h, i, j: (j <= i + shape.offset) & (j > i + shape.offset - WINDOW),
-            visible=_window_share,
-        ),
+        *(_window_scenario(name, window) for name, window in WINDOWS.items()),
         Scenario(
             name="lengths",
             title="padding: key lengths",
@@ -427,7 +427,7 @@ def dense_terms(inputs: Inputs, heads: slice = ALL_HEADS) -> tuple[Tensor | None
 def forward_flops(inputs: Inputs) -> float:
     """2·B·H·Sq·Sk·(D + Dv), which is the field's 4·B·H·Sq·Sk·D, times the share of pairs that the mask lets through.
 
-    The share is 1/2 for causal masks (the diagonal is ignored, as everyone does), WINDOW/Sk for the window, the mean
+    The share is 1/2 for causal masks (the diagonal is ignored, as everyone does), window/Sk for windows, the mean
     over the batch for lengths and documents, and 1 for arbitrary masks.  Softmax, bias and rotation count nothing.
     Backward counts 2.5 times as much: five products against two.
     """

@@ -18,6 +18,8 @@ CPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-math", "naive")
 # The library's own choice, and each backend by name.
 GPU_OURS = ("fastattn", "fastattn-cuda", "fastattn-triton")
 GPU_PEERS = (*GPU_OURS, "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "naive")
+# against length: without those that hold the scores, whose time grows past everybody else's
+GPU_SWEEP_PEERS = tuple(peer for peer in GPU_PEERS if peer not in ("sdpa-math", "naive"))
 GPU_WIDTHS = ((128, 16), (64, 32), (256, 8))  # head dim, heads: the same 2048 wide model in all
 COMPILED_PEERS = ("flex", "naive-compiled")
 LIBRARY_PEERS = ("flash-attn", "xformers")
@@ -59,6 +61,10 @@ def _peers(device: str) -> tuple[str, ...]:
     return CPU_PEERS if device == "cpu" else (*GPU_PEERS, *LIBRARY_PEERS)
 
 
+def _sweep_peers(device: str) -> tuple[str, ...]:
+    return CPU_PEERS if device == "cpu" else (*GPU_SWEEP_PEERS, "flash-attn")
+
+
 def _one_length(device: str, quick: bool) -> tuple[Shape, torch.dtype]:
     """Size and dtype of the suites that compare features instead of lengths."""
     if device == "cpu":
@@ -79,7 +85,7 @@ def attention(device: str, quick: bool) -> Suite:
         cases = []
         for dim, heads in GPU_WIDTHS[:1] if quick else GPU_WIDTHS:
             cases += _sweep("attention", names, (torch.bfloat16,), lengths, tokens=16384, heads=heads, dim=dim)
-    return Suite("attention", "plain and causal attention", tuple(cases), _peers(device))
+    return Suite("attention", "plain and causal attention", tuple(cases), _sweep_peers(device))
 
 
 def compiled(device: str, quick: bool) -> Suite:
@@ -88,8 +94,14 @@ def compiled(device: str, quick: bool) -> Suite:
         shape, dtype = _one_length(device, quick)
         cases = [Case("compiled", name, shape, dtype) for name in ("causal", "window", "alibi")]
         return Suite("compiled", "compiled peers", tuple(cases), ("fastattn", "sdpa", "naive", "flex"))
-    shapes = [Shape(4, heads, 4096, 4096, dim) for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)]
-    cases = [Case("compiled", name, s, torch.bfloat16) for name in ("causal", "plain", "t5") for s in shapes]
+    widths = GPU_WIDTHS[:1] if quick else GPU_WIDTHS
+    cases = [
+        Case("compiled", name, Shape(4, heads, 4096, 4096, dim), torch.bfloat16)
+        for name in ("plain", "causal")
+        for dim, heads in widths
+    ]
+    biased = ("t5", "table", "alibi", "window-1024", "documents", "dense-bias")
+    cases += [Case("compiled", name, Shape(4, 16, 4096, 4096, 128), torch.bfloat16) for name in biased]
     peers = (*GPU_OURS, "sdpa", "naive", *COMPILED_PEERS)
     return Suite("compiled", "compiled peers", tuple(cases), peers)
 
@@ -112,14 +124,17 @@ def bias(device: str, quick: bool) -> Suite:
 
 
 def sweep(device: str, quick: bool) -> Suite:
-    """The two cases a fused kernel exists for, a T5 bias and ALiBi, against length."""
+    """What a fused kernel exists for, a T5 bias and ALiBi, against length; on a GPU sparse masks as well."""
     if device == "cpu":
         lengths = (256, 1024) if quick else (256, 512, 1024, 2048)
         cases = _sweep("sweep", ("t5", "alibi"), (torch.float32,), lengths, tokens=2048, heads=8, dim=64)
-    else:
-        lengths = (1024, 4096) if quick else (512, 1024, 2048, 4096, 8192)
-        cases = _sweep("sweep", ("t5", "alibi"), (torch.bfloat16,), lengths, tokens=16384, heads=16, dim=128)
-    return Suite("sweep", "T5 bias and ALiBi against length", tuple(cases), _peers(device))
+        return Suite("sweep", "T5 bias and ALiBi against length", tuple(cases), _peers(device))
+    names, dtypes, cases = ("t5", "alibi", "window-1024", "documents"), (torch.bfloat16,), []
+    for dim, heads in GPU_WIDTHS[:1] if quick else GPU_WIDTHS:
+        # three lengths at one width, the middle one at the others
+        lengths = (1024, 4096) if quick else (512, 4096, 16384) if dim == 128 else (4096,)
+        cases += _sweep("sweep", names, dtypes, lengths, tokens=16384, heads=heads, dim=dim)
+    return Suite("sweep", "biases and sparse masks against length", tuple(cases), _sweep_peers(device))
 
 
 def module(device: str, quick: bool) -> Suite:
@@ -144,10 +159,12 @@ def decode(device: str, quick: bool) -> Suite:
 
 
 def overhead(device: str, quick: bool) -> Suite:
-    """Microseconds per call where there is nothing to compute: what the call itself costs."""
+    """Microseconds per call where there is nothing to compute: what the call itself costs.  launches.py adds what a
+    Triton call costs the host."""
     shape = Shape(1, 2, 8, 8, 16)
     cases = tuple(Case("overhead", name, shape) for name in ("plain", "causal", "alibi"))
-    peers = ("fastattn", "fastattn-sdpa", "sdpa", "naive")
+    ours = ("fastattn",) if device == "cpu" else ("fastattn", "fastattn-triton")
+    peers = (*ours, "fastattn-sdpa", "sdpa", "naive")
     return Suite("overhead", "host overhead on a tiny call", cases, peers, per_call=True)
 
 
@@ -167,7 +184,7 @@ def softmax(device: str, quick: bool) -> Suite:
         )
     else:
         lengths, dtypes, elements, heads = (
-            (1024, 4096) if quick else (512, 1024, 4096, 16384),
+            (1024, 4096) if quick else (1024, 4096, 16384),
             (torch.bfloat16,),
             2**29,
             16,
@@ -213,10 +230,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gpu": (
         "attention",
         "overhead",
-        "bias",
-        "compiled",
-        "softmax",
+        "sweep",
         "rotary",
+        "softmax",
+        "compiled",
+        "bias",
         "mask",
         "module",
     ),  # what matters most first: time may run out

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from devices import GPU_BACKENDS
 from hypothesis import HealthCheck, settings
 
 import fastattn
@@ -22,9 +23,6 @@ _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("default", derandomize=True, max_examples=40, database=None, **_COMMON)
 settings.register_profile("explore", derandomize=False, max_examples=400, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-
-# Backends that run on CUDA tensors.  Their tests are in test_gpu.py; the tests here make CPU tensors.
-GPU_BACKENDS = ("triton", "cuda")
 
 
 def _backends() -> list[object]:

@@ -6,9 +6,11 @@ bias.  `oracle.Call` joins any number of features into one call.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +84,20 @@ class Feature:
     bias: Callable[[Tensors], Tensor] | None = None
     rotate: Callable[[Tensors, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     softcap: float | None = None
+
+
+def moved(value: Any, device: str) -> Any:
+    """A tensor, or a mask, bias or rotation and all that is in it, on a device; what is there already stays itself."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(moved(item, device) for item in value)
+    if type(value).__module__.startswith("fastattn."):
+        twin = copy.copy(value)
+        for name, inner in vars(value).items():
+            setattr(twin, name, moved(inner, device))
+        return twin
+    return value
 
 
 FEATURES: dict[str, Callable[[Scene], Feature]] = {}

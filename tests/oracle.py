@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from features import FEATURES, SINKS, Feature, Scene, Shape, Tensors
+from features import FEATURES, SINKS, Feature, Scene, Shape, Tensors, moved
 from torch import Tensor
 
 import fastattn
@@ -85,23 +85,25 @@ class Call:
     def fused(self, backend: str | None, device: str = "cpu") -> Result:
         leaves = {name: t.detach().to(device).requires_grad_() for name, t in self.leaves.items()}
         torch.manual_seed(self.seed)
+        keywords = {name: moved(value, device) for name, value in self.keywords(leaves).items()}
         out, lse = fastattn.attention(
-            leaves["query"], leaves["key"], leaves["value"], **self.keywords(leaves), return_lse=True, backend=backend
+            leaves["query"], leaves["key"], leaves["value"], **keywords, return_lse=True, backend=backend
         )
         grads = torch.autograd.grad(
             [out, lse], list(leaves.values()), [self.grad_out.to(out), self.grad_lse.to(lse)], allow_unused=True
         )
         return Result(out.detach(), lse.detach(), dict(zip(leaves, map(_no_grad, grads, leaves.values()), strict=True)))
 
-    def kept(self) -> Tensor | None:
-        """The dropout mask (B, Hq, Sq, Sk) that `fused` draws, from the same seed."""
+    def kept(self, device: str = "cpu") -> Tensor | None:
+        """The dropout mask (B, Hq, Sq, Sk) that `fused` draws on the device, from the same seed."""
         if self.dropout_p == 0.0:
             return None
         torch.manual_seed(self.seed)
-        problem = fastattn.functional.lower(*[self.leaves[n] for n in ("query", "key", "value")], dropout_p=0.5)
+        operands = [self.leaves[name].to(device) for name in ("query", "key", "value")]
+        problem = fastattn.functional.lower(*operands, dropout_p=0.5)
         s = self.shape
         kept = keep_mask(
-            problem.dropout_seed, self.dropout_p, torch.arange(s.batch * s.heads), torch.arange(s.query_length),
+            problem.dropout_seed.cpu(), self.dropout_p, torch.arange(s.batch * s.heads), torch.arange(s.query_length),
             range(s.key_length),
         )  # fmt: skip
         return kept.view(s.batch, s.heads, s.query_length, s.key_length)
@@ -119,8 +121,9 @@ class Call:
                 seen = seen & (feature.bias(leaves) != -math.inf)
         return seen
 
-    def naive(self, dtype: torch.dtype) -> Result:
-        """The formula, step by step in `dtype`, each step rounding to it, with autograd's gradients."""
+    def naive(self, dtype: torch.dtype, device: str = "cpu") -> Result:
+        """The formula on the CPU, step by step in `dtype`, each step rounding to it, with autograd's gradients; with
+        the dropout mask of a device."""
         s = self.shape
         leaves = {
             name: t.detach().to(torch.float64 if dtype == torch.float64 else t.dtype).requires_grad_()
@@ -153,7 +156,7 @@ class Call:
         lse = torch.logsumexp(scores.to(wide), dim=-1) if scores.shape[-1] else scores.to(wide).sum(-1)
         if sink is None:
             lse = lse.masked_fill(empty[..., 0], math.inf)
-        kept = self.kept()
+        kept = self.kept(device)
         dropped = weights if kept is None else torch.where(kept, weights / (1 - self.dropout_p), 0.0)
         out = dropped @ value
         grads = torch.autograd.grad(
@@ -237,7 +240,8 @@ def _allowance(call: Call, name: str, truth: Result, exact: Tensor, stored: torc
 
 def check(call: Call, backend: str | None, device: str = "cpu") -> None:
     """fastattn's output, lse and gradients against float64, within the budget; shapes, dtypes and finiteness too."""
-    truth, plain, ours = call.naive(torch.float64), call.naive(call.dtype), call.fused(backend, device)
+    truth, plain = call.naive(torch.float64, device), call.naive(call.dtype, device)
+    ours = call.fused(backend, device)
     everything = [("out", truth.out, plain.out, ours.out), ("lse", truth.lse, plain.lse, ours.lse)]
     everything += [(f"grad {n}", truth.grads[n], plain.grads[n], ours.grads[n]) for n in truth.grads]
     problems = []

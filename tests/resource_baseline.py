@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import tempfile
 from pathlib import Path
 
 Figures = dict[str, list[int]]
@@ -19,11 +21,15 @@ def read_baseline(path: Path, version: str) -> Figures:
 
 def add_to_baseline(path: Path, version: str, found: Figures) -> None:
     """Write what was found over what was known, one kernel a line."""
-    everything = _read(path)
-    everything.setdefault(version, {}).update(found)
     path.parent.mkdir(exist_ok=True)
-    blocks = []
-    for name, kernels in sorted(everything.items()):
-        rows = ",\n".join(f"  {json.dumps(kernel)}: {figures}" for kernel, figures in sorted(kernels.items()))
-        blocks.append(f"{json.dumps(name)}: {{\n{rows}\n}}")
-    path.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+    with open(Path(tempfile.gettempdir()) / f"fastattn-{path.stem}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
+        everything = _read(path)
+        everything.setdefault(version, {}).update(found)
+        blocks = []
+        for name, kernels in sorted(everything.items()):
+            rows = ",\n".join(f"  {json.dumps(kernel)}: {figures}" for kernel, figures in sorted(kernels.items()))
+            blocks.append(f"{json.dumps(name)}: {{\n{rows}\n}}")
+        partial = path.with_suffix(".partial")
+        partial.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+        partial.replace(path)  # whoever reads it meanwhile has the old one whole

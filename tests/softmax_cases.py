@@ -32,21 +32,6 @@ def draw_composition(data: st.DataObject, dtypes: tuple[torch.dtype, ...]) -> So
     return SoftmaxCall(names, shape, data.draw(st.sampled_from(dtypes)), offset=offset, scale=scale)
 
 
-def check_guard_bands(backend: str) -> None:
-    """Nothing beside a slice is read or written, and what the masks hide is not read: it is NaN."""
-    call = SoftmaxCall(("window", "alibi"), SHAPE)
-    scores = call.leaves["scores"].masked_fill(~call.visible(), math.nan)
-    padded = torch.nn.functional.pad(scores, (3, 5, 2, 1), value=math.nan)[..., 2:-1, 3:-5]
-    grad = torch.nn.functional.pad(
-        call.grad_out.masked_fill(~call.visible(), math.nan), (1, 1, 1, 1), value=math.nan
-    )[..., 1:-1, 1:-1]  # fmt: skip
-    want_out, want = call.fused(backend)
-    leaf = padded.detach().requires_grad_()
-    out = fastattn.masked_softmax(leaf, **call.keywords(call.leaves), backend=backend)
-    (dscores,) = torch.autograd.grad(out, leaf, grad)
-    assert torch.equal(out, want_out) and torch.equal(dscores, want["scores"])
-
-
 def check_a_row_that_sees_no_number(backend: str, value: float, columns: int = 40) -> None:
     scores = torch.randn(1, 2, 4, columns)
     scores[0, 1, 2, 1] = value
@@ -72,14 +57,6 @@ def check_low_scores(backend: str) -> None:
     biased = fastattn.masked_softmax(torch.randn(1, 1, 3, 20), bias=fastattn.DenseBias(scores), backend=backend)
     torch.testing.assert_close(out[0, 0], expected)
     torch.testing.assert_close(biased[0, 0], expected)
-
-
-def check_the_same_bits_on_every_run(backend: str) -> None:
-    call = SoftmaxCall(("causal", "alibi", "table", "dense_keys"), SHAPE)
-    first, second = call.fused(backend), call.fused(backend)
-    assert torch.equal(first[0], second[0])
-    for name, grad in first[1].items():
-        assert torch.equal(grad, second[1][name]), name
 
 
 EMPTY = [pytest.param(size, id=str(size)) for size in ((0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0))]

@@ -9,7 +9,7 @@ import copy
 import math
 
 import torch
-from features import FEATURES, Feature, Scene, Shape, Tensors
+from features import FEATURES, Feature, Scene, Shape, Tensors, moved
 from torch import Tensor
 
 import fastattn
@@ -65,7 +65,7 @@ class SoftmaxCall:
     def fused(self, backend: str | None, device: str = "cpu") -> tuple[Tensor, Tensors]:
         """Output and gradients."""
         leaves = self.fresh(device)
-        keywords = {name: _moved(value, device) for name, value in self.keywords(leaves).items()}
+        keywords = {name: moved(value, device) for name, value in self.keywords(leaves).items()}
         out = fastattn.masked_softmax(leaves["scores"], **keywords, backend=backend)
         grads = torch.autograd.grad(out, list(leaves.values()), self.grad_out.to(out), allow_unused=True)
         return out.detach(), {n: _no_grad(g, leaves[n]) for n, g in zip(leaves, grads, strict=True)}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import fastattn
-from fastattn.bench import peers, readme, results, runner, suites
+from fastattn.bench import launches, peers, readme, results, runner, suites
 from fastattn.bench.gate import WrongResultError, expect, gate
 from fastattn.bench.memory import peak_bytes
 from fastattn.bench.modules import make_module_inputs
@@ -339,3 +342,31 @@ def test_readme_section_of_some_rows() -> None:
     assert once.startswith("before\n")
     assert once.endswith("\nafter")
     assert readme.rewritten(once, rows) == once
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on: nothing is launched")
+def test_host_time_of_a_triton_call() -> None:
+    """Two ways in turns; the ordinary one really is Triton's own, the other is not, and each row says what it timed."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from triton.runtime.jit import JITFunction
+
+    calls = {"ordinary": 0}
+    original = JITFunction.run
+
+    def run(self: JITFunction, *args: object, **kwargs: object) -> object:
+        calls["ordinary"] += 1
+        return original(self, *args, **kwargs)
+
+    case = suites.overhead("cpu", quick=True).cases[1]
+    with mock.patch.object(JITFunction, "run", run):
+        rows = launches.launch_rows(results.environment("cpu"), case, "cpu", 0.01)
+    assert {(row.variant, row.direction) for row in rows} == set(
+        itertools.product(launches.VARIANTS, ("forward", "both"))
+    )
+    assert all(row.status == "ok" and row.median_s > 0 and "stub" in row.kernel for row in rows)
+    ratios = {row.direction: row.ratio for row in rows if row.variant == "triton-launch"}
+    assert ratios.keys() == {"forward", "both"} and all(ratio is not None for ratio in ratios.values())
+    ordinary = [row for row in rows if row.variant == "triton-launch-ordinary"]
+    # a warm-up round beside the samples, and the first call of each kernel, which compiles it
+    launched = sum((row.samples + 1) * launches.CALLS * {"forward": 1, "both": 4}[row.direction] for row in ordinary)
+    assert launched < calls["ordinary"] <= launched + 20

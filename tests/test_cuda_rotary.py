@@ -3,9 +3,10 @@ accesses."""
 
 from __future__ import annotations
 
+import bodies
 import pytest
 import torch
-from rotary_cases import SHAPES, check_empty, check_gradient_of_one_operand, check_in_place_inside_guard_bands
+from rotary_cases import SHAPES, WIDE, check_empty, check_gradient_of_one_operand
 from rotary_oracle import RotaryCall, RotaryShape, check_rotation
 
 import fastattn
@@ -13,12 +14,6 @@ import fastattn
 pytestmark = pytest.mark.usefixtures("cuda_simulator")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# What takes 16-byte accesses: every part of a row in whole vectors.
-WIDE = {
-    "wide": RotaryShape(dim=32, width=32, length=5),
-    "wide, partial": RotaryShape(dim=64, width=32, heads=5, kv_heads=1, length=3),
-    "wide, long": RotaryShape(batch=1, heads=2, kv_heads=1, length=70, rows=70, dim=128, width=128),
-}
 
 
 @pytest.mark.parametrize("positions", ["none", "shared", "each"])
@@ -55,7 +50,7 @@ def test_empty(empty: str) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_place_inside_guard_bands(dtype: torch.dtype, interleaved: bool, shape: RotaryShape | None) -> None:
-    check_in_place_inside_guard_bands("cuda", dtype, interleaved=interleaved, shape=shape)
+    bodies.rotation_in_place_inside_guard_bands("cuda", "cpu", dtype, interleaved, shape)
 
 
 @pytest.mark.parametrize("which", ["query", "key"])

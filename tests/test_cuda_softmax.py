@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import bodies
 import pytest
 import torch
 from features import BIASES, MASKS, Shape
@@ -15,9 +16,7 @@ from softmax_cases import (
     SHAPE,
     check_a_row_that_sees_no_number,
     check_empty,
-    check_guard_bands,
     check_low_scores,
-    check_the_same_bits_on_every_run,
     draw_composition,
 )
 from softmax_oracle import SoftmaxCall, check
@@ -93,7 +92,7 @@ def test_composition(data: st.DataObject) -> None:
 
 
 def test_guard_bands() -> None:
-    check_guard_bands("cuda")
+    bodies.softmax_inside_guard_bands("cuda", "cpu", SHAPE)
 
 
 @pytest.mark.parametrize("columns", [40, 4100])
@@ -107,7 +106,7 @@ def test_low_scores() -> None:
 
 
 def test_gradients_are_the_same_bits_on_every_run() -> None:
-    check_the_same_bits_on_every_run("cuda")
+    bodies.the_same_bits_on_every_run("cuda", "cpu", SoftmaxCall(("causal", "alibi", "table", "dense_keys"), SHAPE))
 
 
 @pytest.mark.parametrize("size", EMPTY)

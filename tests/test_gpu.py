@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
+import bodies
+import features
+import oracle
 import pytest
-import rotary_cases
-import rotary_oracle
-import softmax_cases
 import softmax_oracle
 import torch
-from features import BIASES, MASKS
-from features import Shape as FeatureShape
+from devices import FUSED_ON_GPU
+from rotary_cases import SHAPES as ROTARY_SHAPES
+from rotary_cases import WIDE as ROTARY_WIDE
+from rotary_oracle import RotaryCall, RotaryShape, check_rotation
+from test_determinism import COMBINATIONS as DETERMINISTIC
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,10 +37,13 @@ SHAPES = (
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = [backend.name for backend in fastattn.backends() if backend.available and backend.name != "cpu"]
+# D = 64 with more than one tile each way, and fewer key heads than query heads
+WIDE = features.Shape(query_length=150, key_length=210, head_dim=64, value_dim=64)
 
 
-# Kernels of our own, by name; their masked softmax and rotation are tested by themselves.
-OWN = [name for name in BACKENDS if name != "reference"]
+def _skip_float32(backend: str, dtype: torch.dtype) -> None:
+    if backend == "cuda" and dtype == torch.float32:
+        pytest.skip("the cuda backend's attention has float16 and bfloat16")
 
 
 def _name(value: object) -> str | None:
@@ -47,8 +54,7 @@ def _name(value: object) -> str | None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=_name)
 @pytest.mark.parametrize("scenario", [s for s in SCENARIOS if not SCENARIOS[s].dropout_p])
 def test_features_against_the_cpu_formula(scenario: str, dtype: torch.dtype, backend: str) -> None:
-    if backend == "cuda" and dtype == torch.float32:
-        pytest.skip("the cuda backend's attention has float16 and bfloat16")
+    _skip_float32(backend, dtype)
     for shape in SHAPES:
         case = Case("gpu", scenario, shape, dtype)
         on_cpu, on_gpu = make_inputs(case, "cpu"), make_inputs(case, DEVICE)
@@ -79,28 +85,7 @@ def test_dropout_mask_is_the_one_philox_gives_on_the_cpu(backend: str) -> None:
     assert torch.allclose(out.cpu().double(), expected, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", OWN)
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-@pytest.mark.parametrize("feature", [*MASKS, *BIASES])
-def test_masked_softmax(feature: str, dtype: torch.dtype, backend: str) -> None:
-    shapes = [softmax_cases.SHAPE, FeatureShape(heads=2, query_length=7, key_length=544)]
-    shapes += [FeatureShape(batch=1, heads=1, query_length=2, key_length=9000)]
-    for shape in shapes:
-        softmax_oracle.check(softmax_oracle.SoftmaxCall((feature,), shape, dtype), backend, DEVICE)
-
-
-@pytest.mark.parametrize("backend", OWN)
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("shape", [*rotary_cases.SHAPES, "wide"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-def test_rotation(dtype: torch.dtype, shape: str, interleaved: bool, backend: str) -> None:
-    chosen = rotary_cases.SHAPES.get(shape) or rotary_oracle.RotaryShape(dim=128, width=64, length=70, rows=70)
-    for positions in ("none", "each"):
-        call = rotary_oracle.RotaryCall(chosen, dtype, interleaved=interleaved, positions=positions)
-        rotary_oracle.check_rotation(call, backend, DEVICE)
-
-
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
 def test_views_that_no_wide_access_fits(backend: str) -> None:
     """Rows that start at odd multiples of two bytes, and heads beside each other in memory."""
     whole = torch.randn(2, 33, 3, 65, device=DEVICE, dtype=torch.float16)
@@ -110,7 +95,7 @@ def test_views_that_no_wide_access_fits(backend: str) -> None:
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
 def test_in_a_cuda_graph(backend: str) -> None:
     """Attention with its gradients, the softmax and the rotation: captured once, replayed on other numbers."""
     torch.manual_seed(0)
@@ -245,3 +230,157 @@ def test_other_stream(backend: str) -> None:
         out = fastattn.attention(query * 3, query, query, backend=backend)
     stream.synchronize()
     assert torch.allclose(out, expected, atol=1e-6)
+
+
+# -- the kernels, one feature at a time --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+@pytest.mark.parametrize("feature", features.FEATURES)
+def test_attention_feature(feature: str, dtype: torch.dtype, backend: str) -> None:
+    _skip_float32(backend, dtype)
+    oracle.check(oracle.Call((feature,), WIDE, dtype), backend, DEVICE)
+
+
+COMPOSITIONS = [
+    ("causal", "t5_decoder", "rotary"),
+    ("window", "alibi_batch", "key_lengths", "softcap"),
+    ("prefix_lm", "dense_heads", "table", "sink"),
+    ("documents_sorted", "bool_keys", "rotary_partial_interleaved"),
+    ("causal", "documents", "dense_infinite", "sink_batch"),
+]
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize("names", COMPOSITIONS, ids="+".join)
+def test_attention_composition(names: tuple[str, ...], dtype: torch.dtype, dropout_p: float, backend: str) -> None:
+    _skip_float32(backend, dtype)
+    oracle.check(oracle.Call(names, WIDE, dtype, dropout_p=dropout_p), backend, DEVICE)
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+@pytest.mark.parametrize("dims", [(8, 8), (32, 32), (40, 96), (96, 40), (128, 128), (192, 192), (256, 256)], ids=str)
+def test_attention_head_dims(dims: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    _skip_float32(backend, dtype)
+    shape = features.Shape(query_length=150, key_length=210, head_dim=dims[0], value_dim=dims[1])
+    oracle.check(oracle.Call(("causal", "alibi"), shape, dtype), backend, DEVICE)
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+@pytest.mark.parametrize("feature", [*features.MASKS, *features.BIASES])
+def test_softmax_feature(feature: str, dtype: torch.dtype, backend: str) -> None:
+    shape = features.Shape(heads=3, query_length=33, key_length=301)
+    softmax_oracle.check(softmax_oracle.SoftmaxCall((feature,), shape, dtype), backend, DEVICE)
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize("length", [1, 7, 129, 1000, 4096, 16384, 16385, 40_000])
+def test_softmax_row_length(length: int, dtype: torch.dtype, backend: str) -> None:
+    """Up to 16384 columns a row stays in registers; longer ones go by in parts."""
+    shape = features.Shape(batch=1, heads=2, query_length=3, key_length=length)
+    for names in ((), ("window_left", "alibi", "table")):
+        softmax_oracle.check(softmax_oracle.SoftmaxCall(names, shape, dtype, scale=0.3), backend, DEVICE)
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("positions", ["none", "shared", "each"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("shape", [*ROTARY_SHAPES, *ROTARY_WIDE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+def test_rotation(dtype: torch.dtype, shape: str, interleaved: bool, positions: str, backend: str) -> None:
+    chosen, batched = (ROTARY_SHAPES | ROTARY_WIDE)[shape], positions == "each"
+    call = RotaryCall(chosen, dtype, interleaved=interleaved, positions=positions, batched=batched)
+    check_rotation(call, backend, DEVICE)
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+def test_rotation_in_place(dtype: torch.dtype, interleaved: bool, backend: str) -> None:
+    bodies.rotation_in_place_inside_guard_bands(backend, DEVICE, dtype, interleaved)
+
+
+# -- where operands lie ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+def test_strided_views(dtype: torch.dtype, backend: str) -> None:
+    _skip_float32(backend, dtype)
+    bodies.strided_views(backend, DEVICE, dtype)
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+def test_reads_and_writes_stay_inside(dtype: torch.dtype, backend: str) -> None:
+    _skip_float32(backend, dtype)
+    bodies.reads_and_writes_stay_inside(backend, DEVICE, dtype)
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("columns", [301, 20_000])
+def test_softmax_inside_guard_bands(columns: int, backend: str) -> None:
+    shape = features.Shape(heads=2, query_length=7, key_length=columns)
+    bodies.softmax_inside_guard_bands(backend, DEVICE, shape)
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+def test_offsets_beyond_32_bits(backend: str) -> None:
+    if torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("needs 10 GB of GPU memory that is free")
+    bodies.offsets_beyond_32_bits(backend, DEVICE)
+
+
+# -- the same every time -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+def test_same_dropout_as_the_cpu_backend(backend: str) -> None:
+    bodies.same_dropout_as_the_cpu_backend(backend, DEVICE, torch.float16)
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+@pytest.mark.parametrize("names", DETERMINISTIC, ids="+".join)
+def test_the_same_bits_on_every_run(names: tuple[str, ...], dtype: torch.dtype, backend: str) -> None:
+    _skip_float32(backend, dtype)
+    bodies.the_same_bits_on_every_run(backend, DEVICE, oracle.Call(names, WIDE, dtype))
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("names", [("causal", "alibi", "table"), ("dense_keys", "table_batch")], ids="+".join)
+def test_softmax_has_the_same_bits_on_every_run(names: tuple[str, ...], backend: str) -> None:
+    call = softmax_oracle.SoftmaxCall(names, features.Shape(query_length=70, key_length=300))
+    bodies.the_same_bits_on_every_run(backend, DEVICE, call)
+
+
+# -- launches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="the triton backend is not available")
+def test_the_short_way_of_launching_computes_the_same() -> None:
+    """The second call goes past Triton's own launch, with operands elsewhere and of another length."""
+    from triton.runtime.jit import JITFunction
+
+    from fastattn.triton_kernels import launcher
+
+    if not launcher.short():
+        pytest.skip("this version of Triton is launched in its own way")
+    calls = [oracle.Call(("causal", "alibi", "sink"), features.Shape(query_length=n, key_length=n)) for n in (33, 35)]
+    calls[0].fused("triton", DEVICE)
+    with mock.patch.object(JITFunction, "run", side_effect=AssertionError("not the short way")):
+        oracle.check(calls[1], "triton", DEVICE)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+def test_on_a_device_that_is_not_the_current_one(backend: str) -> None:
+    oracle.check(oracle.Call(("causal", "alibi"), dtype=torch.float16), backend, "cuda:1")
+    check_rotation(RotaryCall(RotaryShape()), backend, "cuda:1")
+    softmax_oracle.check(softmax_oracle.SoftmaxCall(("causal",)), backend, "cuda:1")

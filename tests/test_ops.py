@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import GPU_BACKENDS
+from devices import GPU_BACKENDS
 from features import FEATURES, Shape
 from oracle import Call
 

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from . import launcher
 from .machine_code import read_machine_code
 
 _POINTERS = {
@@ -54,7 +55,7 @@ def record_launches() -> Iterator[list[Launch]]:
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         caught.append(Launch(self, arguments, options))
 
-    with mock.patch.object(JITFunction, "run", run):
+    with mock.patch.object(JITFunction, "run", run), launcher.ordinary():
         yield caught
 
 

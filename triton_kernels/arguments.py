@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from .launcher import remembers
 
+
+@remembers
 class Operand(NamedTuple):
     """A (B, H, S, D) tensor whose last dimension is dense."""
 
@@ -18,6 +21,7 @@ class Operand(NamedTuple):
     si: Any
 
 
+@remembers
 class Interval(NamedTuple):
     """Vectors, one value per batch, that bound which keys a query may see."""
 
@@ -29,6 +33,7 @@ class Interval(NamedTuple):
     prefix_lengths_sb: Any
 
 
+@remembers
 class Mask(NamedTuple):
     """Masks that need a look at every element."""
 
@@ -43,6 +48,7 @@ class Mask(NamedTuple):
     dense_sj: Any
 
 
+@remembers
 class Bias(NamedTuple):
     """What is added to the scores."""
 
@@ -58,6 +64,7 @@ class Bias(NamedTuple):
     dense_sj: Any
 
 
+@remembers
 class Extra(NamedTuple):
     """Sink logits and the dropout seed."""
 
@@ -66,6 +73,7 @@ class Extra(NamedTuple):
     seed: Any
 
 
+@remembers
 class Numbers(NamedTuple):
     """Scalars of the call; every one is there, and the flags in `Shape` tell which are used."""
 
@@ -80,3 +88,8 @@ class Numbers(NamedTuple):
     keep_scale: Any  # 1 / (1 - p)
     query_length: Any
     key_length: Any
+
+
+NO_INTERVAL = Interval(*[None, 0] * 3)
+NO_MASK = Mask(None, 0, None, 0, None, 0, 0, 0, 0)
+NO_BIAS = Bias(None, 0, None, 0, 0, None, 0, 0, 0, 0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
 from fastattn.problem import Problem
@@ -13,6 +13,7 @@ from fastattn.problem import Problem
 from . import tiles
 from .attention_forward import attention_forward_kernel
 from .features import Features, operand
+from .launcher import Constants, constants, launch
 from .layout import dense, empty_like_layout
 from .rotary import rotate
 
@@ -24,35 +25,32 @@ class Call(Features):
         super().__init__(problem)
         self.q, self.k, self.v = dense(query), dense(key), dense(value)
         self.dim, self.value_dim = problem.query.shape[3], problem.value.shape[3]
-        self.padded = max(16, triton.next_power_of_2(self.dim)), max(16, triton.next_power_of_2(self.value_dim))
+        self.padded = max(16, tiles.padded(self.dim)), max(16, tiles.padded(self.value_dim))
         self.group = problem.num_heads // problem.num_kv_heads if problem.num_kv_heads else 1
-        self.flags = {
-            **self.window_flags,
-            "HAS_SOFTCAP": problem.softcap != 0,
-            "HAS_DROPOUT": problem.dropout_p > 0,
-            "PRECISION": precision(problem.query.dtype),
-        }
+        self.precision = precision(problem.query.dtype)
 
     def tile(self, kernel: str) -> tiles.Tile:
-        return tiles.tile(kernel, max(self.padded), self.q.element_size(), shared_memory(self.q.device))
+        device = target(self.q.device)
+        return tiles.tile(kernel, max(self.dim, self.value_dim), self.q.element_size(), *device)
 
-    def constants(self, tile: tiles.Tile) -> dict[str, object]:
+    def constants(self, tile: tiles.Tile) -> Constants:
         """Compile-time arguments and launch options of a kernel with this tile."""
-        return {
-            "D": self.dim,
-            "DV": self.value_dim,
-            "BD": self.padded[0],
-            "BDV": self.padded[1],
-            "BM": tile.BM,
-            "BN": tile.BN,
-            **self.flags,
-            **launch_options(tile),
-        }
+        has_softcap, has_dropout = self.problem.softcap != 0, self.problem.dropout_p > 0
+        return _constants(
+            self.dim, self.value_dim, *self.padded, tile, *self.window_flags, has_softcap, has_dropout, self.precision
+        )
 
 
-def launch_options(tile: tiles.Tile) -> dict[str, object]:
-    # enable_fp_fusion is pinned: its default changes between Triton versions, and results and registers with it.
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+@cache
+def _constants(
+    dim: int, value_dim: int, padded: int, value_padded: int, tile: tiles.Tile,
+    has_left: bool, has_right: bool, has_softcap: bool, has_dropout: bool, precision: str,
+) -> Constants:  # fmt: skip
+    return constants(
+        D=dim, DV=value_dim, BD=padded, BDV=value_padded, BM=tile.BM, BN=tile.BN, HAS_LEFT=has_left,
+        HAS_RIGHT=has_right, HAS_SOFTCAP=has_softcap, HAS_DROPOUT=has_dropout, PRECISION=precision,
+        **tiles.launch_options(tile),
+    )  # fmt: skip
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -62,11 +60,14 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory a block may use; the largest where there is no GPU (the interpreter)."""
+@cache
+def target(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability, and bytes of shared memory a block may use; those of an H100 where there is no GPU (the
+    interpreter)."""
     if device.type != "cuda":
-        return tiles.LARGE
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        return (9, 0), tiles.LARGE
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.shared_memory_per_block_optin
 
 
 def interpreted() -> bool:
@@ -96,12 +97,14 @@ def attention_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     lse = problem.query.new_empty((batch, heads, length), dtype=torch.float32)
     statistics = lse.new_empty((batch, heads, length, 2))
     tile = call.tile("forward")
-    num_tiles = triton.cdiv(length, tile.BM)
+    num_tiles = tiles.cdiv(length, tile.BM)
     if num_tiles * batch * heads:
-        attention_forward_kernel[(num_tiles * batch * heads,)](
+        arguments = (
             operand(call.q), operand(call.k), operand(call.v), operand(out), lse, statistics,
             call.mask, call.bias, call.extra, call.interval, call.numbers,
+        )  # fmt: skip
+        launch(
+            attention_forward_kernel, num_tiles * batch * heads, arguments, call.constants(tile),
             HEADS=heads, GROUP=call.group, TILES=num_tiles,
-            **call.constants(tile),
         )  # fmt: skip
     return out, lse, statistics

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
 
 from fastattn.problem import GRADIENT_FIELDS, Problem
 
-from .attention import Call, launch_options, rotated
+from .attention import Call, rotated
 from .attention_backward import attention_backward_kv_kernel, attention_backward_q_kernel, attention_delta_kernel
 from .bias_gradient import dense_bias_gradient_kernel, table_gradient_kernel
 from .features import operand
+from .launcher import constants, launch
 from .layout import dense, empty_like_layout
 from .rotary import rotate
-from .tiles import Tile
+from .tiles import Tile, cdiv, launch_options
 
 # Programs the table kernel aims for: enough for every GPU of today; each costs one tile of float32.
 _TABLE_PROGRAMS = 1024
@@ -46,12 +46,14 @@ def attention_backward(
 
     delta = statistics.new_empty((batch, heads, length))
     tile = call.tile("backward_q")
-    num_tiles = triton.cdiv(length, tile.BM)
+    num_tiles = cdiv(length, tile.BM)
     partial_sink = delta.new_empty(batch, heads, num_tiles) if "sink" in needs else None
-    attention_delta_kernel[(num_tiles * batch * heads,)](
-        operand(dense(out)), operand(grad_out), statistics, None if grad_lse is None else grad_lse.contiguous(), delta,
-        call.extra, partial_sink, HEADS=heads, TILES=num_tiles, query_length=length,
-        DV=call.value_dim, BM=tile.BM, BDV=call.padded[1], **launch_options(tile),
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    launch(
+        attention_delta_kernel, num_tiles * batch * heads,
+        (operand(dense(out)), operand(grad_out), statistics, grad_lse, delta, call.extra, partial_sink),
+        constants(DV=call.value_dim, BM=tile.BM, BDV=call.padded[1], **launch_options(tile)),
+        HEADS=heads, TILES=num_tiles, query_length=length,
     )  # fmt: skip
     if partial_sink is not None:
         grads["sink"] = reduce_batch(partial_sink.sum(-1), problem.sink)
@@ -101,7 +103,7 @@ def _launch_kv(
 ) -> None:
     problem = call.problem
     tile = call.tile("backward_kv")
-    num_tiles = triton.cdiv(problem.key_length, tile.BN)
+    num_tiles = cdiv(problem.key_length, tile.BN)
     # one loop makes both, so a gradient that is not wanted still needs a place to go
     dk = grads.get("key")
     dv = grads.get("value")
@@ -109,9 +111,10 @@ def _launch_kv(
     dv = _empty_gradient(problem, "value") if dv is None else dv
     if not num_tiles:
         return
-    attention_backward_kv_kernel[(num_tiles * problem.batch_size * problem.num_kv_heads,)](
-        *tensors, operand(dk), operand(dv), statistics, delta, *features,
-        HEADS=problem.num_heads, GROUP=call.group, TILES=num_tiles, **call.constants(tile),
+    launch(
+        attention_backward_kv_kernel, num_tiles * problem.batch_size * problem.num_kv_heads,
+        (*tensors, operand(dk), operand(dv), statistics, delta, *features), call.constants(tile),
+        HEADS=problem.num_heads, GROUP=call.group, TILES=num_tiles,
     )  # fmt: skip
 
 
@@ -121,14 +124,15 @@ def _launch_q(
     problem = call.problem
     batch, heads, length, _ = problem.query.shape
     tile = call.tile("backward_q")
-    num_tiles = triton.cdiv(length, tile.BM)
+    num_tiles = cdiv(length, tile.BM)
     partial_slopes = delta.new_empty(batch, heads, num_tiles) if "slopes" in grads else None
     partial_ends = delta.new_empty(batch, heads, num_tiles, 2) if "table" in grads else None
     dq = grads.get("query")
     dq = _empty_gradient(problem, "query") if dq is None else dq
-    attention_backward_q_kernel[(num_tiles * batch * heads,)](
-        *tensors, operand(dq), statistics, delta, partial_slopes, partial_ends, *features,
-        HEADS=heads, GROUP=call.group, TILES=num_tiles, **call.constants(tile),
+    launch(
+        attention_backward_q_kernel, num_tiles * batch * heads,
+        (*tensors, operand(dq), statistics, delta, partial_slopes, partial_ends, *features), call.constants(tile),
+        HEADS=heads, GROUP=call.group, TILES=num_tiles,
     )  # fmt: skip
     if partial_slopes is not None:
         grads["slopes"] = reduce_batch(partial_slopes.sum(-1), problem.slopes)
@@ -142,18 +146,20 @@ def _launch_q(
 
 def _launch_dense_bias(call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor, grad: Tensor) -> None:
     tile = call.tile("bias_gradient")
-    programs, where = dense_bias_grid(call.problem, grad, tile)
+    programs, where, ones = dense_bias_grid(call.problem, grad, tile)
     if programs:
-        dense_bias_gradient_kernel[(programs,)](
-            *tensors, lse, delta, grad, *features, HEADS=call.problem.num_heads, GROUP=call.group,
-            **where, **call.constants(tile),
+        launch(
+            dense_bias_gradient_kernel, programs, (*tensors, lse, delta, grad, *features),
+            constants(**call.constants(tile).values, **ones),
+            HEADS=call.problem.num_heads, GROUP=call.group, **where,
         )  # fmt: skip
 
 
-def dense_bias_grid(problem: Problem, grad: Tensor, tile: Tile) -> tuple[int, dict[str, object]]:
-    """Programs that own the tiles of a dense bias's gradient, and what tells them which score tiles to sum."""
+def dense_bias_grid(problem: Problem, grad: Tensor, tile: Tile) -> tuple[int, dict[str, int], dict[str, bool]]:
+    """Programs that own the tiles of a dense bias's gradient, what tells them which score tiles to sum, and which of
+    the gradient's two lengths are 1, known at compile time."""
     batch, heads, length, _ = problem.query.shape
-    tiles_m, tiles_n = triton.cdiv(length, tile.BM), triton.cdiv(problem.key_length, tile.BN)
+    tiles_m, tiles_n = cdiv(length, tile.BM), cdiv(problem.key_length, tile.BN)
     grad_b, grad_h, rows, cols = grad.shape
     # a length of 1 is the same whether it broadcasts or not
     grad_m = 1 if rows == 1 else tiles_m
@@ -167,40 +173,37 @@ def dense_bias_grid(problem: Problem, grad: Tensor, tile: Tile) -> tuple[int, di
         "SUM_H": 1 if grad_h == heads else heads,
         "SUM_M": tiles_m if rows == 1 else 1,
         "SUM_N": tiles_n if cols == 1 else 1,
-        "ONE_ROW": rows == 1,
-        "ONE_COL": cols == 1,
     }
-    return (grad_b * grad_h * grad_m * grad_n if grad.numel() else 0), where
+    ones = {"ONE_ROW": rows == 1, "ONE_COL": cols == 1}
+    return (grad_b * grad_h * grad_m * grad_n if grad.numel() else 0), where, ones
 
 
 def _table_interior(call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor) -> Tensor | float:
     tile = call.tile("bias_gradient")
     assert tile.BM == tile.BN, "a block diagonal needs square tiles"
 
-    def launch(programs: int, partial: Tensor, where: dict[str, int]) -> None:
-        table_gradient_kernel[(programs,)](
-            *tensors, lse, delta, partial, *features, HEADS=call.problem.num_heads, GROUP=call.group,
-            **where, **call.constants(tile),
+    def run(programs: int, partial: Tensor, where: dict[str, int]) -> None:
+        launch(
+            table_gradient_kernel, programs, (*tensors, lse, delta, partial, *features), call.constants(tile),
+            HEADS=call.problem.num_heads, GROUP=call.group, **where,
         )  # fmt: skip
 
-    return table_interior(call.problem, tile.BM, launch)
+    return table_interior(call.problem, tile.BM, run)
 
 
-def table_interior(
-    problem: Problem, size: int, launch: Callable[[int, Tensor, dict[str, int]], None]
-) -> Tensor | float:
+def table_interior(problem: Problem, size: int, run: Callable[[int, Tensor, dict[str, int]], None]) -> Tensor | float:
     """Gradient of the table's entries between its two ends, zero at the ends; broadcasts to the table's shape.
 
     Args:
         size: rows and columns of a score tile.
-        launch: given a number of programs and where they are, adds up the dS tiles of each program's block diagonal in
+        run: given a number of programs and where they are, adds up the dS tiles of each program's block diagonal in
             its (size, size) part of a tensor.
     """
     assert problem.table is not None
     batch, heads, length, _ = problem.query.shape
     columns = problem.table.shape[-1]
     left, right = problem.table_left, columns - 1 - problem.table_left
-    tiles_m, tiles_n = triton.cdiv(length, size), triton.cdiv(problem.key_length, size)
+    tiles_m, tiles_n = cdiv(length, size), cdiv(problem.key_length, size)
     first, last = -(tiles_m - 1), tiles_n - 1
     if problem.query_offsets is None:
         # only diagonals with a distance strictly between the ends: |distance - size * diagonal + offset| < size
@@ -224,7 +227,7 @@ def table_interior(
         "TILES_M": tiles_m,
         "TILES_N": tiles_n,
     }
-    launch(apart * heads * diagonals * splits, partial, where)
+    run(apart * heads * diagonals * splits, partial, where)
     sums = _join_diagonals(_diagonal_sums(partial.sum(3)))
     # sums[..., x] belongs to j - i = size * first - (size - 1) + x, and table column c to j - i = c - left + offset
     position = problem.query_offset if problem.query_offsets is None else problem.query_offsets[:, None]

@@ -6,7 +6,7 @@ from torch import Tensor, uint8
 
 from fastattn.problem import Problem
 
-from .arguments import Bias, Extra, Interval, Mask, Numbers, Operand
+from .arguments import NO_BIAS, NO_INTERVAL, NO_MASK, Bias, Extra, Interval, Mask, Numbers, Operand
 from .layout import dense
 
 
@@ -31,37 +31,54 @@ def _dense4(x: Tensor | None) -> tuple[Tensor | None, int, int, int, int]:
     return x, *strides  # type: ignore[return-value]
 
 
+def _interval(problem: Problem) -> Interval:
+    vectors = problem.query_offsets, problem.key_lengths, problem.prefix_lengths
+    if all(x is None for x in vectors):
+        return NO_INTERVAL
+    offsets, lengths, prefixes = map(_vector, vectors)
+    return Interval(*offsets, *lengths, *prefixes)
+
+
+def _mask(problem: Problem) -> Mask:
+    if problem.dense_mask is None and problem.query_ids is None:
+        return NO_MASK
+    bits = None if problem.dense_mask is None else problem.dense_mask.view(uint8)
+    return Mask(*_vector(problem.query_ids), *_vector(problem.key_ids), *_dense4(bits))
+
+
+def _bias(problem: Problem) -> Bias:
+    if problem.slopes is None and problem.table is None and problem.dense_bias is None:
+        return NO_BIAS
+    table = None if problem.table is None else dense(problem.table)
+    slopes = None if problem.slopes is None else dense(problem.slopes)
+    return Bias(
+        *_vector(slopes),
+        table,
+        0 if table is None or table.shape[0] == 1 else table.stride(0),
+        0 if table is None else table.stride(1),
+        *_dense4(problem.dense_bias),
+    )
+
+
 class Features:
     """Everything of a problem but its operands."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.interval = Interval(
-            *_vector(problem.query_offsets), *_vector(problem.key_lengths), *_vector(problem.prefix_lengths)
-        )
-        bits = None if problem.dense_mask is None else problem.dense_mask.view(uint8)
-        self.mask = Mask(*_vector(problem.query_ids), *_vector(problem.key_ids), *_dense4(bits))
-        table = None if problem.table is None else dense(problem.table)
-        slopes = None if problem.slopes is None else dense(problem.slopes)
-        self.bias = Bias(
-            *_vector(slopes),
-            table,
-            0 if table is None or table.shape[0] == 1 else table.stride(0),
-            0 if table is None else table.stride(1),
-            *_dense4(problem.dense_bias),
-        )
+        self.interval, self.mask, self.bias = _interval(problem), _mask(problem), _bias(problem)
         self.extra = Extra(*_vector(problem.sink), problem.dropout_seed)
         self.numbers = Numbers(
-            scale=problem.scale,
-            softcap=problem.softcap,
+            # a float even where an integer came, which Triton would take for another kind of argument
+            scale=float(problem.scale),
+            softcap=float(problem.softcap),
             query_offset=problem.query_offset,
             window_left=problem.window_left,
             window_right=problem.window_right,
             table_left=problem.table_left,
-            table_right=0 if table is None else table.shape[-1] - 1 - problem.table_left,
+            table_right=0 if problem.table is None else problem.table.shape[-1] - 1 - problem.table_left,
             drop_threshold=int(problem.dropout_p * 2**32),
             keep_scale=1.0 / (1.0 - problem.dropout_p),
             query_length=problem.query_length,
             key_length=problem.key_length,
         )
-        self.window_flags = {"HAS_LEFT": problem.window_left >= 0, "HAS_RIGHT": problem.window_right >= 0}
+        self.window_flags = problem.window_left >= 0, problem.window_right >= 0

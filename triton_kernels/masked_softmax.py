@@ -19,6 +19,7 @@ from fastattn.softmax_problem import SoftmaxProblem
 
 from . import tiles
 from .features import Features, operand
+from .launcher import constants, launch
 from .layout import dense
 from .scores import LOG2E, LOWEST_BIAS, NEAR, NEG_INF, add_bias, keys_of_queries, query_offset, visible
 
@@ -194,20 +195,13 @@ class Rows(Features):
     def __init__(self, problem: SoftmaxProblem) -> None:
         super().__init__(problem.attention())
         self.tile = tiles.row_tile(self.problem.key_length)
-        self.tiles = triton.cdiv(self.problem.query_length, self.tile.BM)
+        self.tiles = tiles.cdiv(self.problem.query_length, self.tile.BM)
         self.programs = self.problem.batch_size * self.problem.num_heads * self.tiles
-        self.constants = {
-            "HEADS": self.problem.num_heads,
-            "TILES": self.tiles,
-            "BM": self.tile.BM,
-            "BN": self.tile.BN,
-            "ONE_PASS": self.problem.key_length <= self.tile.BN,
-            "num_warps": self.tile.num_warps,
-            "num_stages": self.tile.num_stages,
-            # pinned: its default changes between Triton versions, and results with it
-            "enable_fp_fusion": True,
-            **self.window_flags,
-        }
+        has_left, has_right = self.window_flags
+        self.constants = constants(
+            BM=self.tile.BM, BN=self.tile.BN, ONE_PASS=self.problem.key_length <= self.tile.BN,
+            HAS_LEFT=has_left, HAS_RIGHT=has_right, **tiles.launch_options(self.tile),
+        )  # fmt: skip
 
 
 def softmax_forward(problem: SoftmaxProblem) -> Tensor:
@@ -216,7 +210,9 @@ def softmax_forward(problem: SoftmaxProblem) -> Tensor:
     out = scores.new_empty(scores.shape)
     rows = Rows(problem)
     if rows.programs and out.numel():
-        softmax_forward_kernel[(rows.programs,)](
-            operand(scores), operand(out), rows.mask, rows.bias, rows.interval, rows.numbers, **rows.constants
-        )
+        launch(
+            softmax_forward_kernel, rows.programs,
+            (operand(scores), operand(out), rows.mask, rows.bias, rows.interval, rows.numbers), rows.constants,
+            HEADS=rows.problem.num_heads, TILES=rows.tiles,
+        )  # fmt: skip
     return out

@@ -12,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launcher import constants, launch, remembers
 from .layout import dense, empty_like_layout
+from .tiles import cdiv, padded
 
 
+@remembers
 class Side(NamedTuple):
     """Queries or keys: where they are, where they go, their tables and their positions."""
 
@@ -156,20 +159,23 @@ def rotate(
     if out is None:
         out = empty_like_layout(query, tuple(query.shape)), empty_like_layout(key, tuple(key.shape))
     half, dim = tables[0].shape[-1], query.shape[-1]
-    width = triton.next_power_of_2(max(half, 1))
+    width = padded(half)
     query_side = _side(source[0], out[0], *tables[:2], query_positions, query_offset)
     key_side = _side(source[1], out[1], *tables[2:], key_positions, 0)
     # 8 warps' worth of 16-byte accesses per program; four heads share the cosines
     tokens, heads = max(16, 4096 // width // 4), 4
-    tiles = triton.cdiv(max(query.shape[2], key.shape[2]), tokens)
-    groups = triton.cdiv(query.shape[1], heads), triton.cdiv(key.shape[1], heads)
+    tiles = cdiv(max(query.shape[2], key.shape[2]), tokens)
+    groups = cdiv(query.shape[1], heads), cdiv(key.shape[1], heads)
     programs = query.shape[0] * tiles * sum(groups)
     in_place = out[0].data_ptr() == source[0].data_ptr() and out[1].data_ptr() == source[1].data_ptr()
     if programs:
-        rotary_kernel[(programs,)](
-            query_side, key_side, QUERY_GROUPS=groups[0], KEY_GROUPS=groups[1], TILES=tiles,
-            D=dim, HALF=half, BT=tokens, BHALF=width, BREST=triton.next_power_of_2(max(dim - 2 * half, 1)),
+        fixed = constants(
+            D=dim, HALF=half, BT=tokens, BHALF=width, BREST=padded(dim - 2 * half),
             HEADS=heads, INTERLEAVED=interleaved, CONJUGATE=conjugate, COPY_REST=dim > 2 * half and not in_place,
             num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+        launch(
+            rotary_kernel, programs, (query_side, key_side), fixed,
+            QUERY_GROUPS=groups[0], KEY_GROUPS=groups[1], TILES=tiles,
         )  # fmt: skip
     return out

@@ -16,9 +16,10 @@ from fastattn.softmax_problem import SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
 from .attention_gradients import dense_bias_grid, reduce_batch, table_interior
 from .bias_gradient import any_visible, store_bias_tile
 from .features import operand
+from .launcher import constants, launch
 from .layout import dense
 from .masked_softmax import Rows, softmax_backward_kernel
-from .tiles import Tile
+from .tiles import Tile, launch_options
 
 # Square, as a block diagonal needs it; each warp reads 128 consecutive bytes of float32.
 TILE = Tile(32, 32, 4, 1)
@@ -109,40 +110,36 @@ def softmax_backward(problem: SoftmaxProblem, grad_out: Tensor, needs: frozenset
     delta = partial(batch, heads, length) if needs & {"table", "dense_bias"} else None
     slope_parts = partial(batch, heads, rows.tiles) if "slopes" in needs else None
     end_parts = partial(batch, heads, rows.tiles, 2) if "table" in needs else None
-    softmax_backward_kernel[(rows.programs,)](
+    arguments = (
         operand(out), operand(grad_out), operand(grads["scores"]) if "scores" in needs else None,
-        delta, slope_parts, end_parts, rows.interval, rows.numbers, **rows.constants,
+        delta, slope_parts, end_parts, rows.interval, rows.numbers,
     )  # fmt: skip
+    launch(softmax_backward_kernel, rows.programs, arguments, rows.constants, HEADS=heads, TILES=rows.tiles)
     if slope_parts is not None:
         grads["slopes"] = reduce_batch(slope_parts.sum(-1), problem.slopes)
     tile_arguments = (operand(out), operand(grad_out), delta)
-    constants = {
-        "HEADS": heads,
-        "BM": TILE.BM,
-        "BN": TILE.BN,
-        "num_warps": TILE.num_warps,
-        "num_stages": TILE.num_stages,
-        "enable_fp_fusion": True,
-        **rows.window_flags,
-    }
+    has_left, has_right = rows.window_flags
+    fixed = {"BM": TILE.BM, "BN": TILE.BN, "HAS_LEFT": has_left, "HAS_RIGHT": has_right, **launch_options(TILE)}
     if "dense_bias" in needs:
         grad = grads["dense_bias"]
-        programs, where = dense_bias_grid(rows.problem, grad, TILE)
+        programs, where, ones = dense_bias_grid(rows.problem, grad, TILE)
         if programs:
-            softmax_bias_gradient_kernel[(programs,)](
-                *tile_arguments, grad, rows.interval, rows.numbers, **where, **constants
-            )
+            launch(
+                softmax_bias_gradient_kernel, programs, (*tile_arguments, grad, rows.interval, rows.numbers),
+                constants(**fixed, **ones), HEADS=heads, **where,
+            )  # fmt: skip
     if end_parts is not None:
 
-        def launch(programs: int, parts: Tensor, where: dict[str, int]) -> None:
-            softmax_table_gradient_kernel[(programs,)](
-                *tile_arguments, parts, rows.interval, rows.numbers, **where, **constants
-            )
+        def run(programs: int, parts: Tensor, where: dict[str, int]) -> None:
+            launch(
+                softmax_table_gradient_kernel, programs, (*tile_arguments, parts, rows.interval, rows.numbers),
+                constants(**fixed), HEADS=heads, **where,
+            )  # fmt: skip
 
         ends = reduce_batch(end_parts.sum(2), problem.table)
         table = grads["table"].zero_()
         # a table of one entry has both ends in it
         table[..., 0] += ends[..., 0]
         table[..., -1] += ends[..., 1]
-        grads["table"] = table + table_interior(rows.problem, TILE.BM, launch)
+        grads["table"] = table + table_interior(rows.problem, TILE.BM, run)
     return grads

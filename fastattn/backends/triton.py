@@ -4,7 +4,8 @@ interpreter when TRITON_INTERPRET=1 was set before the kernels were first used (
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
 
@@ -66,6 +67,20 @@ class TritonBackend(GpuBackend):
         return {kernel: call.tile(kernel) for kernel in ("forward", "backward_kv", "backward_q")}
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @wraps(function)
+    def run(first: Tensor, *rest: Any) -> Any:
+        index = first.device.index if first.is_cuda else None
+        if index is None or index == torch.cuda.current_device():
+            return function(first, *rest)
+        with torch.cuda.device(index):
+            return function(first, *rest)
+
+    return run
+
+
 def _problem(args: tuple[Any, ...]) -> Problem:
     return Problem(**dict(zip(FIELD_NAMES, args, strict=True)))
 
@@ -123,11 +138,15 @@ def _launch_rotation(rotation: Rotation, out: tuple[Tensor, Tensor] | None = Non
     )  # fmt: skip
 
 
+_OPERATORS = {
+    "triton_forward": _forward,
+    "triton_backward": _backward,
+    "triton_softmax_forward": _softmax_forward,
+    "triton_softmax_backward": _softmax_backward,
+    "triton_rotate": _rotate,
+    "triton_rotate_": _rotate_inplace,
+}
 # The CPU registration serves the interpreter; `unsupported_reasons` keeps other calls away from it.
-for _device in ("CUDA", "CPU"):
-    implement("triton_forward", _forward, _device)
-    implement("triton_backward", _backward, _device)
-    implement("triton_softmax_forward", _softmax_forward, _device)
-    implement("triton_softmax_backward", _softmax_backward, _device)
-    implement("triton_rotate", _rotate, _device)
-    implement("triton_rotate_", _rotate_inplace, _device)
+for _name, _function in _OPERATORS.items():
+    implement(_name, _on_its_device(_function), "CUDA")
+    implement(_name, _function, "CPU")

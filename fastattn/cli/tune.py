@@ -32,10 +32,10 @@ def main(options: argparse.Namespace) -> int:
     import fastattn
     from fastattn.functional import lower
     from fastattn.triton_kernels import tiles, tuning
-    from fastattn.triton_kernels.attention import shared_memory
+    from fastattn.triton_kernels.attention import target
 
     device = torch.device("cuda", torch.cuda.current_device())
-    memory, dtype = shared_memory(device), DTYPES[options.dtype]
+    (capability, memory), dtype = target(device), DTYPES[options.dtype]
     rows = []
     for dim in map(int, options.head_dims.split(",")):
         heads, batch = max(1, 2048 // dim), max(1, options.tokens // options.length)
@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> int:
         query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
         problem = lower(query, key, value, mask=fastattn.Causal())
         for kernel in tuning.KERNELS:
-            default = tiles.tile(kernel, dim, dtype.itemsize, memory)
+            default = tiles.tile(kernel, dim, dtype.itemsize, capability, memory)
             choices = [default, *(c for c in tuning.candidates(dim, dtype.itemsize, memory) if c != default)]
             console.print(f"{kernel}, D = {dim}, {options.dtype}: {len(choices)} tiles")
             trials = tuning.search(
@@ -65,7 +65,8 @@ def main(options: argparse.Namespace) -> int:
                     "kernel": kernel,
                     "head_dim": dim,
                     "itemsize": dtype.itemsize,
-                    "shared_memory": tiles.room(memory),
+                    "capability": list(capability),
+                    "shared_memory": memory,
                     "tile": list(best.tile),
                     "seconds": best.seconds,
                     "table_seconds": table.seconds,

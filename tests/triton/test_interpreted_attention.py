@@ -6,20 +6,20 @@ partial, near and far tiles.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
+import bodies
 import pytest
 import torch
 from features import BIASES, FEATURES, MASKS, ROTARY, Shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Call, check
+from test_determinism import COMBINATIONS as DETERMINISTIC
 
 import fastattn
 from fastattn.functional import lower
-from fastattn.problem import GRADIENT_FIELDS
-from fastattn.triton_kernels import tiles
+from fastattn.triton_kernels import attention, attention_gradients, tiles
 from fastattn.triton_kernels.attention import attention_forward
 from fastattn.triton_kernels.attention_gradients import attention_backward
 from fastattn.triton_kernels.tiles import Tile
@@ -30,6 +30,7 @@ SMALL = {
     "backward_q": Tile(32, 16, 4, 1),
     "bias_gradient": Tile(16, 16, 4, 1),
 }
+DTYPES = (torch.float32, torch.float16)
 SHAPE = Shape(heads=2, kv_heads=1, query_length=40, key_length=52)
 
 
@@ -39,16 +40,10 @@ def _small_tiles() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_feature(feature: str) -> None:
-    check(Call((feature,), SHAPE), "triton")
-
-
-@pytest.mark.parametrize(
-    "features", [("causal", "t5_encoder"), ("window", "alibi", "rotary"), ("dense_full", "sink")], ids="+".join
-)
-def test_float16(features: tuple[str, ...]) -> None:
-    check(Call(features, SHAPE, torch.float16), "triton")
+def test_feature(feature: str, dtype: torch.dtype) -> None:
+    check(Call((feature,), SHAPE, dtype), "triton")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +71,13 @@ def test_query_offset(features: tuple[str, ...], offset: int | torch.Tensor) -> 
     check(Call(features, SHAPE, offset=offset), "triton")
 
 
+@pytest.mark.parametrize("feature", ["causal", "window_left", "window_right"])
+def test_every_alignment_of_mask_and_tiles(feature: str) -> None:
+    """A bound of the tiles without masks that is off by one shows only where it lies next to a tile's edge."""
+    for offset in range(13, 17):
+        check(Call((feature,), Shape(1, 1, 1, 33, 49), offset=offset), "triton")
+
+
 @settings(max_examples=15)
 @given(
     features=st.tuples(
@@ -90,28 +92,25 @@ def test_query_offset(features: tuple[str, ...], offset: int | torch.Tensor) -> 
     query_length=st.integers(1, 40),
     key_length=st.integers(1, 40),
     seed=st.integers(0, 1000),
+    dtype=st.sampled_from(DTYPES),
 )
 def test_composition(
-    features: tuple[str | None, ...], dropout_p: float, query_length: int, key_length: int, seed: int
+    features: tuple[str | None, ...],
+    dropout_p: float,
+    query_length: int,
+    key_length: int,
+    seed: int,
+    dtype: torch.dtype,
 ) -> None:
     names = tuple(dict.fromkeys(name for name in features if name))
     if any(name in ROTARY for name in names):
         key_length = max(key_length, query_length)  # a rotation has no negative positions
     shape = Shape(heads=2, kv_heads=1, query_length=query_length, key_length=key_length)
-    check(Call(names, shape, seed=seed, dropout_p=dropout_p), "triton")
+    check(Call(names, shape, dtype, seed=seed, dropout_p=dropout_p), "triton")
 
 
 def test_same_dropout_as_the_cpu_backend() -> None:
-    query, key = torch.zeros(2, 3, 40, 16), torch.zeros(2, 3, 37, 16)
-    value = torch.eye(37, 64).expand(2, 3, 37, 64)  # the output is the weights themselves
-    outs = []
-    for name in ("triton", "cpu", "reference"):
-        torch.manual_seed(5)
-        outs.append(fastattn.attention(query, key, value, dropout_p=0.3, backend=name))
-    kept = [out[..., :37] > 0 for out in outs]
-    assert 0.6 < kept[0].float().mean() < 0.8
-    assert torch.equal(kept[0], kept[1])
-    assert torch.equal(kept[0], kept[2])
+    bodies.same_dropout_as_the_cpu_backend("triton", "cpu")
 
 
 def test_same_result_for_any_tile() -> None:
@@ -133,46 +132,23 @@ def test_same_result_for_any_tile() -> None:
             torch.testing.assert_close(other[name], first, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_bit_identical() -> None:
-    call = Call(("causal", "table", "alibi", "dense_full"), SHAPE)
-    problem = lower(**_arguments(call))
-    out, _, statistics = attention_forward(problem)
-    wanted = frozenset(name for name in GRADIENT_FIELDS if getattr(problem, name) is not None)
-    grad = torch.randn_like(out)
-    runs = [attention_backward(problem, grad, None, out, statistics, wanted) for _ in range(2)]
-    for name in wanted:
-        assert torch.equal(runs[0][name], runs[1][name]), name
+@pytest.mark.parametrize("features", DETERMINISTIC, ids="+".join)
+def test_gradients_are_bit_identical(features: tuple[str, ...]) -> None:
+    bodies.the_same_bits_on_every_run("triton", "cpu", Call(features, SHAPE))
 
 
-def _arguments(call: Call) -> dict[str, object]:
-    mask, bias = fastattn.Causal(), fastattn.ALiBi(fastattn.alibi_slopes(call.shape.heads))
-    return {**{name: call.leaves[name].detach() for name in ("query", "key", "value")}, "mask": mask, "bias": bias}
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reads_and_writes_stay_inside(dtype: torch.dtype) -> None:
+    bodies.reads_and_writes_stay_inside("triton", "cpu", dtype)
 
 
-def test_reads_and_writes_stay_inside() -> None:
-    """Operands are slices of larger tensors whose surroundings are NaN; nothing of it may reach the result."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_views(dtype: torch.dtype) -> None:
+    bodies.strided_views("triton", "cpu", dtype)
 
-    def guarded(*shape: int) -> torch.Tensor:
-        whole = torch.full([n + 6 for n in shape[:-1]] + [shape[-1] + 8], float("nan"))
-        inner = whole[tuple(slice(3, 3 + n) for n in shape[:-1])][..., 4 : 4 + shape[-1]]
-        inner.copy_(torch.randn(shape))
-        return inner
 
-    query, key, value = guarded(2, 2, 33, 24), guarded(2, 2, 41, 24), guarded(2, 2, 41, 24)
-    bias = guarded(1, 2, 33, 41)
-    problem = lower(query, key, value, bias=fastattn.DenseBias(bias), mask=fastattn.Causal())
-    copies = {name: getattr(problem, name).contiguous() for name in ("query", "key", "value", "dense_bias")}
-    plain = dataclasses.replace(problem, **copies)
-    wanted = frozenset({"query", "key", "value", "dense_bias"})
-    grad = guarded(2, 2, 33, 24)
-    results = []
-    for each in (problem, plain):
-        out, _, statistics = attention_forward(each)
-        results.append([out, statistics, *attention_backward(each, grad, None, out, statistics, wanted).values()])
-    for sliced, whole in zip(*results, strict=True):
-        assert sliced.isfinite().all()
-        assert torch.equal(sliced, whole)
+def test_offsets_beyond_32_bits() -> None:
+    bodies.offsets_beyond_32_bits("triton", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -194,3 +170,25 @@ def test_explain_names_tiles() -> None:
     explanation = fastattn.explain(x, x, x, backend="triton")
     assert explanation.backend == "triton"
     assert explanation.plan["forward"] == SMALL["forward"]
+
+
+def test_writes_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients are slices of larger tensors of NaN, which are the same NaN afterwards."""
+    wholes: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def guarded(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        whole = like.new_full([n + 4 for n in shape], float("nan"))
+        inner = whole[tuple(slice(2, 2 + n) for n in shape)]
+        wholes.append((whole, inner))
+        return inner
+
+    for module in (attention, attention_gradients):
+        monkeypatch.setattr(module, "empty_like_layout", guarded)
+    query, key, value = torch.randn(2, 2, 33, 24), torch.randn(2, 1, 41, 24), torch.randn(2, 1, 41, 20)
+    problem = lower(query, key, value, mask=fastattn.Causal())
+    out, _, statistics = attention_forward(problem)
+    attention_backward(problem, torch.randn(out.shape), None, out, statistics, frozenset({"query", "key", "value"}))
+    assert len(wholes) == 4
+    for whole, inner in wholes:
+        assert inner.isfinite().all()
+        assert whole.isnan().sum() == whole.numel() - inner.numel()

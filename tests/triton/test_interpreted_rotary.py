@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bodies
 import pytest
 import torch
-from rotary_cases import SHAPES, check_empty, check_gradient_of_one_operand, check_in_place_inside_guard_bands
+from rotary_cases import SHAPES, check_empty, check_gradient_of_one_operand
 from rotary_oracle import RotaryCall, RotaryShape, check_rotation
 
 import fastattn
@@ -28,7 +29,7 @@ def test_empty(empty: str) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_in_place_inside_guard_bands(dtype: torch.dtype, interleaved: bool) -> None:
-    check_in_place_inside_guard_bands("triton", dtype, interleaved=interleaved)
+    bodies.rotation_in_place_inside_guard_bands("triton", "cpu", dtype, interleaved)
 
 
 @pytest.mark.parametrize("which", ["query", "key"])

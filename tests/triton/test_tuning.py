@@ -56,14 +56,36 @@ def test_candidates_fit() -> None:
 
 
 def test_the_table_reads_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"kernel": "forward", "head_dim": 64, "itemsize": 2, "shared_memory": tiles.LARGE, "tile": [32, 128, 4, 2]}
+    row = {"kernel": "forward", "head_dim": 64, "itemsize": 2, "capability": [9, 0], "shared_memory": tiles.LARGE}
+    row |= {"tile": [32, 128, 4, 2]}
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps([row]))
     before = tiles.tile("forward", 64, 2)
     monkeypatch.setenv("FASTATTN_TILES", str(path))
     assert tiles.tile("forward", 64, 2) == Tile(32, 128, 4, 2) != before
-    assert tiles.tile("forward", 64, 2, tiles.SMALL) != Tile(32, 128, 4, 2)
+    assert tiles.tile("forward", 40, 2) == Tile(32, 128, 4, 2)  # padded to 64
+    assert tiles.tile("forward", 64, 2, (10, 0)) == before
+    assert tiles.tile("forward", 64, 2, (9, 0), tiles.SMALL) != Tile(32, 128, 4, 2)
     path.with_name("other.json").write_text("{}x")
     monkeypatch.setenv("FASTATTN_TILES", str(path.with_name("other.json")))
     with pytest.raises(ValueError, match="FASTATTN_TILES"):
         tiles.tile("forward", 64, 2)
+
+
+def test_the_class_of_a_device_is_that_of_its_capability_and_memory() -> None:
+    known = {(9, 0): tiles.LARGE, (10, 0): tiles.LARGE, (8, 0): tiles.MEDIUM, (8, 6): tiles.SMALL, (12, 0): tiles.SMALL}
+    for capability, memory in known.items():
+        assert tiles.device_class(capability, memory) == memory
+    # operands in registers gain nothing from more shared memory; less of it is too little for the large tiles
+    assert tiles.device_class((12, 1), tiles.LARGE) == tiles.MEDIUM
+    assert tiles.device_class((9, 0), tiles.MEDIUM) == tiles.MEDIUM
+
+
+@pytest.mark.parametrize("kernel", [*tuning.KERNELS, "bias_gradient"])
+def test_every_head_dimension_has_a_row(kernel: str) -> None:
+    for itemsize in (2, 4):
+        for capability, memory in (((9, 0), tiles.LARGE), ((8, 0), tiles.MEDIUM), ((8, 9), tiles.SMALL)):
+            found = [tiles.tile(kernel, dim, itemsize, capability, memory) for dim in range(1, 257)]
+            assert all(min(tile.BM, tile.BN) >= 16 for tile in found)
+            if kernel == "bias_gradient":
+                assert all(tile.BM == tile.BN for tile in found), "a block diagonal needs square tiles"
