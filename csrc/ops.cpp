@@ -345,4 +345,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("cpu_plan", TORCH_BOX(&fastattn::cpu_plan));
 }
 
+#include "additive_ops.h"
 #include "row_ops.h"

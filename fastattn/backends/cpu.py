@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastattn import native
+from fastattn.additive_autograd import fused_additive
+from fastattn.additive_problem import AdditiveProblem
 from fastattn.autograd import fused_attention
 from fastattn.backends.base import AnyProblem, Backend, what_runs
 from fastattn.problem import Problem
@@ -40,6 +42,9 @@ class CpuBackend(Backend):
             torch.ops.fastattn.cpu_rotate_(*rotation.arguments())
             return rotation.query, rotation.key
         return fused_rotation(self.name, rotation)
+
+    def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
+        return fused_additive(self.name, problem)
 
     def plan(self, problem: Problem) -> dict[str, object]:
         """Query rows and heads of a work item, keys of a tile, work items, scratch memory and threads."""
