@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.additive_autograd import fused_additive
+from fastattn.additive_problem import ADDITIVE_GRADIENT_FIELDS, AdditiveProblem, additive_problem
 from fastattn.autograd import fused_attention
 from fastattn.backends.base import AnyProblem, Backend, what_runs
 from fastattn.ops import absent_gradient, implement
@@ -60,6 +62,8 @@ class TritonBackend(Backend):
             reasons.append("Triton's interpreter computes bfloat16 wrongly")
         if problem.dtype == torch.float64:
             reasons.append("dtype float64; it has float32, float16 and bfloat16")
+        if isinstance(problem, AdditiveProblem):
+            problem = problem.attention
         if isinstance(problem, Problem):
             for name, dim in (("D", problem.query.shape[3]), ("Dv", problem.value.shape[3])):
                 if dim > MAX_HEAD_DIM:
@@ -91,6 +95,9 @@ class TritonBackend(Backend):
             torch.ops.fastattn.triton_rotate_(*rotation.arguments())
             return rotation.query, rotation.key
         return fused_rotation(self.name, rotation)
+
+    def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
+        return fused_additive(self.name, problem)
 
     def kernel(self, problem: AnyProblem) -> str:
         return f"triton {what_runs(problem)}{' (interpreter)' if interpreted() else ''}"
@@ -159,6 +166,23 @@ def _launch_rotation(rotation: Rotation, out: tuple[Tensor, Tensor] | None = Non
     )  # fmt: skip
 
 
+def _additive_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from fastattn.triton_kernels.additive import additive_forward
+
+    return additive_forward(additive_problem(*args))
+
+
+def _additive_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, statistics: Tensor, needs: int, *args: Any
+) -> tuple[Tensor, ...]:
+    from fastattn.triton_kernels.additive import additive_backward
+
+    names = ADDITIVE_GRADIENT_FIELDS
+    wanted = frozenset(name for bit, name in enumerate(names) if needs >> bit & 1)
+    grads = additive_backward(additive_problem(*args), grad_out, grad_lse, out, statistics, wanted)
+    return tuple(grads[name] if name in grads else absent_gradient(name, grad_out, statistics) for name in names)
+
+
 # The CPU registration serves the interpreter; `unsupported_reasons` keeps other calls away from it.
 for _device in ("CUDA", "CPU"):
     implement("triton_forward", _forward, _device)
@@ -167,3 +191,5 @@ for _device in ("CUDA", "CPU"):
     implement("triton_softmax_backward", _softmax_backward, _device)
     implement("triton_rotate", _rotate, _device)
     implement("triton_rotate_", _rotate_inplace, _device)
+    implement("triton_additive_forward", _additive_forward, _device)
+    implement("triton_additive_backward", _additive_backward, _device)
