@@ -11,7 +11,7 @@ from fastattn.additive_problem import AdditiveProblem
 from fastattn.biases import Bias
 from fastattn.functional import lower
 from fastattn.masks import Mask
-from fastattn.validation import check_device, check_floating, check_shape
+from fastattn.validation import check_device, check_floating, check_number, check_shape
 
 __all__ = ["additive_attention"]
 
@@ -106,6 +106,7 @@ def additive_attention(
         fastattn.UnsupportedError: the backend asked for cannot run this call, with its reasons.
     """
     check_floating("weight", weight)
+    scale = check_number("scale", scale)  # `lower` would take None for attention's default
     problem = lower(
         query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, query_offset=query_offset
     )

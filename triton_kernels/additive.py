@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastattn.additive_problem import ADDITIVE_GRADIENT_FIELDS, AdditiveProblem
 
+from . import tiles
 from .additive_backward import (
     additive_backward_kv_kernel,
     additive_backward_q_kernel,
@@ -21,18 +22,8 @@ from .attention_backward import attention_delta_kernel
 from .attention_gradients import dense_bias_grid, reduce_batch, table_interior
 from .features import Features, operand
 from .layout import dense, empty_like_layout
-from .tiles import Tile
 
 _LARGEST = torch.finfo(torch.float32).max
-
-
-def tile(dim: int) -> Tile:
-    """Of all kernels, for the larger padded D and Dv; square, as a block diagonal of the table's gradient needs it.
-
-    The time goes into D hyperbolic tangents an element, not into operands: the tile is the largest whose scores, dS and
-    results stay in registers (tests/test_triton_aot_rows.py holds the stack to 0).
-    """
-    return Tile(32, 32, 4, 1) if dim <= 128 else Tile(16, 16, 4, 1)
 
 
 class AdditiveCall(Features):
@@ -44,7 +35,7 @@ class AdditiveCall(Features):
         attention = problem.attention
         self.dim, self.value_dim = attention.query.shape[3], attention.value.shape[3]
         self.padded = max(16, triton.next_power_of_2(self.dim)), max(16, triton.next_power_of_2(self.value_dim))
-        self.tile = tile(max(self.padded))
+        self.tile = tiles.additive_tile(max(self.padded))
         self.value = dense(attention.value)
         weight = dense(problem.weight.contiguous())
         self.columns = Columns(

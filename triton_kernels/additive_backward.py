@@ -77,7 +77,7 @@ def additive_backward_kv_kernel(
     b_dk = tl.zeros([BN, BD], dtype=tl.float32)
     b_dv = tl.zeros([BN, BDV], dtype=tl.float32)
     offset = query_offset(interval, numbers, b)
-    lo, hi, _, _ = queries_of_keys(n0, n0 + BN - 1, offset, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, _full_lo, _full_hi = queries_of_keys(n0, n0 + BN - 1, offset, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
     for g in range(GROUP):
         h = h_kv * GROUP + g
         p_q, p_k, p_w = columns_of(columns, b, h, numbers, HEADS, GROUP, D)
@@ -122,7 +122,7 @@ def additive_backward_q_kernel(
     offset = query_offset(interval, numbers, b)
     p = i + offset
     last = tl.minimum(m0 + BM, numbers.query_length) - 1 + offset
-    lo, hi, _, _ = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, _full_lo, _full_hi = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
     p_q, p_k, p_w = columns_of(columns, b, h, numbers, HEADS, GROUP, D)
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
     b_dw = tl.zeros([BD], dtype=tl.float32)
@@ -131,7 +131,7 @@ def additive_backward_q_kernel(
     right_sum = tl.zeros([BM], dtype=tl.float32)
     for n0 in range(lo // BN * BN, hi, BN):
         j = n0 + tl.arange(0, BN)
-        _, ds, _ = tile_gradient(
+        _dropped, ds, _b_do = tile_gradient(
             b, h, m0, n0, columns, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
             HEADS, GROUP, D, DV, BM, BN, BDV, HAS_LEFT, HAS_RIGHT, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
@@ -180,7 +180,7 @@ def additive_bias_gradient_kernel(
         h = tl.cast(i_h + (r // (SUM_N * SUM_M)) % SUM_H, tl.int64)
         b = tl.cast(i_b + r // (SUM_N * SUM_M * SUM_H), tl.int64)
         if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
-            _, ds, _ = tile_gradient(
+            _dropped, ds, _b_do = tile_gradient(
                 b, h, m0, n0, columns, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
                 HEADS, GROUP, D, DV, BM, BN, BDV, HAS_LEFT, HAS_RIGHT, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
@@ -209,7 +209,7 @@ def additive_table_gradient_kernel(
             m0 = i_m * BM
             n0 = (i_m + diagonal) * BN
             if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
-                _, ds, _ = tile_gradient(
+                _dropped, ds, _b_do = tile_gradient(
                     b, h, m0, n0, columns, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
                     HEADS, GROUP, D, DV, BM, BN, BDV, HAS_LEFT, HAS_RIGHT, HAS_DROPOUT, PRECISION,
                 )  # fmt: skip

@@ -29,7 +29,7 @@ def additive_forward_kernel(
     offset = query_offset(interval, numbers, b)
     p = i + offset
     last = tl.minimum(m0 + BM, numbers.query_length) - 1 + offset
-    lo, hi, _, _ = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, _full_lo, _full_hi = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
     p_q, p_k, p_w = columns_of(columns, b, h, numbers, HEADS, GROUP, D)
     p_v = v.ptr + b * v.sb + (h // GROUP) * v.sh
     acc = tl.zeros([BM, BDV], dtype=tl.float32)
@@ -39,7 +39,7 @@ def additive_forward_kernel(
     for n0 in range(lo // BN * BN, hi, BN):
         j = n0 + o_n
         product = additive_products(p_q, p_k, p_w, i, j, numbers, D, BM, BN)
-        s, _ = scores(
+        s, _capped = scores(
             product, i[:, None], j[None, :], p[:, None], mask, bias, interval, numbers, b, h,
             HAS_LEFT, HAS_RIGHT, False, True, NEAR,
         )  # fmt: skip

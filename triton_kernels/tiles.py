@@ -123,6 +123,16 @@ def row_tile(columns: int) -> Tile:
     return Tile(max(1, min(16, 2048 // width)), width, min(16, max(4, width // 512)), 1)
 
 
+def additive_tile(head_dim: int) -> Tile:
+    """The tile of all kernels of additive attention, for the larger of the padded D and Dv; square, as a block diagonal
+    of a table's gradient needs it.
+
+    The time goes into D hyperbolic tangents an element, not into operands: the largest tile whose scores, dS and
+    results stay in registers (tests/test_triton_aot_rows.py holds the stack to 0).
+    """
+    return _override.get("additive") or (Tile(32, 32, 4, 1) if head_dim <= 128 else Tile(16, 16, 4, 1))
+
+
 @contextmanager
 def override(**tiles: Tile) -> Iterator[None]:
     """Use these tiles inside the block: ``with override(forward=Tile(64, 64, 4, 2)):`` (tests and tuning)."""

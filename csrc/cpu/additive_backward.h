@@ -184,11 +184,11 @@ class AdditiveBackward {
     const i64 last = smaller((chunk + 1) * chunk_keys, p.key_length);
     for (i64 origin = chunk * chunk_keys; origin < last; origin += kWidth) {
       const i64 count = smaller(kWidth, last - origin);
-      const bool within = panels.pack(keys, origin, count, true, s.staging, s.panel);
+      panels.pack(keys, origin, count, true, s.staging, s.panel);
       pack_values(s, values, origin, count);
       std::memset(s.dkey, 0, panels.table() * sizeof(T));
       std::memset(s.dvalue, 0, value_dim * kWidth * sizeof(T));
-      for (i64 h = head; h < head + group; ++h) head_panel(s, b, h, origin, count, within, chunk, bias_of(s, h - head));
+      for (i64 h = head; h < head + group; ++h) head_panel(s, b, h, origin, count, chunk, bias_of(s, h - head));
       if (out.dkey) store_columns(s, s.dkey, p.head_dim, out.dkey, b, kv_head, origin, count);
       if (out.dvalue) store_columns(s, s.dvalue, p.value_dim, out.dvalue, b, kv_head, origin, count);
     }
@@ -224,7 +224,7 @@ class AdditiveBackward {
   }
 
   // All queries of one head against one panel of keys.
-  void head_panel(Scratch& s, i64 b, i64 h, i64 origin, i64 count, bool within, i64 chunk, double* bias) {
+  void head_panel(Scratch& s, i64 b, i64 h, i64 origin, i64 count, i64 chunk, double* bias) {
     const Scorer<T> scorer(p, b, h);
     const i64 part = (b * p.query_heads + h) * chunks + chunk, row = (b * p.query_heads + h) * p.query_length;
     const RowSource<T> queries(p.query, b, h), gradients(in.grad_out, b, h);
@@ -236,7 +236,7 @@ class AdditiveBackward {
       if (scorer.clip(i, origin, 0, count).empty()) continue;
       if (document_columns(p, b, i, 1, origin, {0, count}).empty()) continue;
       s.query.load_row(panels, queries, i, true);
-      additive_scores<true>(panels, s.query, s.weight, s.panel, within, s.score, s.kept);
+      additive_scores<true>(panels, s.query, s.weight, s.panel, s.score, s.kept);
       const Interval live = scorer.apply(i, origin, 0, kWidth, s.score, s.temp, static_cast<T*>(nullptr));
       if (live.empty()) continue;
       load_finite(gradients, i, s.grad_out);

@@ -38,7 +38,6 @@ class AdditiveForward {
 
   struct Scratch {
     T *weight, *keys, *values, *accumulator, *maximum, *sum, *scores, *staging, *temp;
-    bool* within;  // reach, per panel
     uint8_t* value_bad;
     AdditiveQuery<T> queries[kStrip];
   };
@@ -54,7 +53,6 @@ class AdditiveForward {
     s.scores = arena.take<T>(kStrip * tile);
     s.staging = arena.take<T>(kLane * panels.padded_dim);
     s.temp = arena.take<T>(larger(tile, value_width));
-    s.within = arena.take<bool>(tile_panels);
     s.value_bad = arena.take<uint8_t>(tile);
     for (auto& query : s.queries) query = AdditiveQuery<T>::take(arena, panels);
     return s;
@@ -82,8 +80,8 @@ class AdditiveForward {
       const i64 count = smaller(tile, high - origin);
       if (document_columns(p, b, first, rows, origin, {0, count}).empty()) continue;
       for (i64 n = 0; n * kWidth < count; ++n)
-        s.within[n] = panels.pack(keys, origin + n * kWidth, smaller(kWidth, count - n * kWidth), false, s.staging,
-                                  s.keys + n * panels.panel());
+        panels.pack(keys, origin + n * kWidth, smaller(kWidth, count - n * kWidth), false, s.staging,
+                    s.keys + n * panels.panel());
       const bool bad_values = pack_values(values, origin, count, s);
       for (i64 r = 0; r < rows; r += kStrip)
         strip(scorer, s, first, r, smaller(kStrip, rows - r), origin, count, bad_values ? &values : nullptr);
@@ -119,7 +117,7 @@ class AdditiveForward {
     for (i64 j = begin; j < end; j += kWidth)
       for (i64 r = 0; r < rows; ++r)
         additive_scores<false>(panels, s.queries[r], s.weight, s.keys + j / kWidth * panels.panel(),
-                               s.within[j / kWidth], s.scores + r * tile + j, static_cast<T*>(nullptr));
+                               s.scores + r * tile + j, static_cast<T*>(nullptr));
     for (i64 r = 0; r < rows; ++r) {
       T* const score = s.scores + r * tile;
       const Interval live = scorer.apply(i0 + r, origin, begin, end, score, s.temp, static_cast<T*>(nullptr));

@@ -3,11 +3,17 @@
 //
 // One tanh per (i, j, d) would be all of the time, so it is taken apart: with a = e^(2q) and b = e^(2k), which are made
 // once per row, n = e^(2(q + k)) - 1 is one multiply-add and tanh(q + k) = n / (n + 2) one addition and one division.
-//     |q_d| <= 1/4:  n = (a - 1) + a (b - 1), exact near zero;     beyond it:  n = a b - 1.
-// Error, measured over 10^6 pairs per magnitude: at most 2.9e-7, and 1.3e-6 of |q| + |k| where that is below 1, in
-// float32 (tanhf(q + k): 1.7e-7).  Time per element, one core, AVX-512: 0.105 ns, against 0.389 ns for tanh(q + k) of
-// math.h; AVX2: 0.107 and 0.596 ns.  A hardware reciprocal with one Newton step in place of the division gains nothing.
-// Where a or b would leave the range (|q| or |k| above kReach) and where there is a NaN, tanh(q + k) it is.
+// For |q_d| <= 1/4, n = (a - 1) + a (b - 1) is accurate near zero; beyond it, n = a b - 1 is.
+//
+// Error, the worst of 10^6 pairs of each magnitude from 1e-6 to 20: 3.4e-7 min(1, |q| + |k|) in float32, 6.4e-16 in
+// float64 (the C library's tanh(q + k): 2.1e-7 and 4.0e-16).  n = a b - 1 everywhere would have 6e-8 whatever q and k
+// are, and no correct digit at 1e-6.  Time per element on one core (Zen): AVX-512 0.105 ns, against 0.39 ns for
+// tanh(q + k) of math.h; AVX2 0.107 and 0.60 ns; SSE2 0.22 and 2.3 ns.  A hardware reciprocal with a Newton step in
+// place of the division gains nothing.
+//
+// A key is clamped to kKeyReach, which changes nothing for |q| <= kQueryReach: tanh has saturated.  A query beyond
+// that, or one with a NaN, takes tanh(q + k) itself: a property of the query alone, so that no bit depends on masked
+// keys.
 #pragma once
 
 #include "arena.h"
@@ -15,13 +21,16 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
+// e^(2 (kQueryReach + kKeyReach)) is finite, and tanh(kKeyReach - kQueryReach) rounds to 1.
 template <class T>
-constexpr T kReach = sizeof(T) == 4 ? T(20) : T(170);  // e^(4 kReach) is finite
+constexpr T kQueryReach = sizeof(T) == 4 ? T(16) : T(150);
+template <class T>
+constexpr T kKeyReach = sizeof(T) == 4 ? T(26) : T(170);
 template <class T>
 constexpr T kNearZero = T(0.25);
 
-// e^(2x) and e^(2x) - 1 for |x| <= kReach, each to about one unit in the last place: Taylor series of e^r - 1 on
-// |r| <= ln(2) / 2, r = 2x - n ln(2) with ln(2) in two parts.
+// e^(2x) and e^(2x) - 1, x clamped to kKeyReach, each to about one unit in the last place: Taylor series of e^r - 1 on
+// |r| <= ln(2) / 2, r = 2x - n ln(2) with ln(2) in two parts.  NaN for NaN.
 template <class T>
 FASTATTN_INLINE void exponentials(Vec<T> x, Vec<T>* e, Vec<T>* e_minus_1) {
   constexpr bool single = sizeof(T) == 4;
@@ -44,6 +53,8 @@ FASTATTN_INLINE void exponentials(Vec<T> x, Vec<T>* e, Vec<T>* e_minus_1) {
                                      T(1.0 / 6227020800.0),
                                      T(1.0 / 87178291200.0)};
   constexpr int last = single ? 7 : 13;
+  constexpr T reach = kKeyReach<T>;
+  x = x > reach ? splat(reach) : (x < -reach ? splat(-reach) : x);
   const Vec<T> shifted = x * static_cast<T>(2 * kLog2E) + shifter;
   const Vec<T> n = shifted - shifter;
   const Vec<T> r = (x + x - n * ln2_high) - n * ln2_low;
@@ -91,38 +102,30 @@ struct AdditivePanels {
     return numbers || forget;
   }
 
-  // Rows [first, first + rows) as one panel, zeros beyond them.  staging: kLane rows of padded_dim.  Returns whether
-  // all of it is within reach.
-  bool pack(const RowSource<T>& source, i64 first, i64 rows, bool forget, T* staging, T* panel) const {
-    const Vec<T> reach = splat(kReach<T>);
-    bool within = true;
+  // Rows [first, first + rows) as one panel, zeros beyond them.  staging: kLane rows of padded_dim.
+  void pack(const RowSource<T>& source, i64 first, i64 rows, bool forget, T* staging, T* panel) const {
     for (i64 j = 0; j < kWidth; j += kLane) {
       for (i64 l = 0; l < kLane; ++l) {
         if (j + l < rows)
-          within &= load_numbers(source, first + j + l, forget, staging + l * padded_dim);
+          load_numbers(source, first + j + l, forget, staging + l * padded_dim);
         else
           std::memset(staging + l * padded_dim, 0, padded_dim * sizeof(T));
       }
-      Vec<T> most = {};
       for (i64 d = 0; d < padded_dim; d += kLane) {
         Vec<T> v[kLane];
 #pragma GCC unroll 16
         for (int l = 0; l < kLane; ++l) v[l] = load(staging + l * padded_dim + d);
         transpose<T>(v);
         for (int l = 0; l < kLane; ++l) {
-          const Vec<T> x = v[l];
-          most = vmax(x < T(0) ? -x : x, most);
           Vec<T> e, e_minus_1;
-          exponentials<T>(x > reach ? reach : (x < -reach ? -reach : x), &e, &e_minus_1);
+          exponentials<T>(v[l], &e, &e_minus_1);
           T* const at = panel + (d + l) * kWidth + j;
           store(at, e_minus_1);
           store(at + table(), e);
-          store(at + 2 * table(), x);
+          store(at + 2 * table(), v[l]);
         }
       }
-      within &= reduce_max<T>(most) <= kReach<T>;
     }
-    return within;
   }
 };
 
@@ -131,7 +134,7 @@ template <class T>
 struct AdditiveQuery {
   T *numbers, *factor, *addend;
   i64* offset;
-  bool within;  // reach
+  bool within;  // kQueryReach
 
   static AdditiveQuery take(Arena& arena, const AdditivePanels<T>& panels) {
     AdditiveQuery q;
@@ -144,18 +147,16 @@ struct AdditiveQuery {
   }
 
   void load_row(const AdditivePanels<T>& panels, const RowSource<T>& source, i64 row, bool forget) {
-    const Vec<T> reach = splat(kReach<T>);
     within = panels.load_numbers(source, row, forget, numbers);
     for (i64 d = 0; d < panels.padded_dim; d += kLanes<T>) {
-      const Vec<T> x = load(numbers + d);
       Vec<T> e, e_minus_1;
-      exponentials<T>(x > reach ? reach : (x < -reach ? -reach : x), &e, &e_minus_1);
+      exponentials<T>(load(numbers + d), &e, &e_minus_1);
       store(factor + d, e);
       store(addend + d, e_minus_1);
     }
     for (i64 d = 0; d < panels.padded_dim; ++d) {
       const T size = numbers[d] < 0 ? -numbers[d] : numbers[d];
-      within &= size <= kReach<T>;
+      within &= size <= kQueryReach<T>;
       const bool near = size <= kNearZero<T>;
       addend[d] = near ? addend[d] : T(-1);
       offset[d] = d * panels.kWidth + (near ? 0 : panels.table());
@@ -166,10 +167,10 @@ struct AdditiveQuery {
 // The scores of one query against one panel; with kKeep, the tanh of every (d, key) as well, as [D][kWidth].
 template <bool kKeep, class T>
 inline void additive_scores(const AdditivePanels<T>& panels, const AdditiveQuery<T>& q, const T* weight, const T* panel,
-                            bool within, T* scores, T* kept) {
+                            T* scores, T* kept) {
   constexpr i64 n = AdditivePanels<T>::kVectorsInPanel, lane = kLanes<T>, width = AdditivePanels<T>::kWidth;
   Vec<T> sum[n] = {};
-  if (within && q.within) {
+  if (q.within) {
     for (i64 d = 0; d < panels.dim; ++d) {
       const T* const column = panel + q.offset[d];
 #pragma GCC unroll 4
