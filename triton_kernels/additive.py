@@ -35,7 +35,7 @@ class AdditiveCall(Features):
         attention = problem.attention
         self.dim, self.value_dim = attention.query.shape[3], attention.value.shape[3]
         self.padded = max(16, triton.next_power_of_2(self.dim)), max(16, triton.next_power_of_2(self.value_dim))
-        self.tile = tiles.additive_tile(max(self.padded))
+        self.tile = tiles.additive_tile(max(self.padded), attention.query.element_size())
         self.value = dense(attention.value)
         weight = dense(problem.weight.contiguous())
         self.columns = Columns(
@@ -52,10 +52,16 @@ class AdditiveCall(Features):
             "BN": self.tile.BN,
             "BDV": self.padded[1],
             "HAS_DROPOUT": attention.dropout_p > 0,
-            "PRECISION": precision(attention.dtype),
+            "PRECISION": _precision(attention.dtype),
             **self.window_flags,
             **launch_options(self.tile),
         }
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """As attention's, but float32 products in three TF32 ones, which keep its accuracy: as multiply-adds they would be
+    unrolled into the loop over d and spill (thousands of bytes of stack at D = 128)."""
+    return "tf32x3" if precision(dtype) == "ieee" and dtype == torch.float32 else precision(dtype)
 
 
 def _columns(x: Tensor, forget: bool) -> Tensor:
