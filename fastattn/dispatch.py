@@ -37,7 +37,11 @@ def backends() -> list[Backend]:
 
 def _refusals(backend: Backend, problem: AnyProblem) -> list[str]:
     reason = backend.reason
-    return [reason] if reason is not None else backend.unsupported_reasons(problem)
+    if reason is not None:
+        return [reason]
+    if isinstance(problem, AdditiveProblem) and type(backend).additive is Backend.additive:
+        return ["it has no additive attention"]
+    return backend.unsupported_reasons(problem)
 
 
 def choose(problem: AnyProblem, name: str | None) -> tuple[Backend, dict[str, list[str]]]:

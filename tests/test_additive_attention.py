@@ -24,12 +24,14 @@ from torch import Tensor
 import fastattn
 from fastattn import native, ops
 from fastattn.additive_problem import ADDITIVE_FIELDS, ADDITIVE_GRADIENT_FIELDS, AdditiveProblem
+from fastattn.backends.base import Backend
+from fastattn.backends.cpu import CpuBackend
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FUSED = [
     pytest.param(b.name, marks=[] if b.available else [pytest.mark.skip(reason=b.reason)])
     for b in fastattn.backends()
-    if b.name in ops.FUSED_BACKENDS
+    if b.name in ops.FUSED_BACKENDS and type(b).additive is not Backend.additive
 ]
 SMALL = Shape(query_length=19, key_length=37, head_dim=7, value_dim=10)
 TINY = Shape(batch=2, heads=2, kv_heads=1, query_length=3, key_length=5, head_dim=3, value_dim=2)
@@ -421,6 +423,19 @@ def test_last_call_names_the_kernel(backend: str, device: str) -> None:
     call = fastattn.last_call()
     assert call is not None and call.backend == backend and call.features == ["causal"]
     assert backend == "reference" or "additive attention" in call.kernel
+
+
+def test_a_backend_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.load_cpu_library():
+        pytest.skip(str(native.load_error))
+    monkeypatch.delattr(CpuBackend, "additive")
+    x = torch.randn(1, 1, 2, 3)
+    with pytest.raises(fastattn.UnsupportedError, match="backend 'cpu' cannot run this call: it has no additive"):
+        fastattn.additive_attention(x, x, x, x[0, 0, 0], backend="cpu")
+    with pytest.warns(RuntimeWarning, match="it has no additive attention"):
+        fastattn.dispatch._warned.clear()
+        fastattn.additive_attention(x, x, x, x[0, 0, 0])
+    assert fastattn.last_call().backend == "reference"
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
