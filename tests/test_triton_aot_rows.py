@@ -121,7 +121,8 @@ def test_additive(arch: int, dim: int, dtype: torch.dtype, features: str, stack:
 
 
 def test_amd_compiles() -> None:
-    for launch in (*_softmax(1000, torch.float16, "everything"), *_rotary(128, torch.float16, interleaved=False)):
+    rows = (*_softmax(1000, torch.float16, "everything"), *_rotary(128, torch.float16, interleaved=False))
+    for launch in (*rows, *_additive(64, torch.float16, "plain")):
         assert aot.compile_launch(launch, GPUTarget("hip", "gfx942", 64)).asm["hsaco"]
 
 

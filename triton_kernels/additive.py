@@ -59,9 +59,10 @@ class AdditiveCall(Features):
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """As attention's, but float32 products in three TF32 ones, which keep its accuracy: as multiply-adds they would be
-    unrolled into the loop over d and spill (thousands of bytes of stack at D = 128)."""
-    return "tf32x3" if precision(dtype) == "ieee" and dtype == torch.float32 else precision(dtype)
+    """As attention's, but float32 products in three TF32 ones where there are such, which keep the accuracy: unrolled
+    multiply-adds spill (thousands of bytes of stack at D = 128)."""
+    exact = dtype == torch.float32 and precision(dtype) == "ieee"
+    return "tf32x3" if exact and torch.version.hip is None else precision(dtype)
 
 
 def _columns(x: Tensor, forget: bool) -> Tensor:
