@@ -5,9 +5,8 @@
 //
 //   1. Delta_i = sum_d dO O - dlse;
 //   2. a work item per (batch, key head, chunk of keys).  dK and dV stay in the item; dQ goes to the chunk's own
-//   buffer,
-//      the gradients of weights, slopes and table to the item's own row.  The gradient of a dense bias is a rectangle
-//      of the item's; where batches or heads share the bias, one item does them all;
+//      buffer, the gradients of weights, slopes and table to the item's own row.  The gradient of a dense bias is a
+//      rectangle of the item's, rows and chunk; where batches or heads share the bias, one item does them all;
 //   3. the partial sums are added in a fixed order.
 //
 // The cutting follows from the shape alone, and every sum has one order: results are the same bits for any number of
