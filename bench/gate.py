@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fastattn.bench.additive import AdditiveInputs, additive_oracle
 from fastattn.bench.modules import ModuleInputs, module_oracle
-from fastattn.bench.peers import Prepared, prepare
+from fastattn.bench.peers import AnyInputs, Prepared, prepare
 from fastattn.bench.rows import RowInputs, row_oracle
 from fastattn.bench.scenarios import SCENARIOS, Case, Inputs, dense_terms, naive_attention
 
@@ -147,14 +148,15 @@ def budgets(
     return found
 
 
-def expect(inputs: Inputs | ModuleInputs | RowInputs, *, gradients: bool, kv_head: int | None = None) -> Expected:
+def expect(inputs: AnyInputs, *, gradients: bool, kv_head: int | None = None) -> Expected:
     """What the case should give.  `kv_head` restricts the check to one KV head and its queries, over the whole batch:
     heads are independent, and the formula at full size would not fit into memory for long sequences."""
     dtype = inputs.case.dtype
     measured, _ = stand_in(dtype)
-    if isinstance(inputs, ModuleInputs):
-        exact, exact_gradients = module_oracle(inputs, torch.float64)
-        same, same_gradients = module_oracle(inputs, measured)
+    if isinstance(inputs, (AdditiveInputs, ModuleInputs)):
+        oracle = additive_oracle if isinstance(inputs, AdditiveInputs) else module_oracle
+        exact, exact_gradients = oracle(inputs, torch.float64)  # type: ignore[operator]
+        same, same_gradients = oracle(inputs, measured)  # type: ignore[operator]
         values = {"out": exact} | (exact_gradients if gradients else {})
         return Expected(values, budgets(values, {"out": same} | same_gradients, inputs.case))
     if isinstance(inputs, RowInputs):
@@ -171,7 +173,7 @@ def expect(inputs: Inputs | ModuleInputs | RowInputs, *, gradients: bool, kv_hea
     return Expected(exact.values, budgets(exact.values, same.values, inputs.case, exact.mass), heads, kv_heads)
 
 
-def compare(inputs: Inputs | ModuleInputs | RowInputs, expected: Expected, values: dict[str, Tensor]) -> list[Check]:
+def compare(inputs: AnyInputs, expected: Expected, values: dict[str, Tensor]) -> list[Check]:
     """Every tensor that a variant returned against the expected one of the same name."""
     checks = []
     for name, value in values.items():
@@ -214,7 +216,12 @@ def check_dropout(peer: str, inputs: Inputs) -> list[Check]:
 
 
 def gate(
-    peer: str, inputs: Inputs | ModuleInputs | RowInputs, prepared: Prepared, expected: Expected, *, gradients: bool
+    peer: str,
+    inputs: AnyInputs,
+    prepared: Prepared,
+    expected: Expected,
+    *,
+    gradients: bool,
 ) -> float:
     """Largest error of the variant as a multiple of its budget.
 

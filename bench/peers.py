@@ -20,9 +20,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
+from fastattn.bench.additive import AdditiveInputs, prepare_additive
 from fastattn.bench.modules import ModuleInputs, prepare_module
 from fastattn.bench.rows import RowInputs, prepare_rows
 from fastattn.bench.scenarios import SCENARIOS, WINDOWS, Inputs, dense_terms, naive_attention, rotate
+
+AnyInputs = Inputs | AdditiveInputs | ModuleInputs | RowInputs
 
 
 class CannotError(Exception):
@@ -251,11 +254,13 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def prepare(peer: str, inputs: Inputs | ModuleInputs | RowInputs) -> Prepared:
+def prepare(peer: str, inputs: AnyInputs) -> Prepared:
     """The peer's closure for the case.  Raises whatever the peer raises for a case it cannot do."""
     if isinstance(inputs, ModuleInputs):
         forward, leaves = prepare_module(peer, inputs)
         return Prepared(forward, leaves, inputs.grad_out)
+    if isinstance(inputs, AdditiveInputs):
+        return Prepared(prepare_additive(peer, inputs), inputs.leaves, inputs.grad_out)
     if isinstance(inputs, RowInputs):
         return Prepared(prepare_rows(peer, inputs), inputs.leaves, inputs.grad_out)
     return Prepared(PEERS[peer].prepare(inputs), inputs.leaves(), inputs.grad_out)

@@ -16,7 +16,7 @@ CLOSING = "<!-- /performance -->"
 ROOT = Path(fastattn.__file__).resolve().parents[1]
 DIRECTIONS = {"forward": "inference", "both": "training"}
 # what a reader compares first: the longest length of each sweep, and every feature
-SUITES = ("attention", "sweep", "mask", "bias", "module", "overhead")
+SUITES = ("attention", "sweep", "mask", "bias", "additive", "module", "overhead")
 
 
 def section(rows: list[Row]) -> str:
@@ -27,9 +27,10 @@ def section(rows: list[Row]) -> str:
     parts = [
         "## Performance",
         "",
-        "Medians of interleaved runs. The baseline is SDPA, or `nn.MultiheadAttention` for modules; the ratio is its",
-        "time over fastattn's: above 1, fastattn is faster. Training is forward and backward. Every variant passed the",
-        "float64 gate first. All rows, with quantiles and the other peers, are in `bench/results/`.",
+        "Medians of interleaved runs. The baseline is SDPA, `nn.MultiheadAttention` for modules and the naive formula",
+        "for additive attention; the ratio is its time over fastattn's: above 1, fastattn is faster. Training is",
+        "forward and backward. Every variant passed the float64 gate first. All rows, with quantiles and the other",
+        "peers, are in `bench/results/`.",
     ]
     for device, isa in devices:
         mine = [row for row in rows if (row.device, row.isa) == (device, isa)]

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import torch
 
 import fastattn
+from fastattn.bench.additive import ADDITIVE_SCENARIOS, make_additive_inputs
 from fastattn.bench.gate import WrongResultError, expect, gate
 from fastattn.bench.launches import VARIANTS as LAUNCH_VARIANTS
 from fastattn.bench.launches import launch_rows
 from fastattn.bench.memory import peak_bytes
-from fastattn.bench.modules import ModuleInputs, make_module_inputs
-from fastattn.bench.peers import CannotError, Prepared, prepare
+from fastattn.bench.modules import make_module_inputs
+from fastattn.bench.peers import AnyInputs, CannotError, Prepared, prepare
 from fastattn.bench.results import Environment, Row, environment, make_row
 from fastattn.bench.rows import ROW_SCENARIOS, RowInputs, make_row_inputs, moved_bytes
 from fastattn.bench.scenarios import FLOP_FACTOR, SCENARIOS, Case, Inputs, forward_flops, make_inputs
@@ -41,9 +42,11 @@ class Options:
     sink: Callable[[list[Row]], None] = field(default=lambda rows: None)  # given the rows of each case when it is done
 
 
-def make_case_inputs(case: Case, device: str) -> Inputs | ModuleInputs | RowInputs:
+def make_case_inputs(case: Case, device: str) -> AnyInputs:
     if case.scenario in ROW_SCENARIOS:
         return make_row_inputs(case, device)
+    if case.scenario in ADDITIVE_SCENARIOS:
+        return make_additive_inputs(case, device)
     if case.scenario in MODULE_SCENARIOS:
         return make_module_inputs(case, device)
     return make_inputs(case, device)
@@ -137,7 +140,7 @@ def run_case(suite: Suite, case: Case, options: Options, where: Environment) -> 
 def _measure(
     suite: Suite,
     case: Case,
-    inputs: Inputs | ModuleInputs | RowInputs,
+    inputs: AnyInputs,
     direction: str,
     variants: dict[str, Prepared],
     clock: Clock,

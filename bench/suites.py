@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastattn.bench.additive import ADDITIVE_SCENARIOS
 from fastattn.bench.rows import ROTARY_SCENARIOS, SOFTMAX_SCENARIOS
 from fastattn.bench.scenarios import Case, Shape
 
@@ -211,6 +212,21 @@ def rotary(device: str, quick: bool) -> Suite:
     return Suite("rotary", "rotary embedding", tuple(cases), _row_peers(device, quick), baseline="naive")
 
 
+def additive(device: str, quick: bool) -> Suite:
+    """Additive attention: one head of 512 wide states, as in the paper, and several heads against length."""
+    if device == "cpu":
+        lengths, dtypes = (
+            ((128, 256), (torch.float32,)) if quick else ((128, 256, 512), (torch.float32, torch.bfloat16))
+        )
+        cases = _sweep("additive", ADDITIVE_SCENARIOS, dtypes, lengths, tokens=512, heads=4, dim=64)
+        cases.append(Case("additive", "additive", Shape(8, 1, 50, 50, 512), torch.float32))
+    else:
+        lengths = (512,) if quick else (256, 512, 1024)
+        cases = _sweep("additive", ADDITIVE_SCENARIOS, (torch.bfloat16,), lengths, tokens=1024, heads=8, dim=64)
+        cases.append(Case("additive", "additive", Shape(64, 1, 50, 50, 512), torch.bfloat16))
+    return Suite("additive", "additive attention", tuple(cases), _row_peers(device, quick), baseline="naive")
+
+
 SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "attention": attention,
     "sweep": sweep,
@@ -222,11 +238,24 @@ SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "compiled": compiled,
     "softmax": softmax,
     "rotary": rotary,
+    "additive": additive,
 }
 # groups: names that stand for several suites
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(SUITES),
-    "cpu": ("attention", "sweep", "mask", "bias", "module", "decode", "overhead", "compiled", "softmax", "rotary"),
+    "cpu": (
+        "attention",
+        "sweep",
+        "mask",
+        "bias",
+        "module",
+        "decode",
+        "overhead",
+        "compiled",
+        "softmax",
+        "rotary",
+        "additive",
+    ),
     "gpu": (
         "attention",
         "overhead",
@@ -235,6 +264,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "softmax",
         "compiled",
         "bias",
+        "additive",
         "mask",
         "module",
     ),  # what matters most first: time may run out

@@ -79,6 +79,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_softmax_backward(const Tensor& gr
   return results.take();
 }
 
+View weight_view(const char* name, const Tensor& weight, const Problem& p) {
+  const View view = view_of(kCpu, name, weight, {-p.batch, p.query_heads, p.head_dim});
+  require_dtype(name, view, parameter_dtype(p.query.dtype));
+  return view;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cpu_additive_forward(const Tensor& weight, FASTATTN_PROBLEM_PARAMETERS) {
+  const Problem p = unpack(kCpu, FASTATTN_PROBLEM_ARGUMENTS);
+  const View w = weight_view("weight", weight, p);
+  const ForwardResults results(kCpu, p, query);
+  if (p.batch && p.query_heads && p.query_length) cpu::kernels().additive_forward(p, w, results.views, threads());
+  return results.take();
+}
+
+// Gradients in the order of fastattn.additive_problem.ADDITIVE_GRADIENT_FIELDS: weight, then attention's without a
+// sink.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cpu_additive_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out, const Tensor& statistics, i64 needs,
+    const Tensor& weight, FASTATTN_PROBLEM_PARAMETERS) {
+  const Problem p = unpack(kCpu, FASTATTN_PROBLEM_ARGUMENTS);
+  const View w = weight_view("weight", weight, p);
+  const BackwardInput in = unpack_backward(kCpu, p, grad_out, grad_lse, out, statistics);
+  STD_TORCH_CHECK(in.statistics.stride[3] == 1, "fastattn: statistics must be pairs");
+  const BackwardResults results(kCpu, p, needs >> 1, query, key, value);
+  View dw;
+  const Tensor dweight = needs & 1 ? BackwardResults::like(kCpu, "dweight", w, 3, dw) : nothing(kCpu, w.dtype);
+  cpu::kernels().additive_backward(p, w, in, results.views, dw, threads());
+  return {dweight, results.query, results.key, results.value, results.slopes, results.table, results.bias};
+}
+
 void run_rotation(const Tensor& query_out, const Tensor& key_out, FASTATTN_ROTATION_PARAMETERS) {
   const Rotation r = unpack_rotation(kCpu, query_out, key_out, FASTATTN_ROTATION_ARGUMENTS);
   if (r.from[0].size[0] && r.from[0].size[2] && r.from[0].size[3]) cpu::kernels().rotate(r, threads());
@@ -123,6 +153,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("cpu_plan", TORCH_BOX(&fastattn::cpu_plan));
   m.impl("cpu_softmax_forward", TORCH_BOX(&fastattn::cpu_softmax_forward));
   m.impl("cpu_softmax_backward", TORCH_BOX(&fastattn::cpu_softmax_backward));
+  m.impl("cpu_additive_forward", TORCH_BOX(&fastattn::cpu_additive_forward));
+  m.impl("cpu_additive_backward", TORCH_BOX(&fastattn::cpu_additive_backward));
   m.impl("cpu_rotate", TORCH_BOX(&fastattn::cpu_rotate));
   m.impl("cpu_rotate_", TORCH_BOX(&fastattn::cpu_rotate_));
 }

@@ -1,5 +1,6 @@
 """fastattn: attention for PyTorch with any positional encoding and any mask, at flash speed, on any machine."""
 
+from fastattn.additive import additive_attention
 from fastattn.biases import ALiBi, Bias, DenseBias, DistanceTable, T5Bias, alibi_slopes
 from fastattn.dispatch import Explanation, UnsupportedError
 from fastattn.functional import attention, backends, explain, last_call
@@ -27,6 +28,7 @@ __all__ = [
     "T5Bias",
     "UnsupportedError",
     "__version__",
+    "additive_attention",
     "alibi_slopes",
     "apply_rotary",
     "attention",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastattn.additive_problem import AdditiveProblem
 from fastattn.backends.base import AnyProblem, Backend
 from fastattn.backends.cpu import CpuBackend
 from fastattn.backends.cuda import CudaBackend
@@ -37,7 +38,11 @@ def backends() -> list[Backend]:
 
 def _refusals(backend: Backend, problem: AnyProblem) -> list[str]:
     reason = backend.reason
-    return [reason] if reason is not None else backend.unsupported_reasons(problem)
+    if reason is not None:
+        return [reason]
+    if isinstance(problem, AdditiveProblem) and type(backend).additive is Backend.additive:
+        return ["it has no additive attention"]
+    return backend.unsupported_reasons(problem)
 
 
 def choose(problem: AnyProblem, name: str | None) -> tuple[Backend, dict[str, list[str]]]:
@@ -114,6 +119,11 @@ def softmax(problem: SoftmaxProblem, name: str | None) -> Tensor:
 def rotate(rotation: Rotation, name: str | None, inplace: bool) -> tuple[Tensor, Tensor]:
     """Rotate query and key on the chosen backend."""
     return _chosen(rotation, name).rotate(rotation, inplace)
+
+
+def additive(problem: AdditiveProblem, name: str | None) -> tuple[Tensor, Tensor]:
+    """Run additive attention on the chosen backend: output and lse."""
+    return _chosen(problem, name).additive(problem)
 
 
 def _chosen(problem: AnyProblem, name: str | None) -> Backend:

@@ -169,8 +169,8 @@ def explain(
 
 
 def last_call() -> Explanation | None:
-    """What ran for the last eager call of `attention`, `masked_softmax` or `apply_rotary` in this thread; None before
-    the first.
+    """What ran for the last eager call of `attention`, `additive_attention`, `masked_softmax` or `apply_rotary` in this
+    thread; None before the first.
 
     Calls inside a torch.compile graph are not recorded.
     """

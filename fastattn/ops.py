@@ -6,6 +6,7 @@ register theirs when they load):
     fastattn::<backend>_forward, _backward                   attention (`Problem`)
     fastattn::<backend>_softmax_forward, _softmax_backward   masked softmax (`SoftmaxProblem`)
     fastattn::<backend>_rotate, _rotate_                     rotary embedding (`Rotation`), the second in place
+    fastattn::<backend>_additive_forward, _additive_backward additive attention (`AdditiveProblem`)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from fastattn.additive_problem import ADDITIVE_FIELDS, ADDITIVE_GRADIENT_FIELDS
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
 from fastattn.rotation import Rotation
 from fastattn.softmax_problem import SOFTMAX_FIELDS, SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
@@ -57,6 +59,11 @@ SOFTMAX_BACKWARD_SCHEMA = (
     f"(Tensor grad_out, Tensor out, int needs, {_arguments(SoftmaxProblem, without=frozenset({'scores'}))}) -> "
     + _tensors(len(SOFTMAX_GRADIENT_FIELDS))
 )
+ADDITIVE_FORWARD_SCHEMA = f"(Tensor weight, {PROBLEM_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+ADDITIVE_BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor statistics, int needs, Tensor weight, "
+    f"{PROBLEM_SCHEMA}) -> " + _tensors(len(ADDITIVE_GRADIENT_FIELDS))
+)
 ROTATE_SCHEMA = f"({_arguments(Rotation)}) -> (Tensor, Tensor)"
 ROTATE_INPLACE_SCHEMA = f"({_arguments(Rotation, mutable=frozenset({'query', 'key'}))}) -> ()"
 
@@ -71,7 +78,7 @@ def empty_like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def absent_gradient(name: str, grad_out: Tensor, statistics: Tensor) -> Tensor:
     """What stands in the place of a gradient that is not needed: empty, in the dtype the gradient would have."""
-    return (statistics if name in ("slopes", "table", "sink") else grad_out).new_empty(0)
+    return (statistics if name in ("slopes", "table", "sink", "weight") else grad_out).new_empty(0)
 
 
 def _fake_forward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,8 +93,25 @@ def _fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, statistics: Tensor, needs: int, *args: object
 ) -> tuple[Tensor, ...]:
     given = dict(zip(FIELD_NAMES, args, strict=True))
+    return _fake_gradients(GRADIENT_FIELDS, given, grad_out, statistics, needs)
+
+
+def _fake_additive_forward(weight: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_forward(*args)
+
+
+def _fake_additive_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, statistics: Tensor, needs: int, *args: object
+) -> tuple[Tensor, ...]:
+    given = dict(zip(ADDITIVE_FIELDS, args, strict=True))
+    return _fake_gradients(ADDITIVE_GRADIENT_FIELDS, given, grad_out, statistics, needs)
+
+
+def _fake_gradients(
+    names: tuple[str, ...], given: dict[str, object], grad_out: Tensor, statistics: Tensor, needs: int
+) -> tuple[Tensor, ...]:
     grads = []
-    for bit, name in enumerate(GRADIENT_FIELDS):
+    for bit, name in enumerate(names):
         like = given[name]
         if not needs >> bit & 1:
             grads.append(absent_gradient(name, grad_out, statistics))
@@ -128,6 +152,8 @@ for _name in FUSED_BACKENDS:
         ("softmax_backward", SOFTMAX_BACKWARD_SCHEMA, _fake_softmax_backward),
         ("rotate", ROTATE_SCHEMA, _fake_rotate),
         ("rotate_", ROTATE_INPLACE_SCHEMA, _fake_rotate_inplace),
+        ("additive_forward", ADDITIVE_FORWARD_SCHEMA, _fake_additive_forward),
+        ("additive_backward", ADDITIVE_BACKWARD_SCHEMA, _fake_additive_backward),
     ):
         _library.define(f"{_name}_{_op}{_schema}")
         torch.library.register_fake(f"fastattn::{_name}_{_op}", _fake, lib=_library)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.additive_problem import AdditiveProblem
 from fastattn.philox import keep_mask
 from fastattn.problem import Problem
 from fastattn.rotation import Rotation
@@ -105,8 +106,8 @@ def _finite_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device)), finite
 
 
-def scores(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Masked scores (B, Hq, Sq, Sk) in `dtype`, -inf where masked, and the mask they were filled with (True = masked).
+def products(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """scale * q.k (B, Hq, Sq, Sk) in `dtype`.
 
     Rows of q or k that are not finite are zeroed before the product and their scores set to NaN after it, so that
     0 * NaN cannot leak through a masked place, forward or backward.
@@ -123,7 +124,29 @@ def scores(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if group != 1:
         key, finite_key = key.repeat_interleave(group, dim=1), finite_key.repeat_interleave(group, dim=1)
     s = (query @ key.transpose(-2, -1)) * problem.scale
-    s = s.masked_fill(~(finite_query[..., :, None] & finite_key[..., None, :]), float("nan"))
+    return s.masked_fill(~(finite_query[..., :, None] & finite_key[..., None, :]), float("nan"))
+
+
+def additive_products(problem: AdditiveProblem, dtype: torch.dtype) -> Tensor:
+    """scale * sum_d weight_d tanh(q_id + k_jd) (B, Hq, Sq, Sk) in `dtype`; NaN for rows of q or k that hold one, which
+    are zeroed before, as in `products`."""
+    attention = problem.attention
+    largest = torch.finfo(dtype).max
+    rows, numbers = [], []
+    for x in (attention.query, attention.key):
+        x = x.to(dtype).clamp(-largest, largest)
+        known = ~x.isnan().any(dim=-1)
+        group = attention.num_heads // x.shape[1] if x.shape[1] else 1
+        rows.append(x.masked_fill(~known[..., None], 0.0).repeat_interleave(group, dim=1))
+        numbers.append(known.repeat_interleave(group, dim=1))
+    t = torch.tanh(rows[0][..., :, None, :] + rows[1][..., None, :, :])
+    s = (t @ problem.weight.to(dtype)[:, :, None, :, None]).squeeze(-1) * attention.scale
+    return s.masked_fill(~(numbers[0][..., :, None] & numbers[1][..., None, :]), float("nan"))
+
+
+def scores(problem: Problem, dtype: torch.dtype, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Masked scores (B, Hq, Sq, Sk) in `dtype` from products `s`, -inf where masked, and the mask they were filled with
+    (True = masked)."""
     if problem.softcap:
         s = problem.softcap * torch.tanh(s / problem.softcap)
     masked = torch.zeros((), dtype=torch.bool, device=s.device)
@@ -138,9 +161,9 @@ def scores(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return s.masked_fill(masked, NEG_INF), masked
 
 
-def weights(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def weights(problem: Problem, dtype: torch.dtype, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax weights before dropout (B, Hq, Sq, Sk), lse (B, Hq, Sq), and the mask (True = masked)."""
-    s, masked = scores(problem, dtype)
+    s, masked = scores(problem, dtype, s)
     # amax has no identity for an empty dimension; without keys every row is empty anyway.
     top = s.detach().amax(dim=-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), NEG_INF)
     sink = None if problem.sink is None else problem.sink.to(dtype)[:, :, None, None]
@@ -159,8 +182,17 @@ def weights(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Sq, Dv) in the query's dtype and lse (B, Hq, Sq) in the parameter dtype."""
+    return _forward(problem, products(problem, problem.parameter_dtype))
+
+
+def additive(problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
+    """The same for additive attention.  It materialises (B, Hq, Sq, Sk, D)."""
+    return _forward(problem.attention, additive_products(problem, problem.attention.parameter_dtype))
+
+
+def _forward(problem: Problem, s: Tensor) -> tuple[Tensor, Tensor]:
     dtype = problem.parameter_dtype
-    p, lse, masked = weights(problem, dtype)
+    p, lse, masked = weights(problem, dtype, s)
     if problem.dropout_p > 0:
         assert problem.dropout_seed is not None
         heads = torch.arange(problem.batch_size * problem.num_heads, device=p.device)

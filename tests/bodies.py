@@ -1,4 +1,4 @@
-"""Tests that are the same in Triton's interpreter, in the CUDA simulator and on a GPU: each takes a backend and a device."""
+"""Tests that Triton's interpreter, the CUDA simulator and a GPU share: each takes a backend's name and a device."""
 
 from __future__ import annotations
 

@@ -85,14 +85,16 @@ class Call:
     def fused(self, backend: str | None, device: str = "cpu") -> Result:
         leaves = {name: t.detach().to(device).requires_grad_() for name, t in self.leaves.items()}
         torch.manual_seed(self.seed)
-        keywords = {name: moved(value, device) for name, value in self.keywords(leaves).items()}
-        out, lse = fastattn.attention(
-            leaves["query"], leaves["key"], leaves["value"], **keywords, return_lse=True, backend=backend
-        )
+        out, lse = self.attend(leaves, backend, device)
         grads = torch.autograd.grad(
             [out, lse], list(leaves.values()), [self.grad_out.to(out), self.grad_lse.to(lse)], allow_unused=True
         )
         return Result(out.detach(), lse.detach(), dict(zip(leaves, map(_no_grad, grads, leaves.values()), strict=True)))
+
+    def attend(self, leaves: Tensors, backend: str | None, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        query, key, value = leaves["query"], leaves["key"], leaves["value"]
+        keywords = {name: moved(value, device) for name, value in self.keywords(leaves).items()}
+        return fastattn.attention(query, key, value, **keywords, return_lse=True, backend=backend)
 
     def kept(self, device: str = "cpu") -> Tensor | None:
         """The dropout mask (B, Hq, Sq, Sk) that `fused` draws on the device, from the same seed."""
@@ -121,6 +123,21 @@ class Call:
                 seen = seen & (feature.bias(leaves) != -math.inf)
         return seen
 
+    @property
+    def factor(self) -> float:
+        return self.scale if self.scale is not None else max(self.shape.head_dim, 1) ** -0.5
+
+    def products(self, leaves: Tensors, query: Tensor, key: Tensor) -> Tensor:
+        """What stands before biases and masks, for one key head per query head."""
+        return (query @ key.transpose(-1, -2)) * self.factor
+
+    def product_masses(self, leaves: Tensors, score: Tensor, query: Tensor, key: Tensor) -> Tensors:
+        """The masses of the gradients of what `products` is made of, from that of dS; key per query head."""
+        return {
+            "query": abs(self.factor) * score @ key.abs(),
+            "key": abs(self.factor) * score.transpose(-1, -2) @ query.abs(),
+        }
+
     def naive(self, dtype: torch.dtype, device: str = "cpu") -> Result:
         """The formula on the CPU, step by step in `dtype`, each step rounding to it, with autograd's gradients; with
         the dropout mask of a device."""
@@ -136,8 +153,7 @@ class Call:
                 query, key = feature.rotate(leaves, query, key)
         group = s.heads // s.kv_heads if s.kv_heads else 1
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        scale = self.scale if self.scale is not None else max(s.head_dim, 1) ** -0.5
-        scores = (query @ key.transpose(-1, -2)) * scale
+        scores = self.products(leaves, query, key)
         for feature in self.features:
             if feature.softcap is not None:
                 scores = torch.tanh(scores / feature.softcap) * feature.softcap
@@ -168,12 +184,12 @@ class Call:
         if dtype == torch.float64:
             with torch.no_grad():
                 result.top = scores.masked_fill(scores == -math.inf, 0.0).abs().max().item() if scores.numel() else 0.0
-            self._masses(result, leaves, query, key, value, weights, dropped, scale, sink)
+            self._masses(result, leaves, query, key, value, weights, dropped, sink)
         return result
 
     def _masses(
         self, result: Result, leaves: Tensors, query: Tensor, key: Tensor, value: Tensor, weights: Tensor,
-        dropped: Tensor, scale: float, sink: Tensor | None,
+        dropped: Tensor, sink: Tensor | None,
     ) -> None:  # fmt: skip
         s, grad_out, grad_lse = self.shape, self.grad_out.double().abs(), self.grad_lse.double().abs()[..., None]
         group = s.heads // s.kv_heads if s.kv_heads else 1
@@ -187,10 +203,10 @@ class Call:
             result.mass = {
                 "out": dropped @ value.abs(),
                 "lse": 1 + result.lse.abs().masked_fill(result.lse.isinf(), 0.0),
-                "query": abs(scale) * score @ key.abs(),
-                "key": abs(scale) * per_kv_head(score.transpose(-1, -2) @ query.abs()),
                 "value": per_kv_head(dropped.transpose(-1, -2) @ grad_out),
+                **self.product_masses(leaves, score, query, key),
             }
+            result.mass["key"] = per_kv_head(result.mass["key"])
             for name in SINKS:
                 if name in leaves:
                     share = torch.exp((sink if sink.dim() == 2 else sink[None])[:, :, None] - result.lse)

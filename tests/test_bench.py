@@ -16,6 +16,7 @@ import torch
 
 import fastattn
 from fastattn.bench import launches, peers, readme, results, runner, suites
+from fastattn.bench.additive import ADDITIVE_SCENARIOS, make_additive_inputs
 from fastattn.bench.gate import WrongResultError, expect, gate
 from fastattn.bench.memory import peak_bytes
 from fastattn.bench.modules import make_module_inputs
@@ -45,9 +46,12 @@ def test_every_case_of_every_suite_can_be_built(device: str, quick: bool) -> Non
         assert suite.baseline in suite.peers
         assert set(suite.peers) <= set(peers.PEERS)
         for case in suite.cases:
-            known = {"module": suites.MODULE_SCENARIOS, "softmax": SOFTMAX_SCENARIOS, "rotary": ROTARY_SCENARIOS}.get(
-                name, SCENARIOS
-            )
+            known = {
+                "module": suites.MODULE_SCENARIOS,
+                "softmax": SOFTMAX_SCENARIOS,
+                "rotary": ROTARY_SCENARIOS,
+                "additive": ADDITIVE_SCENARIOS,
+            }.get(name, SCENARIOS)
             assert case.scenario in known
             assert case.suite == name
 
@@ -165,6 +169,23 @@ def test_row_gate_stops_what_is_wrong(scenario: str) -> None:
     inputs = make_row_inputs(small(scenario, shape=SQUARE), "cpu")
     prepared = prepare("fastattn", inputs)
     wrong = Prepared(lambda: tuple(out + 1e-3 for out in prepared.forward()), prepared.leaves, prepared.grad_out)
+    with pytest.raises(WrongResultError):
+        gate("fastattn", inputs, wrong, expect(inputs, gradients=False), gradients=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scenario", ADDITIVE_SCENARIOS)
+@pytest.mark.parametrize("peer", ["fastattn", "naive"])
+def test_additive_gate(peer: str, scenario: str, dtype: torch.dtype) -> None:
+    inputs = make_additive_inputs(small(scenario, dtype, dataclasses.replace(SQUARE, kv_heads=4)), "cpu")
+    gate(peer, inputs, prepare(peer, inputs), expect(inputs, gradients=True), gradients=True)
+
+
+@pytest.mark.parametrize("scenario", ADDITIVE_SCENARIOS)
+def test_additive_gate_stops_what_is_wrong(scenario: str) -> None:
+    inputs = make_additive_inputs(small(scenario, shape=dataclasses.replace(SQUARE, kv_heads=4)), "cpu")
+    prepared = prepare("fastattn", inputs)
+    wrong = Prepared(lambda: prepared.forward() * 1.01, prepared.leaves, prepared.grad_out)
     with pytest.raises(WrongResultError):
         gate("fastattn", inputs, wrong, expect(inputs, gradients=False), gradients=False)
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastattn
+from fastattn.bench.additive import ADDITIVE_SCENARIOS, make_additive_inputs
 from fastattn.bench.gate import compare, evaluate, expect
 from fastattn.bench.peers import Prepared
 from fastattn.bench.scenarios import SCENARIOS, Case, Shape, make_inputs
@@ -67,6 +68,25 @@ def test_features_against_the_cpu_formula(scenario: str, dtype: torch.dtype, bac
         checks = compare(on_cpu, expect(on_cpu, gradients=True), {name: t.cpu() for name, t in values.items()})
         wrong = [f"{c.name}: {c.error:.2e} over {c.budget:.2e}" for c in checks if not c.passed]
         assert not wrong, f"{shape}: {wrong}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize("dims", [(24, 24), (64, 40), (256, 16)], ids=str)
+@pytest.mark.parametrize("scenario", ADDITIVE_SCENARIOS)
+def test_additive_attention(scenario: str, dims: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    shape = Shape(batch=2, heads=3, query_length=70, key_length=101, head_dim=dims[0], value_dim=dims[1])
+    case = Case("gpu", scenario, shape, dtype)
+    on_cpu, on_gpu = make_additive_inputs(case, "cpu"), make_additive_inputs(case, DEVICE)
+    mask = fastattn.Causal() if on_gpu.causal else None
+
+    def forward() -> torch.Tensor:
+        return fastattn.additive_attention(*on_gpu.leaves.values(), mask=mask, backend=backend)
+
+    values = evaluate(Prepared(forward, on_gpu.leaves, on_gpu.grad_out), gradients=True)
+    checks = compare(on_cpu, expect(on_cpu, gradients=True), {name: t.cpu() for name, t in values.items()})
+    wrong = [f"{c.name}: {c.error:.2e} over {c.budget:.2e}" for c in checks if not c.passed]
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,15 +16,15 @@ PACKAGE = Path(fastattn.__file__).parent
 
 # From the bottom up; a module may import from its own layer (but see test_no_cycles) and from those above it here.
 LAYERS: list[tuple[str, ...]] = [
-    ("problem", "softmax_problem", "rotation", "philox"),
+    ("problem", "softmax_problem", "rotation", "additive_problem", "philox"),
     ("reference", "ops"),
-    ("autograd", "softmax_autograd", "rotation_autograd", "native"),
+    ("autograd", "softmax_autograd", "rotation_autograd", "additive_autograd", "native"),
     ("backends", "triton_kernels"),
     ("dispatch",),
     ("validation",),
     ("lowering",),
     ("masks", "biases", "rotary"),
-    ("functional", "softmax", "rotate"),
+    ("functional", "softmax", "rotate", "additive"),
     ("sdpa",),
     ("", "nn", "integrations"),
     ("cli", "bench", "__main__"),

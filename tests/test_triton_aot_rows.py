@@ -1,4 +1,4 @@
-"""The Triton softmax and rotary kernels compiled for GPUs that are not here: they fit, and they do not spill.
+"""The Triton softmax, rotary and additive kernels compiled for GPUs that are not here: they fit, and do not spill.
 
 A row of up to 16384 columns is held in registers, so a spill would be the end of the one pass over memory that these
 kernels are for.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fastattn.additive_problem import ADDITIVE_GRADIENT_FIELDS, AdditiveProblem
 from fastattn.problem import Problem
 from fastattn.softmax_problem import SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
 
@@ -23,6 +24,7 @@ from aot_baseline import ALL, SHARED, UPDATE, baseline, hold  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fastattn.triton_kernels import aot  # noqa: E402
+from fastattn.triton_kernels.additive import additive_backward, additive_forward  # noqa: E402
 from fastattn.triton_kernels.masked_softmax import softmax_forward  # noqa: E402
 from fastattn.triton_kernels.rotary import rotate  # noqa: E402
 from fastattn.triton_kernels.softmax_gradients import softmax_backward  # noqa: E402
@@ -64,6 +66,25 @@ def _rotary(dim: int, dtype: torch.dtype, *, interleaved: bool) -> list[aot.Laun
 def _rule(features: str) -> Callable[[str, aot.Resources], str | None]:
     """Nothing spills, but every mask and bias at once beside 16384 columns (40 bytes on sm_86, 72 on sm_120)."""
     return lambda kernel, took: "spills" if took.stack and features != "everything" else None
+
+
+def _additive(dim: int, dtype: torch.dtype, features: str) -> list[aot.Launch]:
+    fields: dict[str, object] = {}
+    if features == "everything":
+        fields = {
+            "window_right": 0, "key_lengths": torch.zeros(BATCH, dtype=torch.int64), "slopes": torch.ones(1, HEADS),
+            "table": torch.ones(1, HEADS, 33), "table_left": 16, "dense_bias": torch.ones(1, HEADS, ROWS, ROWS),
+            "dropout_p": 0.1, "dropout_seed": torch.zeros(2, dtype=torch.int64),
+        }  # fmt: skip
+    query, key = (torch.empty(BATCH, heads, ROWS, dim, dtype=dtype) for heads in (HEADS, 2))
+    attention = Problem(query=query, key=key, value=key, scale=1.0, **fields)  # type: ignore[arg-type]
+    problem = AdditiveProblem(weight=torch.ones(1, HEADS, dim), attention=attention)
+    wanted = [n for n in ADDITIVE_GRADIENT_FIELDS if n == "weight" or getattr(attention, n) is not None]
+    with aot.record_launches() as caught:
+        out, lse, statistics = additive_forward(problem)
+        additive_backward(problem, out, lse, out, statistics, frozenset(wanted))
+    assert len(caught) == (6 if features == "everything" else 4)
+    return caught
 
 
 # columns: several rows a program, one row a program, the longest row in registers, parts of rows
@@ -117,8 +138,25 @@ def test_the_baseline_is_of_every_case() -> None:
         assert held == cases
 
 
+@pytest.mark.parametrize(
+    ("arch", "dim", "dtype", "features", "stack"),
+    [
+        (80, 64, torch.float16, "everything", 32),
+        (90, 64, torch.float32, "plain", 0),
+        (90, 128, torch.bfloat16, "plain", 8),
+        (120, 256, torch.bfloat16, "plain", 8),
+    ],
+)
+def test_additive(arch: int, dim: int, dtype: torch.dtype, features: str, stack: int) -> None:
+    for launch in _additive(dim, dtype, features):
+        took = aot.resources(aot.compile_launch(launch, GPUTarget("cuda", arch, 32)))
+        assert took.stack <= stack, f"{launch.kernel.__name__} spills: {took}"
+        assert took.shared <= SHARED[arch], f"{launch.kernel.__name__}: {took}"
+
+
 def test_amd_compiles() -> None:
-    for launch in (*_softmax(1000, torch.float16, "everything"), *_rotary(128, torch.float16, interleaved=False)):
+    rows = (*_softmax(1000, torch.float16, "everything"), *_rotary(128, torch.float16, interleaved=False))
+    for launch in (*rows, *_additive(64, torch.float16, "plain")):
         assert aot.compile_launch(launch, GPUTarget("hip", "gfx942", 64)).asm["hsaco"]
 
 

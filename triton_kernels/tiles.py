@@ -206,6 +206,21 @@ def row_tile(columns: int) -> Tile:
     return Tile(max(1, min(16, 2048 // width)), width, min(16, max(4, width // 512)), 1)
 
 
+def additive_tile(head_dim: int, itemsize: int) -> Tile:
+    """The tile of all kernels of additive attention, for the larger of the padded D and Dv; square, as a block diagonal
+    of a table's gradient needs it.
+
+    The time goes into D hyperbolic tangents an element, not into operands: the largest tile of those tried whose
+    scores, dS and results stay in registers.  Stack bytes of the backward on sm_90: 0 or 8, and 96 at D = 128 in
+    float32; the next larger tile has 16 to 328.  float32 at D = 256 has no such tile: 3600 at the smallest.
+    """
+    if "additive" in _override:
+        return _override["additive"]
+    if itemsize == 4:
+        return Tile(16, 16, 4 if head_dim <= 64 else 8, 1)
+    return Tile(32, 32, 4, 1) if head_dim <= 64 else Tile(32, 32, 8, 1) if head_dim <= 128 else Tile(16, 16, 8, 1)
+
+
 @contextmanager
 def override(**tiles: Tile) -> Iterator[None]:
     """Use these tiles inside the block: ``with override(forward=Tile(64, 64, 4, 2)):`` (tests and tuning)."""

@@ -2,6 +2,8 @@
 // -DFASTATTN_ISA=<name>, which names the namespace everything lives in.
 #include "kernels.h"
 
+#include "additive_backward.h"
+#include "additive_forward.h"
 #include "backward.h"
 #include "forward.h"
 #include "masked_softmax.h"
@@ -69,11 +71,25 @@ static void run_rotate(const Rotation& rotation, const Parallel& parallel) {
   rotate<float>(rotation, parallel);
 }
 
+static void run_additive_forward(const Problem& problem, const View& weight, const ForwardOutput& output,
+                                 const Parallel& parallel) {
+  if (problem.query.dtype == DType::kFloat64) return additive_forward<double>(problem, weight, output, parallel);
+  additive_forward<float>(problem, weight, output, parallel);
+}
+
+static void run_additive_backward(const Problem& problem, const View& weight, const BackwardInput& input,
+                                  const BackwardOutput& output, const View& dweight, const Parallel& parallel) {
+  if (problem.query.dtype == DType::kFloat64)
+    return additive_backward<double>(problem, weight, input, output, dweight, parallel);
+  additive_backward<float>(problem, weight, input, output, dweight, parallel);
+}
+
 #define FASTATTN_STRING2(x) #x
 #define FASTATTN_STRING(x) FASTATTN_STRING2(x)
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA), run_forward,          run_plan,  run_backward,
-                         run_softmax_forward,           run_softmax_backward, run_rotate};
+const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA), run_forward,          run_plan,   run_backward,
+                         run_softmax_forward,           run_softmax_backward, run_rotate, run_additive_forward,
+                         run_additive_backward};
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

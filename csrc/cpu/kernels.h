@@ -19,6 +19,10 @@ struct Kernels {
   void (*softmax_forward)(const Problem&, const SoftmaxForward&, const Parallel&);
   void (*softmax_backward)(const Problem&, const SoftmaxBackward&, const Parallel&);
   void (*rotate)(const Rotation&, const Parallel&);
+  // weight and its gradient: (B|1, Hq, D)
+  void (*additive_forward)(const Problem&, const View& weight, const ForwardOutput&, const Parallel&);
+  void (*additive_backward)(const Problem&, const View& weight, const BackwardInput&, const BackwardOutput&,
+                            const View& dweight, const Parallel&);
 };
 
 }  // namespace fastattn::cpu

@@ -62,9 +62,15 @@ KERNELS = (
     ),
     # bound by memory or small: element types are branches at run time
     Kernel("attention_delta", "attention/delta.h", "DeltaParams", "attention_delta", "DeltaTiles::kThreads", "8"),
-    Kernel("attention_combine", "attention/combine.h", "CombineParams", "attention_combine", "CombineTiles::kThreads", "4"),
-    Kernel("attention_sum_partials", "attention/sums.h", "SumPartialsParams", "attention_sum_partials", "SumTiles::kThreads", "4"),
-    Kernel("attention_sum_diagonals", "attention/sums.h", "SumDiagonalsParams", "attention_sum_diagonals", "SumTiles::kThreads", "4"),
+    Kernel(
+        "attention_combine", "attention/combine.h", "CombineParams", "attention_combine", "CombineTiles::kThreads", "4",
+    ),
+    Kernel(
+        "attention_sum_partials", "attention/sums.h", "SumPartialsParams", "attention_sum_partials", "SumTiles::kThreads", "4",
+    ),
+    Kernel(
+        "attention_sum_diagonals", "attention/sums.h", "SumDiagonalsParams", "attention_sum_diagonals", "SumTiles::kThreads", "4",
+    ),
     Kernel("rotary", "rows/rotary.h", "RotaryParams", "rotary<{type}>", "kRotaryThreads", "2", ALL_TYPES),
     Kernel(
         "softmax_forward", "rows/softmax_forward.h", "SoftmaxParams", "softmax_forward<{type}>", "kRowThreads", "3",

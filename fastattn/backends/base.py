@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from fastattn.additive_problem import AdditiveProblem
 from fastattn.autograd import fused_attention
 from fastattn.problem import Problem
 from fastattn.rotation import Rotation
@@ -15,13 +16,15 @@ from fastattn.softmax_autograd import fused_softmax
 from fastattn.softmax_problem import SoftmaxProblem
 
 # Everything a backend may be asked to run.
-AnyProblem = Problem | SoftmaxProblem | Rotation
+AnyProblem = Problem | SoftmaxProblem | Rotation | AdditiveProblem
 
 
 def what_runs(problem: AnyProblem) -> str:
     """The name of what a problem asks for."""
     if isinstance(problem, Rotation):
         return "rotary"
+    if isinstance(problem, AdditiveProblem):
+        return "additive attention"
     return "masked softmax" if isinstance(problem, SoftmaxProblem) else "attention"
 
 
@@ -60,6 +63,10 @@ class Backend(ABC):
     def rotate(self, rotation: Rotation, inplace: bool) -> tuple[Tensor, Tensor]:
         """Rotated query and key, differentiable in both; in place, they are the operands themselves and are not."""
         raise NotImplementedError(f"the {self.name} backend has no rotation")
+
+    def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
+        """Output (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of additive attention, differentiable."""
+        raise NotImplementedError(f"the {self.name} backend has no additive attention")
 
     @abstractmethod
     def kernel(self, problem: AnyProblem) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import torch
+from torch import Tensor
 
 from fastattn import native
+from fastattn.additive_autograd import fused_additive
+from fastattn.additive_problem import AdditiveProblem
 from fastattn.backends.base import AnyProblem, FusedBackend, what_runs
 from fastattn.problem import Problem
 
@@ -22,6 +25,9 @@ class CpuBackend(FusedBackend):
         if problem.device.type != "cpu":
             return [f"the tensors are on {problem.device}; this backend runs on cpu"]
         return []
+
+    def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
+        return fused_additive(self.name, problem)
 
     def plan(self, problem: Problem) -> dict[str, object]:
         """Query rows and heads of a work item, keys of a tile, work items, scratch memory and threads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.additive_problem import AdditiveProblem
 from fastattn.backends.base import AnyProblem, Backend
 from fastattn.problem import Problem
 from fastattn.rotation import Rotation
@@ -32,6 +33,9 @@ class ReferenceBackend(Backend):
         if inplace:
             return rotation.query.copy_(query), rotation.key.copy_(key)
         return query, key
+
+    def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
+        return reference.additive(problem)
 
     def kernel(self, problem: AnyProblem) -> str:
         return "reference (plain torch)"

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.additive_autograd import fused_additive
+from fastattn.additive_problem import ADDITIVE_GRADIENT_FIELDS, AdditiveProblem, additive_problem
 from fastattn.backends.base import AnyProblem, GpuBackend
 from fastattn.ops import absent_gradient, implement
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
@@ -52,6 +54,8 @@ class TritonBackend(GpuBackend):
             reasons.append("Triton's interpreter computes bfloat16 wrongly")
         if problem.dtype == torch.float64:
             reasons.append("dtype float64; it has float32, float16 and bfloat16")
+        if isinstance(problem, AdditiveProblem):
+            problem = problem.attention
         if isinstance(problem, Problem):
             for name, dim in (("D", problem.query.shape[3]), ("Dv", problem.value.shape[3])):
                 if dim > MAX_HEAD_DIM:
@@ -59,6 +63,9 @@ class TritonBackend(GpuBackend):
             if problem.query.shape[3] == 0 or problem.value.shape[3] == 0:
                 reasons.append("an empty head dimension")
         return reasons
+
+    def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
+        return fused_additive(self.name, problem)
 
     def plan(self, problem: Problem) -> dict[str, object]:
         from fastattn.triton_kernels.attention import Call
@@ -138,11 +145,30 @@ def _launch_rotation(rotation: Rotation, out: tuple[Tensor, Tensor] | None = Non
     )  # fmt: skip
 
 
+def _additive_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from fastattn.triton_kernels.additive import additive_forward
+
+    return additive_forward(additive_problem(*args))
+
+
+def _additive_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, statistics: Tensor, needs: int, *args: Any
+) -> tuple[Tensor, ...]:
+    from fastattn.triton_kernels.additive import additive_backward
+
+    names = ADDITIVE_GRADIENT_FIELDS
+    wanted = frozenset(name for bit, name in enumerate(names) if needs >> bit & 1)
+    grads = additive_backward(additive_problem(*args), grad_out, grad_lse, out, statistics, wanted)
+    return tuple(grads[name] if name in grads else absent_gradient(name, grad_out, statistics) for name in names)
+
+
 _OPERATORS = {
     "triton_forward": _forward,
     "triton_backward": _backward,
     "triton_softmax_forward": _softmax_forward,
     "triton_softmax_backward": _softmax_backward,
+    "triton_additive_forward": _additive_forward,
+    "triton_additive_backward": _additive_backward,
     "triton_rotate": _rotate,
     "triton_rotate_": _rotate_inplace,
 }
