@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.problem import Problem
+from fastattn.validation import is_readable
 
 
 @dataclass(slots=True)
@@ -23,10 +24,50 @@ class Draft:
     parameter_dtype: torch.dtype
     query_offset: int | Tensor
     fields: dict[str, object] = field(default_factory=dict)
+    # For what depends on the contents: the operands before rotation, None where there are only scores.  Objects may
+    # replace them; `scale` multiplies their product.
+    query: Tensor | None = None
+    key: Tensor | None = None
+    scale: float = 1.0
+    # What was done to fit the call to the kernels, and in which memory: shown by `explain`.
+    notes: list[str] = field(default_factory=list)
 
     @property
     def score_shape(self) -> tuple[int, int, int, int]:
         return (self.batch, self.heads, self.query_length, self.key_length)
+
+    def reach(self) -> tuple[int, int]:
+        """(left, right) >= 0 such that every distance of the call lies in [-left, right].
+
+        Offsets in a tensor whose values cannot be read for free are taken to be in [0, Sk].
+        """
+        offset = self.query_offset
+        if not isinstance(offset, Tensor):
+            least = most = offset
+        elif is_readable(offset) and offset.numel():
+            least, most = int(offset.min()), int(offset.max())
+        else:
+            least, most = 0, self.key_length
+        return max(0, most + self.query_length - 1), max(0, self.key_length - 1 - least)
+
+    def positions(self) -> Tensor:
+        """(B|1, Sq) int64: the position of every query among the keys."""
+        rows = torch.arange(self.query_length, device=self.device)
+        offset = self.query_offset
+        return rows[None] + (offset[:, None] if isinstance(offset, Tensor) else offset)
+
+    def append_columns(self, query_columns: Tensor, key_columns: Tensor) -> None:
+        """Add scale * query_columns . key_columns to the scores, by appending them to the head dimension.
+
+        Shapes (B|1, Hq|1, Sq, C) and (B|1, Hk|1, Sk, C).  Call after the operands were checked to be there.
+        """
+        assert self.query is not None
+        assert self.key is not None
+        joined = []
+        for x, columns in ((self.query, query_columns), (self.key, key_columns)):
+            shape = (*x.shape[:3], columns.shape[-1])
+            joined.append(torch.cat((x, columns.to(x.dtype).expand(shape)), dim=-1))
+        self.query, self.key = joined
 
 
 def standalone(

@@ -302,7 +302,7 @@ def _spin(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
 
 def _rotary(
     name: str, interleaved: bool = False, partial: bool = False, separate: bool = False, batched: bool = False,
-    learned: bool = False,
+    learned: bool = False, trailing: bool = False,
 ) -> None:  # fmt: skip
     def make(scene: Scene) -> Feature:
         s = scene.shape
@@ -334,12 +334,19 @@ def _rotary(
             index = offset[:, None] + torch.arange(s.query_length)
             batch = torch.arange(max(index.shape[0], angle.shape[0]))[:, None]
             angle = angle[batch.clamp(max=angle.shape[0] - 1), index[batch[:, 0].clamp(max=index.shape[0] - 1)]]
-            turned = _spin(query.to(dtype), angle, interleaved), _spin(key.to(dtype), key_angle, interleaved)
-            return turned[0].to(query.dtype), turned[1].to(key.dtype)
+            first = s.head_dim - 2 * half if trailing else 0
+
+            def turn(x: Tensor, angle: Tensor) -> Tensor:
+                spun = _spin(x[..., first:].to(dtype), angle, interleaved)
+                return torch.cat((x[..., :first], spun.to(x.dtype)), dim=-1)
+
+            return turn(query, angle), turn(key, key_angle)
 
         return Feature(
             leaves={f"{name}.{n}": t for n, t in tables.items()} if learned else {},
-            public=lambda leaves: {"rotary": fastattn.Rotary(interleaved=interleaved, **given(leaves))},
+            public=lambda leaves: {
+                "rotary": fastattn.Rotary(interleaved=interleaved, trailing=trailing, **given(leaves))
+            },
             rotate=rotate,
         )
 
@@ -353,6 +360,8 @@ _rotary("rotary_partial_interleaved", partial=True, interleaved=True)
 _rotary("rotary_separate", separate=True)
 _rotary("rotary_batch", batched=True)
 _rotary("rotary_learned", learned=True, separate=True)
+_rotary("rotary_trailing", partial=True, trailing=True)
+_rotary("rotary_trailing_interleaved", partial=True, trailing=True, interleaved=True, separate=True)
 
 
 @_feature

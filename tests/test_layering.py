@@ -24,7 +24,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("validation",),
     ("lowering",),
     ("masks", "biases", "rotary"),
-    ("functional", "softmax", "rotate"),
+    ("functional", "softmax", "rotate", "positional"),
     ("sdpa",),
     ("", "nn", "integrations"),
     ("cli", "bench", "__main__"),
