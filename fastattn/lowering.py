@@ -56,6 +56,11 @@ class Draft:
         offset = self.query_offset
         return rows[None] + (offset[:, None] if isinstance(offset, Tensor) else offset)
 
+    def note_dense(self, what: str, dense: Tensor) -> None:
+        """A note for `explain` that `what` became a dense tensor of the scores' size."""
+        megabytes = dense.numel() * dense.element_size() / 1e6
+        self.notes.append(f"{what}, as a dense bias {tuple(dense.shape)} of {megabytes:.3g} MB")
+
     def append_columns(self, query_columns: Tensor, key_columns: Tensor) -> None:
         """Add scale * query_columns . key_columns to the scores, by appending them to the head dimension.
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.positional.relative import KERPLE, Sandwich
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,84 @@ _alibi("alibi", batched=False)
 _alibi("alibi_batch", batched=True)
 
 
+@_feature
+def alibi_sides(scene: Scene) -> Feature:
+    """A slope before and another after; one leaf holds both."""
+    slopes = scene.randn(2, scene.shape.heads, dtype=scene.parameter_dtype) * 0.2
+
+    def bias(leaves: Tensors) -> Tensor:
+        before, after = (x[None, :, None, None] for x in leaves["alibi_sides"])
+        distance = scene.distance
+        return before * distance.clamp(max=0) - after * distance.clamp(min=0)
+
+    return Feature(
+        leaves={"alibi_sides": slopes},
+        public=lambda leaves: {"bias": fastattn.ALiBi(*leaves["alibi_sides"])},
+        bias=bias,
+    )
+
+
+@_feature
+def alibi_one_way(scene: Scene) -> Feature:
+    """Heads in turn see only what is before, or only what is after."""
+    slopes = scene.randn(scene.shape.heads, dtype=scene.parameter_dtype).abs() * 0.2
+    back = torch.arange(scene.shape.heads) % 2 == 0
+
+    def public(leaves: Tensors) -> dict[str, object]:
+        slopes = leaves["alibi_one_way"]
+        hidden = torch.full_like(slopes, math.inf)
+        return {"bias": fastattn.ALiBi(torch.where(back, slopes, hidden), torch.where(back, hidden, slopes))}
+
+    def bias(leaves: Tensors) -> Tensor:
+        seen = torch.where(back[:, None, None], scene.distance <= 0, scene.distance >= 0)
+        bias = -leaves["alibi_one_way"][:, None, None] * scene.distance.abs()
+        return bias.masked_fill(~seen, -math.inf)
+
+    return Feature(leaves={"alibi_one_way": slopes}, public=public, bias=bias)
+
+
+def _kerple(kind: Literal["log", "power"]) -> None:
+    def make(scene: Scene) -> Feature:
+        size = (2, scene.shape.heads)
+        parameters = 0.2 + torch.rand(size, generator=scene.generator, dtype=torch.float64).to(scene.parameter_dtype)
+        name = f"kerple_{kind}"
+
+        def bias(leaves: Tensors) -> Tensor:
+            (r1, r2), size = leaves[name][:, :, None, None], scene.distance.abs()
+            if kind == "log":
+                return -r1 * torch.log(1 + r2 * size)
+            return -r1 * torch.where(size == 0, 0.0, torch.exp(r2 * torch.log(size.clamp(min=1).to(r2.dtype))))
+
+        return Feature(
+            leaves={name: parameters},
+            public=lambda leaves: {"bias": KERPLE(*leaves[name], kind)},
+            bias=bias,
+        )
+
+    FEATURES[f"kerple_{kind}"] = make
+
+
+_kerple("log")
+_kerple("power")
+
+
+@_feature
+def sandwich(scene: Scene) -> Feature:
+    """The authors' construction: products of sinusoidal embeddings, no parameters."""
+    heads, dim = scene.shape.heads, 12
+
+    def embeddings(position: Tensor) -> Tensor:
+        angle = position[..., None].double() / 10000.0 ** (2 * torch.arange(dim // 2, dtype=torch.float64) / dim)
+        return torch.cat((angle.sin(), angle.cos()), -1)
+
+    queries, keys = embeddings(scene.position[..., 0]), embeddings(scene.column[..., 0, :])
+    ratio = torch.arange(1, heads + 1, dtype=torch.float64) * 8 / heads
+    return Feature(
+        public=lambda _: {"bias": Sandwich(heads, dim)},
+        bias=lambda _: queries @ keys.transpose(-1, -2) / ratio[:, None, None],
+    )
+
+
 def _lookup(table: Tensor, distance: Tensor, left: int) -> Tensor:
     """table (B|1, H, T) at clamp(distance) (B|1, 1, Sq, Sk)."""
     index = distance.clamp(-left, table.shape[-1] - 1 - left) + left
@@ -386,5 +466,5 @@ _sink("sink_batch", batched=True)
 ROTARY = tuple(name for name in FEATURES if name.startswith("rotary"))
 SINKS = ("sink", "sink_batch")
 MASKS = tuple(n for n in FEATURES if n.startswith(("causal", "window", "key_l", "prefix", "doc", "bool")))
-BIASES = tuple(n for n in FEATURES if n.startswith(("dense", "alibi", "table", "t5")))
+BIASES = tuple(n for n in FEATURES if n.startswith(("dense", "alibi", "table", "t5", "kerple", "sandwich")))
 assert {*ROTARY, *SINKS, *MASKS, *BIASES, "softcap"} == set(FEATURES)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.functional import lower_offset
+from fastattn.nn.full_precision import FullPrecision
 from fastattn.positional.rotary_tables import (
     axial_pairs,
     frequencies_of,
@@ -24,7 +25,7 @@ from fastattn.validation import check_index, check_tensor, describe, fail, is_re
 __all__ = ["RotaryEmbedding"]
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(FullPrecision):
     """Rotary position embedding with every common layout and scaling rule (Su et al., "RoFormer", 2021).
 
     Two ways to use it::
@@ -121,16 +122,8 @@ class RotaryEmbedding(nn.Module):
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        """Moves with the model, and keeps its frequencies in float32 (or float64) when the model becomes half."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            half = result.dtype in (torch.bfloat16, torch.float16)
-            # from the tensor itself: what went through half precision is no longer what it was
-            return tensor.to(result.device) if half else result
-
         self._cached = None
-        return super()._apply(moved, recurse)
+        return super()._apply(fn, recurse)
 
     # -- tables ------------------------------------------------------------------------------------------------------
 
