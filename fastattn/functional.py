@@ -209,7 +209,7 @@ def lower(
     if mask is not None or bias is not None or rotary is not None:
         draft = Draft(
             batch, heads, query_length, key_length, head_dim, query.device, parameter_dtype, offset, fields,
-            query, key, scale,
+            query, key, scale, rotary is not None, (query, key),
         )  # fmt: skip
         query, key = _lower_objects(draft, mask, bias, rotary)
         if notes is not None:

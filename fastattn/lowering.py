@@ -24,11 +24,14 @@ class Draft:
     parameter_dtype: torch.dtype
     query_offset: int | Tensor
     fields: dict[str, object] = field(default_factory=dict)
-    # For what depends on the contents: the operands before rotation, None where there are only scores.  Objects may
-    # replace them; `scale` multiplies their product.
+    # What the kernel will get, for objects to replace; None where a call has only scores.  `scale` multiplies their
+    # product, `rotates` says whether they will be rotated after all biases are lowered.
     query: Tensor | None = None
     key: Tensor | None = None
     scale: float = 1.0
+    rotates: bool = False
+    # Query and key as they came, for biases that depend on the contents.
+    operands: tuple[Tensor, Tensor] | None = None
     # What was done to fit the call to the kernels, and in which memory: shown by `explain`.
     notes: list[str] = field(default_factory=list)
 

@@ -1,5 +1,8 @@
 """Modules and model surgery."""
 
+from fastattn.nn.absolute import LearnedEmbedding, SinusoidalEmbedding
+from fastattn.nn.content import DisentangledBias, ShawAttention, TransformerXLBias
+from fastattn.nn.image import CosineAttention, DecomposedBias, SwinBias, SwinV2Bias
 from fastattn.nn.multihead_attention import MultiheadAttention
 from fastattn.nn.relative import FIRE, KERPLE, ALiBi, ClippedBias, T5Bias
 from fastattn.nn.replace import ReplacementReport, replace_attention, restore_attention
@@ -10,10 +13,19 @@ __all__ = [
     "KERPLE",
     "ALiBi",
     "ClippedBias",
+    "CosineAttention",
+    "DecomposedBias",
+    "DisentangledBias",
+    "LearnedEmbedding",
     "MultiheadAttention",
     "ReplacementReport",
     "RotaryEmbedding",
+    "ShawAttention",
+    "SinusoidalEmbedding",
+    "SwinBias",
+    "SwinV2Bias",
     "T5Bias",
+    "TransformerXLBias",
     "replace_attention",
     "restore_attention",
 ]
