@@ -90,7 +90,9 @@ def _of_heads(name: str, tensor: Tensor, inputs: Inputs, heads: slice, kv_heads:
     if name in ("key", "value"):
         return tensor[:, kv_heads]
     index = [ALL] * tensor.dim()
-    index[SCENARIOS[inputs.case.scenario].parameters[name]] = heads
+    dim = SCENARIOS[inputs.case.scenario].parameters[name]
+    if dim is not None:
+        index[dim] = heads
     return tensor[tuple(index)]
 
 
@@ -110,10 +112,14 @@ def _formula(inputs: Inputs, dtype: torch.dtype, heads: slice, kv_heads: slice, 
         own = gradient if name in ("query", "key", "value") else _of_heads(name, gradient, inputs, heads, kv_heads)
         formula.values[name] = own
     if learned is not None:
-        # every bias here has derivatives of one sign in its parameter, so this is the sum of the terms' sizes
+        # where derivatives have one sign in the parameter, as in every table, this is the sum of the terms' sizes;
+        # where they have not, it is less, and the budget the stricter
         for name in SCENARIOS[inputs.case.scenario].parameters:
-            (mass,) = torch.autograd.grad(learned, leaves[name], found[-1].abs(), retain_graph=True)
-            formula.mass[name] = mass.abs().max().item()
+            (mass,) = torch.autograd.grad(
+                learned, leaves[name], found[-1].abs(), retain_graph=True, allow_unused=True
+            )  # fmt: skip
+            if mass is not None:  # None: it is in the outputs beside the weights, not in the bias
+                formula.mass[name] = mass.abs().max().item()
     return formula
 
 
@@ -163,7 +169,8 @@ def expect(inputs: Inputs | ModuleInputs | RowInputs, *, gradients: bool, kv_hea
         values = _named(outs) | (exact_gradients if gradients else {})
         return Expected(values, budgets(values, _named(sames) | same_gradients, inputs.case))
     heads = kv_heads = ALL
-    if kv_head is not None:
+    # the gradient of a parameter that all heads share is a sum over all of them
+    if kv_head is not None and None not in SCENARIOS[inputs.case.scenario].parameters.values():
         group = inputs.case.shape.heads // inputs.case.shape.kv_heads
         heads, kv_heads = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
     exact = _formula(inputs, torch.float64, heads, kv_heads, gradients)
