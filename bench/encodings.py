@@ -29,6 +29,7 @@ from fastattn.positional import (
     window_bias,
     xpos_scale,
 )
+from fastattn.positional.content import WIDEST_HEAD
 
 SHAW_REACH = 16
 XL_WIDTH, XL_WIDE = 128, 512  # widths of the sinusoid: beside a head it fits, and a model's
@@ -74,16 +75,13 @@ def _kerple(shape: Shape, t: Extras, heads: slice, kind: str) -> Tensor:
 
 
 def _sandwich(shape: Shape, t: Extras, heads: slice) -> Tensor:
+    """By the distance: the products of embeddings that the paper starts from lose digits that float64 cases need."""
     device = t["_device"].device
     step = 2 * torch.arange(SANDWICH_DIM // 2, dtype=torch.float64, device=device) / SANDWICH_DIM
-
-    def embeddings(position: Tensor) -> Tensor:
-        angle = position[:, None] / 10000.0**step
-        return torch.cat((angle.sin(), angle.cos()), -1)
-
-    keys = embeddings(torch.arange(shape.key_length, device=device))
-    ratio = torch.arange(1, shape.heads + 1, device=device)[heads] * 8 / shape.heads
-    return ((keys[shape.offset :] @ keys.T) / ratio[:, None, None]).to(t["_query"].dtype)
+    reach = max(shape.query_length, shape.key_length)
+    by_distance = (torch.arange(reach, device=device)[:, None] / 10000.0**step).cos().sum(-1)
+    ratio = torch.arange(1, shape.heads + 1, dtype=torch.float64, device=device)[heads] * 8 / shape.heads
+    return (by_distance[distances(shape, device).abs()] / ratio[:, None, None]).to(t["_query"].dtype)
 
 
 def _draw_fire(shape: Shape, generator: torch.Generator) -> Extras:
@@ -408,6 +406,7 @@ def encodings(causal: Scenario) -> list[Scenario]:
                 dense_bias=_xl,
                 parameters={"weight": 0, "u": 0, "v": 0},
                 of_content=True,
+                appended=lambda shape, width=width: width if shape.head_dim + width <= WIDEST_HEAD else 0,
             )
             for name, width in (("transformer-xl", XL_WIDTH), ("transformer-xl-wide", XL_WIDE))
         ],
@@ -432,6 +431,7 @@ def encodings(causal: Scenario) -> list[Scenario]:
             dense_bias=_sam,
             parameters={"columns": None, "rows": None},
             of_content=True,
+            appended=lambda shape: sum(grid(shape.key_length)),
         ),
         Scenario(
             name="swin",

@@ -77,6 +77,8 @@ class Scenario:
     # what is added to weights (B, heads, Sq, Sk) times values
     value_term: Callable[[Shape, Extras, Tensor, slice], Tensor] | None = None
     name_of_function: str = "attention"  # of fastattn, that `arguments` are for
+    # columns that fastattn appends to the head dimension for it: longer sums have larger rounding errors
+    appended: Callable[[Shape], int] = lambda shape: 0
     of_content: bool = False  # the bias depends on queries or keys
     softcap: float = 0.0
     dropout_p: float = 0.0
