@@ -244,3 +244,16 @@ def test_offsets_that_cannot_be_read_reach_the_whole_call() -> None:
 def test_bad_input(make: object, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):
         make()  # type: ignore[operator]
+
+
+def test_one_bias_for_all_layers(backend: str, device: str) -> None:
+    """Layers that share a module add up their gradients in its table."""
+    module = fnn.T5Bias(2, 8, 20).double()
+    layers = [torch.randn(3, 1, 2, 9, 8, dtype=torch.float64) for _ in range(2)]
+    each = []
+    for q, k, v in layers:
+        out = fastattn.attention(q, k, v, bias=module(), scale=1.0, backend=backend)
+        each.append(torch.autograd.grad(out.square().sum(), module.weight)[0])
+    shared = module()
+    outs = [fastattn.attention(q, k, v, bias=shared, scale=1.0, backend=backend).square().sum() for q, k, v in layers]
+    torch.testing.assert_close(torch.autograd.grad(sum(outs), module.weight)[0], each[0] + each[1])

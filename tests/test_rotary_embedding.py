@@ -457,3 +457,28 @@ def test_under_compile() -> None:
 def test_bad_input(make: object, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_interleaved_and_interpolated_as_rotary_embedding_torch(factor: float, backend: str, device: str) -> None:
+    lucid = pytest.importorskip("rotary_embedding_torch", reason="compares with rotary-embedding-torch")
+    theirs = lucid.RotaryEmbedding(8, interpolate_factor=factor)
+    rope = RotaryEmbedding(12, width=8, interleaved=True, scaling=LinearScaling(factor))
+    q, k = torch.randn(2, 2, 9, 12), torch.randn(2, 1, 9, 12)
+    got = rope.rotate(q, k, query_offset=5, backend=backend)
+    for ours, x in zip(got, (q, k), strict=True):
+        torch.testing.assert_close(ours, theirs.rotate_queries_or_keys(x, offset=5), rtol=1e-5, atol=1e-5)
+
+
+def test_shared_frequencies_of_rotary_embedding_torch(backend: str, device: str) -> None:
+    """Learned there as here: the gradient of the frequencies."""
+    lucid = pytest.importorskip("rotary_embedding_torch", reason="compares with rotary-embedding-torch")
+    theirs = lucid.RotaryEmbedding(8, learned_freq=True)
+    rope = RotaryEmbedding(8, interleaved=True, learned=True)
+    rope.load_state_dict({"inv_freq": theirs.freqs})
+    q = torch.randn(1, 2, 9, 8)
+    turned, _ = rope.rotate(q, q, backend=backend)
+    ours = torch.autograd.grad(turned.square().sum(-1).pow(2).sum() + turned.pow(3).sum(), rope.inv_freq)[0]
+    other = theirs.rotate_queries_or_keys(q)
+    want = torch.autograd.grad(other.square().sum(-1).pow(2).sum() + other.pow(3).sum(), theirs.freqs)[0]
+    torch.testing.assert_close(ours, want, rtol=1e-3, atol=1e-3)
