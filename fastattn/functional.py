@@ -196,7 +196,7 @@ def lower(
     notes: list[str] | None = None,
 ) -> Problem:
     """Check the arguments of `attention` and lower them to a `Problem`; `notes` receives those of `explain`."""
-    query, key, value = _autocast(
+    query, key, value = cast_for_autocast(
         check_floating("query", query), check_floating("key", key), check_floating("value", value)
     )
     _check_operands(query, key, value)
@@ -278,7 +278,12 @@ def lower_mask_and_bias(draft: Draft, mask: Mask | None, bias: Bias | None) -> N
     if bias is not None:
         if not isinstance(bias, Bias):
             fail(TypeError, "bias", "a fastattn bias (DenseBias(tensor) for a tensor)", describe(bias))
-        bias.lower(draft)
+        if torch.is_autocast_enabled(draft.device.type):
+            # biases choose their precision themselves: positions are no activations
+            with torch.autocast(draft.device.type, enabled=False):
+                bias.lower(draft)
+        else:
+            bias.lower(draft)
 
 
 def _lower_objects(draft: Draft, mask: Mask | None, bias: Bias | None, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
@@ -296,7 +301,8 @@ def _lower_objects(draft: Draft, mask: Mask | None, bias: Bias | None, rotary: R
     return draft.query, draft.key
 
 
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cast_for_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands as autocast wants them: in its dtype where it is on, as they are where it is not."""
     device_type = query.device.type
     if not torch.is_autocast_enabled(device_type):
         return query, key, value

@@ -358,3 +358,26 @@ def test_empty_and_single_lengths(queries: int, keys: int, backend: str, device:
 def test_bad_input(make: object, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):
         make()  # type: ignore[operator]
+
+
+def test_autocast_does_not_reach_the_terms(backend: str, device: str) -> None:
+    """Under autocast as in bfloat16 without it: the products with the tables are made in float32 either way."""
+    if backend == "reference":
+        pytest.skip("plain torch, whose own products autocast reaches")
+    q, k, v = (torch.randn(1, 4, 9, 8) for _ in range(3))
+    for bias in (
+        ShawKeys(torch.randn(5, 8)),
+        TransformerXL(torch.randn(4, 8, 6), torch.randn(4, 8), torch.randn(4, 8)),
+        Disentangled(torch.randn(8, 8), torch.randn(8, 8), max_distance=16, buckets=8),
+        fnn.FIRE(4)(),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = fastattn.attention(q, k, v, bias=bias, backend=backend)
+        want = fastattn.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias=bias, backend=backend)
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, want)
+    vectors = torch.randn(5, 8), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = shaw_attention(q, k, v, *vectors, backend=backend)
+    want = shaw_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), *vectors, backend=backend)
+    assert torch.equal(got, want)

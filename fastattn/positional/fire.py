@@ -25,7 +25,7 @@ class FIRE(Bias):
 
     It depends on i as well as on the distance, so it has no distance table: the network is evaluated at every pair, in
     blocks that are recomputed in the backward pass, and the kernel gets a dense bias.  Memory: Hq * Sq * Sk numbers
-    (times B where offsets differ by sequence) for the bias, as many for its gradient.  Never under autocast.
+    (times B where offsets differ by sequence) for the bias, as many for its gradient.
 
     Args:
         network: maps (..., 1) in [0, 1] to (..., Hq).
@@ -68,11 +68,10 @@ class FIRE(Bias):
         position = draft.positions()
         rows = max(1, PAIRS_AT_ONCE // max(1, draft.key_length * position.shape[0]))
         blocks = position.split(rows, dim=1)
-        with torch.autocast(draft.device.type, enabled=False):
-            if len(blocks) > 1 and torch.is_grad_enabled():
-                parts = [checkpoint(self._rows, block, draft.key_length, use_reentrant=False) for block in blocks]
-            else:
-                parts = [self._rows(block, draft.key_length) for block in blocks]
+        if len(blocks) > 1 and torch.is_grad_enabled():
+            parts = [checkpoint(self._rows, block, draft.key_length, use_reentrant=False) for block in blocks]
+        else:
+            parts = [self._rows(block, draft.key_length) for block in blocks]
         dense = torch.cat(parts, dim=1).permute(0, 3, 1, 2)
         if dense.shape[1] != draft.heads:
             fail(ValueError, "FIRE.network", f"Hq = {draft.heads} outputs", f"{dense.shape[1]}")

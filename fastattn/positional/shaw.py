@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.biases import Bias
-from fastattn.functional import attention, lower_offset
+from fastattn.functional import attention, cast_for_autocast, lower_offset
 from fastattn.lowering import standalone
 from fastattn.masks import Mask
 from fastattn.positional.content import ContentBias, per_head, pick_rows, repeat_heads
@@ -84,7 +84,7 @@ def shaw_attention(
         mask, bias, scale, dropout_p, query_offset, backend: as in `attention`.
 
     Returns:
-        (B, Hq, Sq, Dv) in the query's dtype.
+        (B, Hq, Sq, Dv) in the query's dtype, or that of autocast.
 
     Raises:
         TypeError, ValueError: as `attention`, and for embeddings of the wrong dtype, shape or device.
@@ -100,6 +100,7 @@ def shaw_attention(
     for name, x in (("query", query), ("key", key), ("value", value)):
         if check_floating(name, x).dim() != 4:
             fail(ValueError, name, "four dimensions (batch, heads, length, head_dim)", x)
+    query, key, value = cast_for_autocast(query, key, value)
     heads, dtype = query.shape[1], torch.float64 if query.dtype == torch.float64 else torch.float32
     vectors = _check_vectors("value_embeddings", value_embeddings)
     _check_fit("value_embeddings", vectors, query, value.shape[-1])
