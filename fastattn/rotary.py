@@ -150,7 +150,8 @@ class Rotary:
             first = draft.head_dim - width if self.trailing else 0
             part = x[..., first : first + width]
             part = reference.rotate(part.to(dtype), cos.to(dtype), sin.to(dtype), rows, self.interleaved).to(x.dtype)
-            turned.append(torch.cat((x[..., :first], part, x[..., first + width :]), dim=-1))
+            whole = part.shape[-1] == x.shape[-1]
+            turned.append(part if whole else torch.cat((x[..., :first], part, x[..., first + width :]), dim=-1))
         return turned[0], turned[1]
 
 

@@ -482,3 +482,16 @@ def test_shared_frequencies_of_rotary_embedding_torch(backend: str, device: str)
     other = theirs.rotate_queries_or_keys(q)
     want = torch.autograd.grad(other.square().sum(-1).pow(2).sum() + other.pow(3).sum(), theirs.freqs)[0]
     torch.testing.assert_close(ours, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", [{}, {"axial": 2}], ids=str)
+def test_tables_kept_from_inference_serve_training(layout: dict, backend: str, device: str) -> None:
+    rope = RotaryEmbedding(8, **layout)
+    q = torch.randn(1, 2, 9, 8)
+    with torch.inference_mode():
+        fastattn.attention(q, q, q, rotary=rope(9), backend=backend)
+        rope.rotate(q, q, backend=backend)
+    x = q.clone().requires_grad_()
+    fastattn.attention(x, x, x, rotary=rope(9), backend=backend).sum().backward()
+    sum(y.square().sum() for y in rope.rotate(x, x, backend=backend)).backward()
+    assert x.grad is not None

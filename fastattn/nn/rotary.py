@@ -105,6 +105,7 @@ class RotaryEmbedding(FullPrecision):
         # where tables are made: follows the module to another device, its dtype is never looked at
         self.register_buffer("_anchor", torch.empty(0, device=device), persistent=False)
         self._cached: Rotary | None = None
+        self._spectrum: tuple[Tensor, float] | None = None
 
     def extra_repr(self) -> str:
         parts = [f"{self.head_dim}, base={self.base:g}"]
@@ -122,7 +123,7 @@ class RotaryEmbedding(FullPrecision):
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        self._cached = None
+        self._cached = self._spectrum = None
         return super()._apply(fn, recurse)
 
     # -- tables ------------------------------------------------------------------------------------------------------
@@ -143,10 +144,9 @@ class RotaryEmbedding(FullPrecision):
             if not is_readable(positions):
                 fail(ValueError, "length", "given, since reading positions would wait for their device", None)
             length = int(positions.max()) + 1 if positions.numel() else 0
-        inv_freq, amplitude = frequencies_of(self.width, self.base, self.scaling, length, axes=self._spectra)
-        inv_freq = inv_freq if self.inv_freq is None else self.inv_freq.double()
+        inv_freq, amplitude = self._frequencies(length, positions.device)
         pairs = None if self._axis_of_pair is None else self._axis_of_pair.to(positions.device)
-        angles = rotary_angles(positions, inv_freq.to(positions.device), pairs)
+        angles = rotary_angles(positions, inv_freq, pairs)
         dtype = torch.float64 if self.inv_freq is not None and self.inv_freq.dtype == torch.float64 else torch.float32
         if self.xpos_base is None:
             return *rotary_tables(angles, amplitude, dtype=dtype), None, None
@@ -155,6 +155,23 @@ class RotaryEmbedding(FullPrecision):
         cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
         cos, sin, key_cos, key_sin = [t.to(dtype) for t in (cos * scale, sin * scale, cos / scale, sin / scale)]
         return cos, sin, key_cos, key_sin
+
+    def _frequencies(self, length: int | None, device: torch.device) -> tuple[Tensor, float]:
+        """inv_freq in float64 on the device, and the amplitude; made once where they do not depend on the length."""
+        if self._spectrum is not None and self._spectrum[0].device == device:
+            return self._spectrum
+
+        def make() -> tuple[Tensor, float]:
+            inv_freq, amplitude = frequencies_of(self.width, self.base, self.scaling, length, axes=self._spectra)
+            return inv_freq.to(device), amplitude
+
+        if self.inv_freq is not None:
+            return self.inv_freq.double().to(device), make()[1]
+        if torch.compiler.is_compiling() or (self.scaling is not None and self.scaling.needs_length):
+            return make()
+        with torch.inference_mode(False):
+            self._spectrum = make()
+        return self._spectrum
 
     @property
     def _needs_length(self) -> bool:
@@ -189,7 +206,8 @@ class RotaryEmbedding(FullPrecision):
         if self._cached is None or self._cached.cos.shape[1] < positions:
             # half as long again: a cache that grows by one token per call does not make tables at each
             rows = check_index("positions", positions, least=0)
-            self._cached = self._rotary(max(256, rows + rows // 2), None)
+            with torch.inference_mode(False):  # what is kept from inference serves training as well
+                self._cached = self._rotary(max(256, rows + rows // 2), None)
         return self._cached
 
     def _rotary(self, positions: int | Tensor, length: int | None) -> Rotary:
