@@ -67,12 +67,16 @@ class Draft:
     def append_columns(self, query_columns: Tensor, key_columns: Tensor) -> None:
         """Add scale * query_columns . key_columns to the scores, by appending them to the head dimension.
 
-        Shapes (B|1, Hq|1, Sq, C) and (B|1, Hk|1, Sk, C).  Call after the operands were checked to be there.
+        Shapes (B|1, Hq|1, Sq, C) and (B|1, Hk|1, Sk, C).  Call after the operands were checked to be there.  A head
+        dimension that was a multiple of 8, as tensor cores want it, is filled up with zeros to the next one.
         """
         assert self.query is not None
         assert self.key is not None
+        width = self.query.shape[-1]
+        filling = -(width + query_columns.shape[-1]) % 8 if width % 8 == 0 else 0
         joined = []
         for x, columns in ((self.query, query_columns), (self.key, key_columns)):
+            columns = torch.nn.functional.pad(columns, (0, filling)) if filling else columns
             shape = (*x.shape[:3], columns.shape[-1])
             joined.append(torch.cat((x, columns.to(x.dtype).expand(shape)), dim=-1))
         self.query, self.key = joined

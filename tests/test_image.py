@@ -250,6 +250,15 @@ def test_decomposed_routes() -> None:
         torch.testing.assert_close(outs[1], outs[2])
 
 
+def test_appended_columns_keep_a_multiple_of_eight() -> None:
+    """64 + 6 columns become 72; a head dimension that was none stays as narrow as it can."""
+    for dim, want in ((64, 72), (63, 69)):
+        q = torch.randn(1, 1, 9, dim)
+        problem = fastattn.functional.lower(q, q, q, bias=fnn.DecomposedBias(dim, (3, 3))())
+        assert problem.query.shape[3] == problem.key.shape[3] == want
+        assert problem.value.shape[3] == dim
+
+
 def test_decomposed_beside_an_axial_rotation(backend: str, device: str) -> None:
     """The appended columns do not turn, wherever the rotating ones are."""
     q, k, v = operands(1, 2, 12, 12, 8).values()

@@ -19,7 +19,7 @@ from fastattn.lowering import Draft
 from fastattn.validation import fail
 
 Route = Literal["auto", "columns", "dense"]
-# The widest head dimension that every kernel takes.
+# The widest head dimension that the C++ and Triton kernels take, a multiple of 8.
 WIDEST_HEAD = 256
 
 
