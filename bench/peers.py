@@ -23,7 +23,8 @@ import fastattn
 from fastattn.bench.additive import AdditiveInputs, prepare_additive
 from fastattn.bench.modules import ModuleInputs, prepare_module
 from fastattn.bench.rows import RowInputs, prepare_rows
-from fastattn.bench.scenarios import SCENARIOS, WINDOWS, Inputs, dense_terms, naive_attention, rotate
+from fastattn.bench.scenario import ALL_HEADS
+from fastattn.bench.scenarios import SCENARIOS, WINDOWS, Inputs, dense_terms, naive_attention
 
 AnyInputs = Inputs | AdditiveInputs | ModuleInputs | RowInputs
 
@@ -60,7 +61,7 @@ def _fastattn(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
 
     def forward() -> Tensor:
-        return fastattn.attention(
+        return scenario.function(
             inputs.query, inputs.key, inputs.value, backend=backend, **scenario.arguments(shape, inputs.extras)
         )
 
@@ -72,6 +73,8 @@ def _sdpa_terms(inputs: Inputs) -> tuple[Callable[[], Tensor | None], bool]:
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
     if scenario.softcap or scenario.sink:
         raise CannotError("scaled_dot_product_attention has no softcap and no sink")
+    if scenario.value_term is not None:
+        raise CannotError("scaled_dot_product_attention gives no weights, and has no term beside the values")
     if scenario.causal and shape.offset == 0 and not scenario.dense_bias:
         return lambda: None, True
 
@@ -100,12 +103,11 @@ def _sdpa(
 ) -> Callable[[], Tensor]:
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
     attn_mask, is_causal = _sdpa_terms(inputs)
-    cos, sin = inputs.extras.get("cos"), inputs.extras.get("sin")
 
     def forward() -> Tensor:
         query, key = inputs.query, inputs.key
-        if scenario.rotary:
-            query, key = rotate(query, cos[shape.offset :], sin[shape.offset :]), rotate(key, cos, sin)
+        if scenario.transform is not None:
+            query, key = scenario.transform(shape, inputs.extras, query, key, ALL_HEADS)
             query, key = query.to(inputs.query.dtype), key.to(inputs.key.dtype)
         with sdpa_kernel(backend) if backend is not None else nullcontext():
             return function(
@@ -144,6 +146,8 @@ def _flex(inputs: Inputs) -> Callable[[], Tensor]:
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
     if scenario.dropout_p or scenario.sink:
         raise CannotError("flex_attention has no dropout, and a sink only as arithmetic on its lse")
+    if (scenario.dense_bias is not None and scenario.score_mod is None) or scenario.value_term is not None:
+        raise CannotError(f"no score_mod was written for {scenario.title}")
     extras = inputs.extras
     if inputs.query.device.type == "cpu":  # inference there refuses whatever requires a gradient, no_grad or not
         extras = {name: tensor.detach() for name, tensor in extras.items()}
@@ -156,14 +160,13 @@ def _flex(inputs: Inputs) -> Callable[[], Tensor]:
         )
     score_mod = scenario.score_mod(shape, extras) if scenario.score_mod is not None else None
     compiled = torch.compile(flex_attention, dynamic=False)
-    cos, sin = inputs.extras.get("cos"), inputs.extras.get("sin")
 
     def forward() -> Tensor:
         query, key, value = inputs.query, inputs.key, inputs.value
         if not torch.is_grad_enabled():
             query, key, value = query.detach(), key.detach(), value.detach()
-        if scenario.rotary:
-            query, key = rotate(query, cos[shape.offset :], sin[shape.offset :]), rotate(key, cos, sin)
+        if scenario.transform is not None:
+            query, key = scenario.transform(shape, extras, query, key, ALL_HEADS)
             query, key = query.to(inputs.query.dtype), key.to(inputs.key.dtype)
         return compiled(
             query,

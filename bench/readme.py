@@ -16,7 +16,7 @@ CLOSING = "<!-- /performance -->"
 ROOT = Path(fastattn.__file__).resolve().parents[1]
 DIRECTIONS = {"forward": "inference", "both": "training"}
 # what a reader compares first: the longest length of each sweep, and every feature
-SUITES = ("attention", "sweep", "mask", "bias", "additive", "module", "overhead")
+SUITES = ("attention", "sweep", "mask", "bias", "positional", "additive", "module", "overhead")
 
 
 def section(rows: list[Row]) -> str:

@@ -9,13 +9,15 @@ has position ``i + Sk - Sq``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.bench.encodings import encodings
+from fastattn.bench.scenario import ALL_HEADS, Case, Extras, Scenario, Shape, distances, rotate
 
 WINDOWS = {"window": 256, "window-1024": 1024}  # keys a windowed query sees, itself included
 T5_BUCKETS, T5_MAX_DISTANCE = 32, 128
@@ -23,45 +25,6 @@ TABLE_REACH = 64  # distances -64 .. 64 have their own entry in the learned dist
 SOFTCAP = 30.0
 DROPOUT = 0.1
 ROTARY_BASE = 10000.0
-ALL_HEADS = slice(None)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one call; fewer KV heads than heads is GQA."""
-
-    batch: int
-    heads: int
-    query_length: int
-    key_length: int
-    head_dim: int
-    kv_heads: int = 0  # 0 = heads
-    value_dim: int = 0  # 0 = head_dim
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
-        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
-
-    @property
-    def offset(self) -> int:
-        return self.key_length - self.query_length
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of a suite: a scenario at a size, in a dtype, in some directions."""
-
-    suite: str
-    scenario: str
-    shape: Shape
-    dtype: torch.dtype = torch.float32
-    directions: tuple[str, ...] = ("forward", "both")
-
-    @property
-    def name(self) -> str:
-        """Scenario, with GQA said where the shape has it: names the line of a plot."""
-        grouped = self.shape.kv_heads != self.shape.heads
-        return f"{self.scenario}-gqa" if grouped else self.scenario
 
 
 @dataclass
@@ -81,43 +44,6 @@ class Inputs:
         return named | {name: self.extras[name] for name in SCENARIOS[self.case.scenario].parameters}
 
 
-Extras = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """One feature.  `dense_mask` and `dense_bias` return tensors broadcastable to (B, heads, Sq, Sk)."""
-
-    name: str
-    title: str
-    draw: Callable[[Shape, torch.Generator], Extras] = lambda shape, generator: {}
-    arguments: Callable[[Shape, Extras], dict[str, object]] = lambda shape, extras: {}
-    dense_mask: Callable[[Shape, Extras], Tensor] | None = None
-    dense_bias: Callable[[Shape, Extras, slice], Tensor] | None = None
-    mask_mod: Callable[[Shape, Extras], Callable[..., Tensor]] | None = None
-    score_mod: Callable[[Shape, Extras], Callable[..., Tensor]] | None = None
-    visible: Callable[[Shape, Extras], float] = lambda shape, extras: 1.0  # share of the (i, j) pairs that FLOPs count
-    parameters: Mapping[str, int] = field(default_factory=dict)  # extras with a gradient -> their head dim
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    rotary: bool = False
-    sink: bool = False
-    causal: bool = False  # exactly the causal mask: peers may use their flag for it
-    empty_rows: bool = False  # some query sees no key at all: the answer is 0
-
-
-def positions(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Query positions (Sq, 1) and key positions (1, Sk)."""
-    rows = torch.arange(shape.query_length, device=device)[:, None] + shape.offset
-    return rows, torch.arange(shape.key_length, device=device)[None, :]
-
-
-def distances(shape: Shape, device: torch.device) -> Tensor:
-    """j - position(i), (Sq, Sk)."""
-    rows, cols = positions(shape, device)
-    return cols - rows
-
-
 def t5_bucket(distance: Tensor) -> Tensor:
     """Bidirectional bucket of a distance key - query: Raffel et al. (2020), as in the Mesh-TensorFlow code."""
     half = T5_BUCKETS // 2
@@ -127,18 +53,6 @@ def t5_bucket(distance: Tensor) -> Tensor:
     far = torch.log(size.clamp(min=1).float() / exact) / math.log(T5_MAX_DISTANCE / exact) * (half - exact)
     far = (exact + far.long()).clamp(max=half - 1)
     return torch.where(size < exact, size, far) + half * (distance > 0)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """RoFormer's rotation of x (..., S, D) by cos, sin (S, R/2), R <= D; pairs (k, k + R/2), or (2k, 2k+1)."""
-    width = 2 * cos.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-        pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return torch.cat((pairs.flatten(-2), rest), dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -190,6 +104,10 @@ def _window_scenario(name: str, window: int) -> Scenario:
         mask_mod=lambda shape, t: lambda b, h, i, j: (j <= i + shape.offset) & (j > i + shape.offset - window),
         visible=lambda shape, t: min(1.0, window / max(1, shape.key_length)),
     )
+
+
+def _rotate_both(shape: Shape, t: Extras, query: Tensor, key: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
+    return rotate(query, t["cos"][shape.offset :], t["sin"][shape.offset :]), rotate(key, t["cos"], t["sin"])
 
 
 def _same_document(shape: Shape, extras: Extras) -> Tensor:
@@ -324,7 +242,7 @@ def _build() -> dict[str, Scenario]:
             title="causal + rotary",
             draw=rotary_tables,
             arguments=lambda shape, t: {"mask": fastattn.Causal(), "rotary": fastattn.Rotary(t["cos"], t["sin"])},
-            rotary=True,
+            transform=_rotate_both,
         ),
         replace(
             causal,
@@ -352,7 +270,7 @@ def _build() -> dict[str, Scenario]:
             dropout_p=DROPOUT,
         ),
     ]
-    return {scenario.name: scenario for scenario in scenarios}
+    return {scenario.name: scenario for scenario in (*scenarios, *encodings(causal))}
 
 
 SCENARIOS = _build()
@@ -391,9 +309,10 @@ def naive_attention(
     """
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
     query, key, value = inputs.query, inputs.key, inputs.value
-    if scenario.rotary:
-        cos, sin = inputs.extras["cos"].to(query.dtype), inputs.extras["sin"].to(query.dtype)
-        query, key = rotate(query, cos[shape.offset :], sin[shape.offset :]), rotate(key, cos, sin)
+    if scenario.transform is not None:
+        dtype = query.dtype
+        rounded = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.extras.items()}
+        query, key = (x.to(dtype) for x in scenario.transform(shape, rounded, query, key, heads))
     if key.shape[1] != query.shape[1]:
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -413,15 +332,19 @@ def naive_attention(
         weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     if scenario.dropout_p and dropout:
         weights = torch.nn.functional.dropout(weights, scenario.dropout_p)
-    return weights.to(value.dtype) @ value
+    weights = weights.to(value.dtype)
+    out = weights @ value
+    return out if scenario.value_term is None else out + scenario.value_term(shape, inputs.extras, weights, heads)
 
 
 def dense_terms(inputs: Inputs, heads: slice = ALL_HEADS) -> tuple[Tensor | None, Tensor | None]:
     """(mask, bias) of the case in dense form; the bias is a differentiable function of the scenario's parameters."""
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
     mask = scenario.dense_mask(shape, inputs.extras) if scenario.dense_mask else None
-    bias = scenario.dense_bias(shape, inputs.extras, heads) if scenario.dense_bias else None
-    return mask, bias
+    if scenario.dense_bias is None:
+        return mask, None
+    operands = {"_query": inputs.query, "_key": inputs.key}
+    return mask, scenario.dense_bias(shape, inputs.extras | operands, heads)
 
 
 def forward_flops(inputs: Inputs) -> float:

@@ -124,6 +124,27 @@ def bias(device: str, quick: bool) -> Suite:
     return Suite("bias", "biases, rotation, dropout", tuple(cases), _peers(device))
 
 
+# encodings that attention sees; absolute ones are a sum before it
+POSITIONAL = (
+    "plain", "causal", "rotary", "rotary-trailing", "rotary-learned", "mrope", "xpos", "alibi", "alibi-sides", "t5",
+    "table", "kerple", "kerple-power", "sandwich", "fire", "shaw-keys", "shaw", "transformer-xl",
+    "transformer-xl-wide", "deberta", "sam", "cosine",
+)  # fmt: skip
+
+
+def positional(device: str, quick: bool) -> Suite:
+    """Every positional encoding with the gradients of its parameters, beside the kernel without one."""
+    if device == "cpu":
+        shape, dtype, windows = Shape(1, 8, 512 if quick else 2048, 512 if quick else 2048, 64), torch.float32, 64
+    else:
+        # half the length of other suites: the dense forms of most encodings have to fit beside each other
+        shape, dtype, windows = Shape(2, 16, 2048, 2048, 64), torch.bfloat16, 2048
+    cases = [Case("positional", name, shape, dtype) for name in POSITIONAL]
+    cases.append(Case("positional", "swin", Shape(windows, shape.heads, 64, 64, 32), dtype))
+    ours = ("fastattn",) if device == "cpu" else ("fastattn", "fastattn-triton")
+    return Suite("positional", "positional encodings", tuple(cases), (*ours, "sdpa", "naive", "flex"))
+
+
 def sweep(device: str, quick: bool) -> Suite:
     """What a fused kernel exists for, a T5 bias and ALiBi, against length; on a GPU sparse masks as well."""
     if device == "cpu":
@@ -232,6 +253,7 @@ SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "sweep": sweep,
     "mask": mask,
     "bias": bias,
+    "positional": positional,
     "module": module,
     "decode": decode,
     "overhead": overhead,
@@ -248,6 +270,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "sweep",
         "mask",
         "bias",
+        "positional",
         "module",
         "decode",
         "overhead",
@@ -267,6 +290,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "additive",
         "mask",
         "module",
+        "positional",
     ),  # what matters most first: time may run out
 }
 

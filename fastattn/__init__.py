@@ -6,17 +6,32 @@ from fastattn.dispatch import Explanation, UnsupportedError
 from fastattn.functional import attention, backends, explain, last_call
 from fastattn.masks import BoolMask, Causal, Documents, KeyLengths, Mask, PrefixLM, SlidingWindow
 from fastattn.nn import replace_attention, restore_attention
+from fastattn.positional import (
+    FIRE,
+    KERPLE,
+    Decomposed,
+    Disentangled,
+    Sandwich,
+    ShawKeys,
+    TransformerXL,
+    cosine_attention,
+    shaw_attention,
+)
 from fastattn.rotary import Rotary
 from fastattn.rotate import apply_rotary
 from fastattn.sdpa import scaled_dot_product_attention
 from fastattn.softmax import masked_softmax
 
 __all__ = [
+    "FIRE",
+    "KERPLE",
     "ALiBi",
     "Bias",
     "BoolMask",
     "Causal",
+    "Decomposed",
     "DenseBias",
+    "Disentangled",
     "DistanceTable",
     "Documents",
     "Explanation",
@@ -24,8 +39,11 @@ __all__ = [
     "Mask",
     "PrefixLM",
     "Rotary",
+    "Sandwich",
+    "ShawKeys",
     "SlidingWindow",
     "T5Bias",
+    "TransformerXL",
     "UnsupportedError",
     "__version__",
     "additive_attention",
@@ -33,12 +51,14 @@ __all__ = [
     "apply_rotary",
     "attention",
     "backends",
+    "cosine_attention",
     "explain",
     "last_call",
     "masked_softmax",
     "replace_attention",
     "restore_attention",
     "scaled_dot_product_attention",
+    "shaw_attention",
 ]
 
 

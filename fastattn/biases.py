@@ -113,33 +113,45 @@ class DenseBias(Bias):
 
     def lower(self, draft: Draft) -> None:
         check_device("DenseBias.tensor", self.tensor, draft.device)
-        tensor = check_broadcast("DenseBias.tensor", self.tensor, draft.score_shape)
-        have = draft.fields.get("dense_bias")
-        if have is not None:  # a sum of half precision biases is not rounded before it meets the scores
-            tensor = tensor.to(draft.parameter_dtype) + have.to(draft.parameter_dtype)  # type: ignore[attr-defined]
-        draft.fields["dense_bias"] = tensor
+        add_dense(draft, check_broadcast("DenseBias.tensor", self.tensor, draft.score_shape))
+
+
+def add_dense(draft: Draft, tensor: Tensor) -> None:
+    """Add a bias broadcastable to (B, Hq, Sq, Sk) to the draft's."""
+    have = draft.fields.get("dense_bias")
+    if have is not None:  # a sum of half precision biases is not rounded before it meets the scores
+        tensor = tensor.to(draft.parameter_dtype) + have.to(draft.parameter_dtype)  # type: ignore[attr-defined]
+    draft.fields["dense_bias"] = tensor
 
 
 class ALiBi(Bias):
     """-slope * |distance| (Press et al., "Train short, test long", ICLR 2022), with gradient for learned slopes.
 
-    Under a causal mask this equals the paper's form; without one it is the symmetric variant.  Distances are integer
-    differences, so nothing cancels at long range; slopes are used in float32 (float64 for float64 queries).
+    Under a causal mask this equals the paper's form; without one it is the symmetric variant, or with `after` any
+    asymmetric one.  Distances are integer differences, so nothing cancels at long range; slopes are used in float32
+    (float64 for float64 queries).
 
     Args:
         slopes: (Hq,) or (B, Hq) floating tensor, see `alibi_slopes`.
+        after: slopes for the keys after the query, same shape; by default the same slopes.  0 leaves them alone,
+            +inf hides them: heads that look one way each are two complementary tensors of slopes and inf.  With it
+            the bias becomes a distance table of O(Hq (Sq + Sk)) numbers.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device.
     """
 
-    def __init__(self, slopes: Tensor) -> None:
+    def __init__(self, slopes: Tensor, after: Tensor | None = None) -> None:
         self.slopes = check_floating("ALiBi.slopes", slopes)
         if slopes.dim() not in (1, 2):
             fail(ValueError, "ALiBi.slopes", "shape (Hq,) or (B, Hq)", slopes)
+        self.after = None if after is None else check_floating("ALiBi.after", after)
+        if after is not None:
+            check_shape("ALiBi.after", after, tuple(slopes.shape))
 
     def __repr__(self) -> str:
-        return f"ALiBi(heads={self.slopes.shape[-1]})"
+        sides = "" if self.after is None else ", after=..."
+        return f"ALiBi(heads={self.slopes.shape[-1]}{sides})"
 
     def _sizes(self) -> tuple[int, int, torch.device]:
         return (self.slopes.shape[0] if self.slopes.dim() == 2 else 1), self.slopes.shape[-1], self.slopes.device
@@ -151,7 +163,18 @@ class ALiBi(Bias):
         check_device("ALiBi.slopes", self.slopes, draft.device)
         check_shape("ALiBi.slopes", self.slopes, (draft.heads,), (draft.batch, draft.heads))
         slopes = self.slopes.to(draft.parameter_dtype)
-        _add(draft, "slopes", slopes if slopes.dim() == 2 else slopes[None])
+        slopes = slopes if slopes.dim() == 2 else slopes[None]
+        if self.after is None:
+            _add(draft, "slopes", slopes)
+            return
+        check_device("ALiBi.after", self.after, draft.device)
+        after = self.after.to(draft.parameter_dtype)
+        after = after if after.dim() == 2 else after[None]
+        left, right = draft.reach()
+        # distance 0 by itself: inf * 0 is not a number
+        before = slopes[..., None] * torch.arange(-left, 0, device=draft.device)
+        behind = -after[..., None] * torch.arange(1, right + 1, device=draft.device)
+        add_table(draft, torch.cat((before, torch.zeros_like(slopes)[..., None], behind), dim=-1), left)
 
 
 def alibi_slopes(
@@ -213,10 +236,10 @@ class DistanceTable(Bias):
         check_device(name, self.table, draft.device)
         check_shape(name, self.table, (draft.heads, columns), (draft.batch, draft.heads, columns))
         table = self.table if self.table.dim() == 3 else self.table[None]
-        _add_table(draft, table.to(draft.parameter_dtype), self.left)
+        add_table(draft, table.to(draft.parameter_dtype), self.left)
 
 
-def _add_table(draft: Draft, table: Tensor, left: int) -> None:
+def add_table(draft: Draft, table: Tensor, left: int) -> None:
     """Add a distance table (B|1, H, T) to the draft's, stretching both to the wider reach."""
     have = draft.fields.get("table")
     if have is not None:
@@ -231,6 +254,30 @@ def _add_table(draft: Draft, table: Tensor, left: int) -> None:
 def _stretch(table: Tensor, left: int, reach_left: int, reach_right: int) -> Tensor:
     distance = torch.arange(-reach_left, reach_right + 1, device=table.device)
     return table[..., distance.clamp(-left, table.shape[-1] - 1 - left) + left]
+
+
+class DistanceBias(Bias):
+    """Base of biases that are some function of the distance alone.
+
+    The function is evaluated once at every distance that occurs in a call, O(Sq + Sk) of them per head, and lowers to a
+    `DistanceTable`: exact, and differentiable in whatever parameters the function has.  Where offsets are a tensor on
+    a GPU they are taken to lie in [0, Sk].
+    """
+
+    @abstractmethod
+    def values(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """(Hq, T) or (B, Hq, T) in `dtype` at the integer distances (T,)."""
+
+    def lower(self, draft: Draft) -> None:
+        left, right = draft.reach()
+        table = self.values(torch.arange(-left, right + 1, device=draft.device), draft.parameter_dtype)
+        name, columns = type(self).__name__, table.shape[-1]
+        check_device(name, table, draft.device)
+        if table.shape[-2] != draft.heads:
+            fail(ValueError, name, f"parameters for Hq = {draft.heads} heads", f"{table.shape[-2]}")
+        table = table if table.dim() == 3 else table[None]
+        check_shape(name, table, (1, draft.heads, columns), (draft.batch, draft.heads, columns))
+        add_table(draft, table, left)
 
 
 class T5Bias(Bias):
@@ -281,7 +328,7 @@ class T5Bias(Bias):
         buckets = t5_buckets(self.weight.shape[0], self.bidirectional, self.max_distance)
         index = torch.tensor(buckets, device=self.weight.device)
         table = self.weight.to(draft.parameter_dtype).t()[:, index]
-        _add_table(draft, table[None], self.max_distance)
+        add_table(draft, table[None], self.max_distance)
 
 
 @lru_cache

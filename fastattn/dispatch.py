@@ -82,6 +82,7 @@ class Explanation:
         features: the optional stages the call uses.
         plan: tiles and other choices, as the backend gives them.
         refusals: for each backend that does not run it, the reasons.
+        notes: what is done to the arguments before the kernel, and in which memory.
     """
 
     backend: str
@@ -89,21 +90,23 @@ class Explanation:
     features: list[str]
     plan: dict[str, object] = field(default_factory=dict)
     refusals: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.kernel}", f"  features: {', '.join(self.features) or 'plain'}"]
         lines += [f"  {key}: {value}" for key, value in self.plan.items()]
+        lines += [f"  before it: {note}" for note in self.notes]
         lines += [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.refusals.items()]
         return "\n".join(lines)
 
 
-def explain(problem: Problem, name: str | None) -> Explanation:
+def explain(problem: Problem, name: str | None, notes: list[str]) -> Explanation:
     chosen, refusals = choose(problem, name)
     for other in _BACKENDS.values():
         if other is not chosen and other.name not in refusals:
             why = f"backend={chosen.name!r} was asked for" if name else f"{chosen.name} comes first"
             refusals[other.name] = _refusals(other, problem) or [why]
-    return Explanation(chosen.name, chosen.kernel(problem), problem.features(), chosen.plan(problem), refusals)
+    return Explanation(chosen.name, chosen.kernel(problem), problem.features(), chosen.plan(problem), refusals, notes)
 
 
 def run(problem: Problem, name: str | None) -> tuple[Tensor, Tensor]:

@@ -159,13 +159,15 @@ def explain(
 ) -> Explanation:
     """Which kernel `attention` would run for these arguments, with which tiles, and why each other one would not.
 
-    Takes the arguments of `attention`, checks them the same way and raises the same errors, and runs nothing.
+    Takes the arguments of `attention`, checks them the same way and raises the same errors, and runs no kernel.  Its
+    notes tell what is done before the kernel to arguments that it does not take as they are, and in which memory.
     """
+    notes: list[str] = []
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
-        dropout_p=dropout_p, query_offset=query_offset, draw_seed=False,
+        dropout_p=dropout_p, query_offset=query_offset, draw_seed=False, notes=notes,
     )  # fmt: skip
-    return dispatch.explain(problem, backend)
+    return dispatch.explain(problem, backend, notes)
 
 
 def last_call() -> Explanation | None:
@@ -191,9 +193,10 @@ def lower(
     dropout_p: float = 0.0,
     query_offset: int | Tensor | None = None,
     draw_seed: bool = True,
+    notes: list[str] | None = None,
 ) -> Problem:
-    """Check the arguments of `attention` and lower them to a `Problem`."""
-    query, key, value = _autocast(
+    """Check the arguments of `attention` and lower them to a `Problem`; `notes` receives those of `explain`."""
+    query, key, value = cast_for_autocast(
         check_floating("query", query), check_floating("key", key), check_floating("value", value)
     )
     _check_operands(query, key, value)
@@ -202,11 +205,15 @@ def lower(
     parameter_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     fields: dict[str, object] = {}
     offset = lower_offset(fields, query_offset, batch, query_length, key_length, query.device)
+    scale = default_scale(head_dim) if scale is None else check_number("scale", scale)
     if mask is not None or bias is not None or rotary is not None:
         draft = Draft(
-            batch, heads, query_length, key_length, head_dim, query.device, parameter_dtype, offset, fields
+            batch, heads, query_length, key_length, head_dim, query.device, parameter_dtype, offset, fields,
+            query, key, scale, rotary is not None, (query, key),
         )  # fmt: skip
-        query, key = _lower_objects(draft, query, key, mask, bias, rotary)
+        query, key = _lower_objects(draft, mask, bias, rotary)
+        if notes is not None:
+            notes += draft.notes
     if softcap is not None:
         fields["softcap"] = check_number("softcap", softcap)
         if fields["softcap"] <= 0:  # type: ignore[operator]
@@ -229,7 +236,6 @@ def lower(
                 if draw_seed
                 else torch.zeros(2, dtype=torch.int64, device=query.device)
             )
-    scale = default_scale(head_dim) if scale is None else check_number("scale", scale)
     return Problem(query=dense_rows(query), key=dense_rows(key), value=dense_rows(value), scale=scale, **fields)  # type: ignore[arg-type]
 
 
@@ -272,24 +278,31 @@ def lower_mask_and_bias(draft: Draft, mask: Mask | None, bias: Bias | None) -> N
     if bias is not None:
         if not isinstance(bias, Bias):
             fail(TypeError, "bias", "a fastattn bias (DenseBias(tensor) for a tensor)", describe(bias))
-        bias.lower(draft)
+        if torch.is_autocast_enabled(draft.device.type):
+            # biases choose their precision themselves: positions are no activations
+            with torch.autocast(draft.device.type, enabled=False):
+                bias.lower(draft)
+        else:
+            bias.lower(draft)
 
 
-def _lower_objects(
-    draft: Draft, query: Tensor, key: Tensor, mask: Mask | None, bias: Bias | None, rotary: Rotary | None
-) -> tuple[Tensor, Tensor]:
-    lower_mask_and_bias(draft, mask, bias)
+def _lower_objects(draft: Draft, mask: Mask | None, bias: Bias | None, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    """Write all objects into the draft; query and key as the kernel shall have them."""
     if rotary is not None:
         if not isinstance(rotary, Rotary):
             fail(TypeError, "rotary", "a fastattn.Rotary", describe(rotary))
         rotary.check(draft)
-        if rotary.requires_grad and torch.is_grad_enabled():
-            return rotary.rotate_outside(query, key, draft)
+    # Biases that depend on the contents see queries and keys as they came, and append columns behind what rotates.
+    lower_mask_and_bias(draft, mask, bias)
+    if rotary is not None:
         rotary.lower(draft)
-    return query, key
+    assert draft.query is not None
+    assert draft.key is not None
+    return draft.query, draft.key
 
 
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cast_for_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands as autocast wants them: in its dtype where it is on, as they are where it is not."""
     device_type = query.device.type
     if not torch.is_autocast_enabled(device_type):
         return query, key, value

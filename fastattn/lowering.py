@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.problem import Problem
+from fastattn.validation import is_readable
 
 
 @dataclass(slots=True)
@@ -23,10 +24,62 @@ class Draft:
     parameter_dtype: torch.dtype
     query_offset: int | Tensor
     fields: dict[str, object] = field(default_factory=dict)
+    # What the kernel will get, for objects to replace; None where a call has only scores.  `scale` multiplies their
+    # product, `rotates` says whether they will be rotated after all biases are lowered.
+    query: Tensor | None = None
+    key: Tensor | None = None
+    scale: float = 1.0
+    rotates: bool = False
+    # Query and key as they came, for biases that depend on the contents.
+    operands: tuple[Tensor, Tensor] | None = None
+    # What was done to fit the call to the kernels, and in which memory: shown by `explain`.
+    notes: list[str] = field(default_factory=list)
 
     @property
     def score_shape(self) -> tuple[int, int, int, int]:
         return (self.batch, self.heads, self.query_length, self.key_length)
+
+    def reach(self) -> tuple[int, int]:
+        """(left, right) >= 0 such that every distance of the call lies in [-left, right].
+
+        Offsets in a tensor whose values cannot be read for free are taken to be in [0, Sk].
+        """
+        offset = self.query_offset
+        if not isinstance(offset, Tensor):
+            least = most = offset
+        elif is_readable(offset) and offset.numel():
+            least, most = int(offset.min()), int(offset.max())
+        else:
+            least, most = 0, self.key_length
+        return max(0, most + self.query_length - 1), max(0, self.key_length - 1 - least)
+
+    def positions(self) -> Tensor:
+        """(B|1, Sq) int64: the position of every query among the keys."""
+        rows = torch.arange(self.query_length, device=self.device)
+        offset = self.query_offset
+        return rows[None] + (offset[:, None] if isinstance(offset, Tensor) else offset)
+
+    def note_dense(self, what: str, dense: Tensor) -> None:
+        """A note for `explain` that `what` became a dense tensor of the scores' size."""
+        megabytes = dense.numel() * dense.element_size() / 1e6
+        self.notes.append(f"{what}, as a dense bias {tuple(dense.shape)} of {megabytes:.3g} MB")
+
+    def append_columns(self, query_columns: Tensor, key_columns: Tensor) -> None:
+        """Add scale * query_columns . key_columns to the scores, by appending them to the head dimension.
+
+        Shapes (B|1, Hq|1, Sq, C) and (B|1, Hk|1, Sk, C).  Call after the operands were checked to be there.  A head
+        dimension that was a multiple of 8, as tensor cores want it, is filled up with zeros to the next one.
+        """
+        assert self.query is not None
+        assert self.key is not None
+        width = self.query.shape[-1]
+        filling = -(width + query_columns.shape[-1]) % 8 if width % 8 == 0 else 0
+        joined = []
+        for x, columns in ((self.query, query_columns), (self.key, key_columns)):
+            columns = torch.nn.functional.pad(columns, (0, filling)) if filling else columns
+            shape = (*x.shape[:3], columns.shape[-1])
+            joined.append(torch.cat((x, columns.to(x.dtype).expand(shape)), dim=-1))
+        self.query, self.key = joined
 
 
 def standalone(

@@ -16,12 +16,17 @@ class Rotary:
 
     The leading R = 2 * cos.shape[-1] dimensions of each head rotate; the rest passes.  A pair (x0, x1) becomes
     (x0 cos - x1 sin, x1 cos + x0 sin), computed in float32 from float32 tables (float64 for float64 queries).  An
-    amplitude folded into cos and sin (YaRN, LongRoPE, xPos) is honoured forward and backward.
+    amplitude folded into cos and sin (YaRN, LongRoPE, xPos) is honoured forward and backward.  Tables are made
+    by `fastattn.nn.RotaryEmbedding`.
 
     Args:
         cos, sin: (P, R/2) or (B, P, R/2) floating tensors, P positions.  When they require a gradient (learned
-            frequencies) the rotation runs outside the fused kernel.
+            frequencies) the rotation runs in plain torch before the fused kernel, in the memory of a rotated copy of
+            queries and keys.
         interleaved: pairs are (2k, 2k + 1) as in GPT-J instead of (k, k + R/2) as in Llama and GPT-NeoX.
+        trailing: the last R dimensions rotate instead of the first (the rotary part of DeepSeek's heads).  Interleaved
+            pairs pass through the kernel with wider tables; halves are moved to the front first, in a copy of
+            queries and keys.
         key_cos, key_sin: tables for the keys where they differ (xPos).
 
     Raises:
@@ -35,6 +40,7 @@ class Rotary:
         sin: Tensor,
         interleaved: bool = False,
         *,
+        trailing: bool = False,
         key_cos: Tensor | None = None,
         key_sin: Tensor | None = None,
     ) -> None:
@@ -47,13 +53,14 @@ class Rotary:
         check_shape("Rotary.key_sin", self.key_sin, tuple(self.key_cos.shape))
         if self.key_cos.shape[-1] != self.cos.shape[-1]:
             fail(ValueError, "Rotary.key_cos", f"{self.cos.shape[-1]} columns like cos", self.key_cos)
-        if not isinstance(interleaved, bool):
-            fail(TypeError, "Rotary.interleaved", "a bool", describe(interleaved))
-        self.interleaved = interleaved
+        for name, flag in (("interleaved", interleaved), ("trailing", trailing)):
+            if not isinstance(flag, bool):
+                fail(TypeError, f"Rotary.{name}", "a bool", describe(flag))
+        self.interleaved, self.trailing = interleaved, trailing
 
     def __repr__(self) -> str:
-        pairing = ", interleaved=True" if self.interleaved else ""
-        return f"Rotary(positions={self.cos.shape[1]}, width={2 * self.cos.shape[-1]}{pairing})"
+        flags = "".join(f", {name}=True" for name in ("interleaved", "trailing") if getattr(self, name))
+        return f"Rotary(positions={self.cos.shape[1]}, width={2 * self.cos.shape[-1]}{flags})"
 
     @property
     def requires_grad(self) -> bool:
@@ -101,29 +108,56 @@ class Rotary:
             check_range("query_offset", offset, 0, last, what)
 
     def lower(self, draft: Draft) -> None:
-        """Write the tables into the draft."""
-        dtype = draft.parameter_dtype
-        cos, sin = self.cos.to(dtype), self.sin.to(dtype)
+        """Write the tables into the draft, and turn its query and key here where the kernel cannot."""
+        assert draft.query is not None
+        assert draft.key is not None
+        if self.requires_grad and torch.is_grad_enabled():
+            draft.query, draft.key = self._rotate_outside(draft.query, draft.key, draft)
+            draft.notes.append("rotation in plain torch, since its tables require a gradient: a copy of query and key")
+            return
+        skipped = draft.head_dim - 2 * self.cos.shape[-1] if self.trailing else 0
+        in_front = 0
+        if skipped and self.interleaved and skipped % 2 == 0:
+            in_front = skipped // 2  # pairs that turn by nothing: x * 1 - y * 0
+        elif skipped:
+            # the same permutation of queries and keys leaves their products alone
+            draft.query, draft.key = (_front_last(x, draft.head_dim, skipped) for x in (draft.query, draft.key))
+            draft.notes.append("the trailing dimensions that rotate are moved to the front: a copy of query and key")
+
+        def converted(table: Tensor, fill: float) -> Tensor:
+            table = table.to(draft.parameter_dtype)
+            return torch.nn.functional.pad(table, (in_front, 0), value=fill) if in_front else table
+
+        cos, sin = converted(self.cos, 1.0), converted(self.sin, 0.0)
         draft.fields.update(
             query_cos=cos,
             query_sin=sin,
-            key_cos=cos if self.key_cos is self.cos else self.key_cos.to(dtype),
-            key_sin=sin if self.key_sin is self.sin else self.key_sin.to(dtype),
+            key_cos=cos if self.key_cos is self.cos else converted(self.key_cos, 1.0),
+            key_sin=sin if self.key_sin is self.sin else converted(self.key_sin, 0.0),
             interleaved=self.interleaved,
         )
 
-    def rotate_outside(self, query: Tensor, key: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
+    def _rotate_outside(self, query: Tensor, key: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
         """Rotated copies of query and key in plain torch, differentiable in the tables."""
-        dtype = draft.parameter_dtype
-        rows = torch.arange(query.shape[2], device=query.device)
-        offset = draft.query_offset
-        rows = rows[None] + (offset[:, None] if isinstance(offset, Tensor) else offset)
+        dtype, width = draft.parameter_dtype, 2 * self.cos.shape[-1]
         cols = torch.arange(key.shape[2], device=key.device)[None]
-        turned_query = reference.rotate(query.to(dtype), self.cos.to(dtype), self.sin.to(dtype), rows, self.interleaved)
-        turned_key = reference.rotate(
-            key.to(dtype), self.key_cos.to(dtype), self.key_sin.to(dtype), cols, self.interleaved
-        )
-        return turned_query.to(query.dtype), turned_key.to(key.dtype)
+        turned = []
+        for x, cos, sin, rows in (
+            (query, self.cos, self.sin, draft.positions()),
+            (key, self.key_cos, self.key_sin, cols),
+        ):
+            # slices, not the whole: what does not rotate is not converted either
+            first = draft.head_dim - width if self.trailing else 0
+            part = x[..., first : first + width]
+            part = reference.rotate(part.to(dtype), cos.to(dtype), sin.to(dtype), rows, self.interleaved).to(x.dtype)
+            whole = part.shape[-1] == x.shape[-1]
+            turned.append(part if whole else torch.cat((x[..., :first], part, x[..., first + width :]), dim=-1))
+        return turned[0], turned[1]
+
+
+def _front_last(x: Tensor, head_dim: int, skipped: int) -> Tensor:
+    """x with its dimensions skipped ... head_dim - 1 in front; columns behind head_dim stay behind."""
+    return torch.cat((x[..., skipped:head_dim], x[..., :skipped], x[..., head_dim:]), dim=-1)
 
 
 def rotary_table(name: str, table: object) -> Tensor:

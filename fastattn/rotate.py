@@ -31,6 +31,7 @@ def apply_rotary(
     *,
     positions: Tensor | None = None,
     interleaved: bool = False,
+    trailing: bool = False,
     inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -50,6 +51,7 @@ def apply_rotary(
         positions: integer tensor (S,) or (B, S), the row of the tables that each token takes; None means 0 ... S - 1.
             On a GPU, or under torch.compile, values outside [0, P - 1] are clamped to it instead of raising.
         interleaved: pairs are (2k, 2k + 1) as in GPT-J instead of (k, k + R/2) as in Llama and GPT-NeoX.
+        trailing: the last R dimensions rotate instead of the first (the rotary part of DeepSeek's heads).
         inplace: write over query and key and return them.  For inference: it is refused while a gradient of anything
             is recorded, because both are usually views of one projection, which autograd cannot follow.
         backend: name of the backend to use; None picks the first that can.
@@ -72,7 +74,7 @@ def apply_rotary(
         check_device(name, table, query.device)
         if table.shape[0] not in (1, batch):
             fail(ValueError, name, f"batch dimension 1 or B = {batch}", table)
-    for name, flag in (("interleaved", interleaved), ("inplace", inplace)):
+    for name, flag in (("interleaved", interleaved), ("trailing", trailing), ("inplace", inplace)):
         if not isinstance(flag, bool):
             fail(TypeError, name, "a bool", describe(flag))
     rows = _positions(positions, batch, length, cos)
@@ -81,11 +83,20 @@ def apply_rotary(
         _check_inplace(query, key, learned)
     else:
         query, key = dense_rows(query), dense_rows(key)
+    first, whole = (dim - 2 * cos.shape[-1] if trailing else 0), (query, key)
+    if first:
+        query, key = query[..., first:], key[..., first:]
     rotation = Rotation(
         query=query, key=key, cos=cos.to(parameter_dtype), sin=sin.to(parameter_dtype), positions=rows,
         interleaved=interleaved,
     )  # fmt: skip
-    return reference.rotate_pair(rotation) if learned else dispatch.rotate(rotation, backend, inplace)
+    turned = reference.rotate_pair(rotation) if learned else dispatch.rotate(rotation, backend, inplace)
+    if not first:
+        return turned
+    if inplace:
+        return whole
+    joined = [torch.cat((x[..., :first], y), dim=-1) for x, y in zip(whole, turned, strict=True)]
+    return joined[0], joined[1]
 
 
 def _check_operands(query: Tensor, key: Tensor) -> None:

@@ -10,12 +10,13 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.positional.relative import KERPLE, Sandwich
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,84 @@ _alibi("alibi", batched=False)
 _alibi("alibi_batch", batched=True)
 
 
+@_feature
+def alibi_sides(scene: Scene) -> Feature:
+    """A slope before and another after; one leaf holds both."""
+    slopes = scene.randn(2, scene.shape.heads, dtype=scene.parameter_dtype) * 0.2
+
+    def bias(leaves: Tensors) -> Tensor:
+        before, after = (x[None, :, None, None] for x in leaves["alibi_sides"])
+        distance = scene.distance
+        return before * distance.clamp(max=0) - after * distance.clamp(min=0)
+
+    return Feature(
+        leaves={"alibi_sides": slopes},
+        public=lambda leaves: {"bias": fastattn.ALiBi(*leaves["alibi_sides"])},
+        bias=bias,
+    )
+
+
+@_feature
+def alibi_one_way(scene: Scene) -> Feature:
+    """Heads in turn see only what is before, or only what is after."""
+    slopes = scene.randn(scene.shape.heads, dtype=scene.parameter_dtype).abs() * 0.2
+    back = torch.arange(scene.shape.heads) % 2 == 0
+
+    def public(leaves: Tensors) -> dict[str, object]:
+        slopes = leaves["alibi_one_way"]
+        hidden = torch.full_like(slopes, math.inf)
+        return {"bias": fastattn.ALiBi(torch.where(back, slopes, hidden), torch.where(back, hidden, slopes))}
+
+    def bias(leaves: Tensors) -> Tensor:
+        seen = torch.where(back[:, None, None], scene.distance <= 0, scene.distance >= 0)
+        bias = -leaves["alibi_one_way"][:, None, None] * scene.distance.abs()
+        return bias.masked_fill(~seen, -math.inf)
+
+    return Feature(leaves={"alibi_one_way": slopes}, public=public, bias=bias)
+
+
+def _kerple(kind: Literal["log", "power"]) -> None:
+    def make(scene: Scene) -> Feature:
+        size = (2, scene.shape.heads)
+        parameters = 0.2 + torch.rand(size, generator=scene.generator, dtype=torch.float64).to(scene.parameter_dtype)
+        name = f"kerple_{kind}"
+
+        def bias(leaves: Tensors) -> Tensor:
+            (r1, r2), size = leaves[name][:, :, None, None], scene.distance.abs()
+            if kind == "log":
+                return -r1 * torch.log(1 + r2 * size)
+            return -r1 * torch.where(size == 0, 0.0, torch.exp(r2 * torch.log(size.clamp(min=1).to(r2.dtype))))
+
+        return Feature(
+            leaves={name: parameters},
+            public=lambda leaves: {"bias": KERPLE(*leaves[name], kind)},
+            bias=bias,
+        )
+
+    FEATURES[f"kerple_{kind}"] = make
+
+
+_kerple("log")
+_kerple("power")
+
+
+@_feature
+def sandwich(scene: Scene) -> Feature:
+    """The authors' construction: products of sinusoidal embeddings, no parameters."""
+    heads, dim = scene.shape.heads, 12
+
+    def embeddings(position: Tensor) -> Tensor:
+        angle = position[..., None].double() / 10000.0 ** (2 * torch.arange(dim // 2, dtype=torch.float64) / dim)
+        return torch.cat((angle.sin(), angle.cos()), -1)
+
+    queries, keys = embeddings(scene.position[..., 0]), embeddings(scene.column[..., 0, :])
+    ratio = torch.arange(1, heads + 1, dtype=torch.float64) * 8 / heads
+    return Feature(
+        public=lambda _: {"bias": Sandwich(heads, dim)},
+        bias=lambda _: queries @ keys.transpose(-1, -2) / ratio[:, None, None],
+    )
+
+
 def _lookup(table: Tensor, distance: Tensor, left: int) -> Tensor:
     """table (B|1, H, T) at clamp(distance) (B|1, 1, Sq, Sk)."""
     index = distance.clamp(-left, table.shape[-1] - 1 - left) + left
@@ -318,7 +397,7 @@ def _spin(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
 
 def _rotary(
     name: str, interleaved: bool = False, partial: bool = False, separate: bool = False, batched: bool = False,
-    learned: bool = False,
+    learned: bool = False, trailing: bool = False,
 ) -> None:  # fmt: skip
     def make(scene: Scene) -> Feature:
         s = scene.shape
@@ -350,12 +429,19 @@ def _rotary(
             index = offset[:, None] + torch.arange(s.query_length)
             batch = torch.arange(max(index.shape[0], angle.shape[0]))[:, None]
             angle = angle[batch.clamp(max=angle.shape[0] - 1), index[batch[:, 0].clamp(max=index.shape[0] - 1)]]
-            turned = _spin(query.to(dtype), angle, interleaved), _spin(key.to(dtype), key_angle, interleaved)
-            return turned[0].to(query.dtype), turned[1].to(key.dtype)
+            first = s.head_dim - 2 * half if trailing else 0
+
+            def turn(x: Tensor, angle: Tensor) -> Tensor:
+                spun = _spin(x[..., first:].to(dtype), angle, interleaved)
+                return torch.cat((x[..., :first], spun.to(x.dtype)), dim=-1)
+
+            return turn(query, angle), turn(key, key_angle)
 
         return Feature(
             leaves={f"{name}.{n}": t for n, t in tables.items()} if learned else {},
-            public=lambda leaves: {"rotary": fastattn.Rotary(interleaved=interleaved, **given(leaves))},
+            public=lambda leaves: {
+                "rotary": fastattn.Rotary(interleaved=interleaved, trailing=trailing, **given(leaves))
+            },
             rotate=rotate,
         )
 
@@ -369,6 +455,8 @@ _rotary("rotary_partial_interleaved", partial=True, interleaved=True)
 _rotary("rotary_separate", separate=True)
 _rotary("rotary_batch", batched=True)
 _rotary("rotary_learned", learned=True, separate=True)
+_rotary("rotary_trailing", partial=True, trailing=True)
+_rotary("rotary_trailing_interleaved", partial=True, trailing=True, interleaved=True, separate=True)
 
 
 @_feature
@@ -393,5 +481,5 @@ _sink("sink_batch", batched=True)
 ROTARY = tuple(name for name in FEATURES if name.startswith("rotary"))
 SINKS = ("sink", "sink_batch")
 MASKS = tuple(n for n in FEATURES if n.startswith(("causal", "window", "key_l", "prefix", "doc", "bool")))
-BIASES = tuple(n for n in FEATURES if n.startswith(("dense", "alibi", "table", "t5")))
+BIASES = tuple(n for n in FEATURES if n.startswith(("dense", "alibi", "table", "t5", "kerple", "sandwich")))
 assert {*ROTARY, *SINKS, *MASKS, *BIASES, "softcap"} == set(FEATURES)

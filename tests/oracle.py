@@ -214,10 +214,12 @@ class Call:
                     result.mass[name] = mass.sum(-1) if name == "sink_batch" else mass.sum((0, -1))
         for feature in self.features:
             if feature.bias is not None:
-                (name,) = feature.leaves
-                total = feature.bias(leaves)
-                (mass,) = torch.autograd.grad(total, leaves[name], score.sum_to_size(total.shape), allow_unused=True)
-                result.mass[name] = mass.abs()
+                for name in feature.leaves:
+                    total = feature.bias(leaves)
+                    (mass,) = torch.autograd.grad(
+                        total, leaves[name], score.sum_to_size(total.shape), allow_unused=True
+                    )
+                    result.mass[name] = mass.abs()
             elif feature.rotate is not None:
                 for name in feature.leaves:  # through q and k, each turned by this table
                     through = result.mass["key" if "key_" in name else "query"].sum((0, 1))

@@ -196,3 +196,29 @@ def test_training_step_under_autocast_and_compile(backend: str, device: str) -> 
         losses.append((loss.detach(), block.slopes.grad.clone()))
     for got, want in zip(*losses, strict=True):
         torch.testing.assert_close(got, want, atol=1e-2, rtol=5e-2)
+
+
+ENCODINGS: dict[str, Callable[[], nn.Module]] = {
+    "ALiBi": lambda: fastattn.nn.ALiBi(4, sides="asymmetric", learned=True),
+    "KERPLE": lambda: fastattn.nn.KERPLE(4),
+    "FIRE": lambda: fastattn.nn.FIRE(4),
+    "TransformerXL-columns": lambda: fastattn.nn.TransformerXLBias(4, 8, 6, route="columns"),
+    "TransformerXL-dense": lambda: fastattn.nn.TransformerXLBias(4, 8, 6, route="dense"),
+    "Decomposed": lambda: fastattn.nn.DecomposedBias(8, (3, 4)),
+    "SwinV2": lambda: fastattn.nn.SwinV2Bias(4, (3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_encodings_fullgraph(name: str, backend: str, device: str) -> None:
+    module = ENCODINGS[name]()
+    q, k, v = (torch.randn(1, 4, 12, 8) for _ in range(3))
+
+    def loss() -> Tensor:
+        return fastattn.attention(q, k, v, bias=module(), backend=backend).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    parameters = list(module.parameters())
+    results = [torch.autograd.grad(f(), parameters) for f in (compiled, loss)]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)

@@ -24,7 +24,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("validation",),
     ("lowering",),
     ("masks", "biases", "rotary"),
-    ("functional", "softmax", "rotate", "additive"),
+    ("functional", "softmax", "rotate", "additive", "positional"),
     ("sdpa",),
     ("", "nn", "integrations"),
     ("cli", "bench", "__main__"),

@@ -66,10 +66,12 @@ KERNELS = (
         "attention_combine", "attention/combine.h", "CombineParams", "attention_combine", "CombineTiles::kThreads", "4",
     ),
     Kernel(
-        "attention_sum_partials", "attention/sums.h", "SumPartialsParams", "attention_sum_partials", "SumTiles::kThreads", "4",
+        "attention_sum_partials", "attention/sums.h", "SumPartialsParams", "attention_sum_partials",
+        "SumTiles::kThreads", "4",
     ),
     Kernel(
-        "attention_sum_diagonals", "attention/sums.h", "SumDiagonalsParams", "attention_sum_diagonals", "SumTiles::kThreads", "4",
+        "attention_sum_diagonals", "attention/sums.h", "SumDiagonalsParams", "attention_sum_diagonals",
+        "SumTiles::kThreads", "4",
     ),
     Kernel("rotary", "rows/rotary.h", "RotaryParams", "rotary<{type}>", "kRotaryThreads", "2", ALL_TYPES),
     Kernel(

@@ -61,12 +61,13 @@ def verify_case(case: Case, device: str, backend: str) -> list[Check]:
 
 
 def _run(inputs: Inputs, backend: str) -> dict[str, torch.Tensor]:
-    arguments = SCENARIOS[inputs.case.scenario].arguments(inputs.case.shape, inputs.extras)
+    scenario = SCENARIOS[inputs.case.scenario]
     query, key, value = inputs.query, inputs.key, inputs.value
 
     def forward() -> torch.Tensor:
         torch.manual_seed(SEED)
-        return fastattn.attention(query, key, value, backend=backend, **arguments)
+        arguments = scenario.arguments(inputs.case.shape, inputs.extras)
+        return scenario.function(query, key, value, backend=backend, **arguments)
 
     return evaluate(Prepared(forward, inputs.leaves(), inputs.grad_out), gradients=True)
 

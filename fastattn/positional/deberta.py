@@ -1,0 +1,104 @@
+"""DeBERTa's disentangled attention: content to position and position to content."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.positional.content import ContentBias, per_head, pick_columns, pick_rows, repeat_heads
+from fastattn.validation import check_device, check_floating, check_index, fail
+
+__all__ = ["Disentangled", "deberta_buckets"]
+
+
+class Disentangled(ContentBias):
+    """Disentangled attention of DeBERTa (He et al., ICLR 2021; v2 and v3 with its logarithmic buckets)::
+
+        S[i, j] = scale * (q_i . k_j + q_i . kr[d(i, j)] + k_j . qr[d(i, j)])
+        d(i, j) = clamp(bucket(i - j) + span, 0, 2 span - 1)
+
+    DeBERTa's scale is 1 / sqrt(D n), n the number of terms: pass it to `attention`.  Lowers to the products q . kr and
+    k . qr, (B, Hq, Sq, 2 span) and (B, Hk, Sk, 2 span), and from them to a dense bias of (B, Hq, Sq, Sk).
+
+    Args:
+        position_keys: kr, (2 span, D), or (Hq, 2 span, D) when projected by head; None without c2p.
+        position_queries: qr, likewise, (Hk, 2 span, D); None without p2c.
+        max_distance: positions the buckets cover (`max_relative_positions`).
+        buckets: `position_buckets`; None for DeBERTa v1, where the distance itself is the bucket.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device; neither term; tables of different span.
+    """
+
+    def __init__(
+        self,
+        position_keys: Tensor | None,
+        position_queries: Tensor | None,
+        *,
+        max_distance: int = 512,
+        buckets: int | None = 256,
+    ) -> None:
+        name = "Disentangled"
+        tables = {"position_keys": position_keys, "position_queries": position_queries}
+        given = {what: check_floating(f"{name}.{what}", x) for what, x in tables.items() if x is not None}
+        if not given:
+            fail(ValueError, f"{name}.position_keys", "a tensor, or one for position_queries", None)
+        spans = set()
+        for what, x in given.items():
+            if x.dim() not in (2, 3) or x.shape[-2] % 2 or not x.shape[-2]:
+                fail(ValueError, f"{name}.{what}", "shape (2 span, D) or (H, 2 span, D)", x)
+            spans.add(x.shape[-2])
+        if len(spans) > 1:
+            fail(ValueError, f"{name}.position_queries", "as many rows as position_keys", str(sorted(spans)))
+        self.position_keys, self.position_queries = position_keys, position_queries
+        self.span = spans.pop() // 2
+        self.max_distance = check_index(f"{name}.max_distance", max_distance, least=2)
+        self.buckets = None if buckets is None else check_index(f"{name}.buckets", buckets, least=4)
+        if self.buckets is not None and self.max_distance <= self.buckets // 2 + 1:
+            expected = f"more than buckets / 2 + 1 = {self.buckets // 2 + 1}"
+            fail(ValueError, f"{name}.max_distance", expected, self.max_distance)
+
+    def __repr__(self) -> str:
+        terms = [
+            n for n, x in (("c2p", self.position_keys), ("p2c", self.position_queries)) if x is not None
+        ]  # fmt: skip
+        return f"Disentangled({'+'.join(terms)}, span={self.span}, buckets={self.buckets})"
+
+    def dense(self, query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
+        queries, keys = query.shape[2], key.shape[2]
+        # of the first query, and of all before it; row i of the index starts Sq - 1 - i columns on
+        distance = positions[:, :1] - torch.arange(1 - queries, keys, device=key.device)
+        bucket = deberta_buckets(distance, self.buckets, self.max_distance).add_(self.span).clamp_(0, 2 * self.span - 1)
+        index = bucket.unfold(-1, keys, 1).flip(-2)
+        total = None
+        if self.position_keys is not None:
+            table = query @ self._vectors("position_keys", self.position_keys, query)
+            total = pick_rows(table, index)
+        if self.position_queries is not None:
+            table = key @ self._vectors("position_queries", self.position_queries, key)
+            seen = pick_columns(repeat_heads(table, query.shape[1]), index)
+            total = seen if total is None else total + seen
+        assert total is not None
+        return scale * total
+
+    def _vectors(self, what: str, x: Tensor, operand: Tensor) -> Tensor:
+        """The table, transposed to multiply the operand from the right."""
+        check_device(f"Disentangled.{what}", x, operand.device)
+        if x.shape[-1] != operand.shape[-1] or (x.dim() == 3 and x.shape[0] != operand.shape[1]):
+            heads, dim = operand.shape[1], operand.shape[-1]
+            fail(ValueError, f"Disentangled.{what}", f"{dim} features, and {heads} heads if any", x)
+        return per_head(x.to(operand.dtype)).mT
+
+
+def deberta_buckets(distance: Tensor, buckets: int | None, max_distance: int) -> Tensor:
+    """The bucket of each distance i - j, int64: itself up to buckets / 2, logarithmic from there to max_distance.
+
+    In float32 as in the published code, whose rounding decides the bucket at its edges.
+    """
+    if buckets is None:
+        return distance.clone()
+    middle = buckets // 2
+    size = torch.where(distance.abs() < middle, middle - 1, distance.abs())
+    top = torch.log(torch.tensor((max_distance - 1) / middle, device=distance.device))
+    far = torch.ceil(torch.log(size / middle) / top * (middle - 1)) + middle
+    return torch.where(size <= middle, distance.to(far.dtype), far * distance.sign()).long()

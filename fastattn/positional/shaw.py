@@ -1,0 +1,134 @@
+"""Relative position vectors added to keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.biases import Bias
+from fastattn.functional import attention, cast_for_autocast, lower_offset
+from fastattn.lowering import standalone
+from fastattn.masks import Mask
+from fastattn.positional.content import ContentBias, per_head, pick_rows, repeat_heads
+from fastattn.problem import default_scale
+from fastattn.softmax import masked_softmax
+from fastattn.validation import check_device, check_floating, check_number, fail
+
+__all__ = ["ShawKeys", "shaw_attention"]
+
+
+class ShawKeys(ContentBias):
+    """A learned vector per clipped distance beside each key (Shaw et al., "Self-attention with relative position
+    representations", NAACL 2018)::
+
+        S[i, j] += scale * q_i . e[clip(j - i, -k, k) + k]
+
+    with e (2k + 1, D).  Gradients: de_r = scale * sum of dS[i, j] q_i over the pairs at distance r, and
+    dq_i += scale * sum_j dS[i, j] e_r.  Lowers to the products q . e, (B, Hq, Sq, 2k + 1), and from them to a dense
+    bias of (B, Hq, Sq, Sk).
+
+    Args:
+        embeddings: (2k + 1, D), or (Hq, 2k + 1, D) for vectors of each head's own; floating.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device; an even number of vectors.
+    """
+
+    def __init__(self, embeddings: Tensor) -> None:
+        self.embeddings = _check_vectors("ShawKeys.embeddings", embeddings)
+
+    def __repr__(self) -> str:
+        return f"ShawKeys(max_distance={self.embeddings.shape[-2] // 2})"
+
+    def dense(self, query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
+        _check_fit("ShawKeys.embeddings", self.embeddings, query, query.shape[-1])
+        table = scale * (query @ per_head(self.embeddings.to(query.dtype)).mT)
+        return pick_rows(table, clipped_index(positions, key.shape[2], self.embeddings.shape[-2] // 2))
+
+
+def clipped_index(positions: Tensor, key_length: int, reach: int) -> Tensor:
+    """clip(j - position, -reach, reach) + reach, (B|1, Sq, Sk) int64."""
+    distance = torch.arange(key_length, device=positions.device) - positions[..., None]
+    return distance.clamp_(-reach, reach).add_(reach)
+
+
+def shaw_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_embeddings: Tensor | None,
+    value_embeddings: Tensor | None,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    query_offset: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention with relative vectors beside keys and values (Shaw et al., NAACL 2018), with r = clip(j - i, -k, k)::
+
+        S[i, j] = scale * q_i . (k_j + a_r),   out_i = sum_j P[i, j] (v_j + b_r)
+
+    The second term of the output is sum_r W[i, r] b_r with W[i, r] the weights summed over the keys at clipped
+    distance r, so db_r = sum_i W[i, r] dout_i, and dP[i, j] gains dout_i . b_r.
+
+    Without `value_embeddings` this is `attention` with `ShawKeys`.  With them the weights themselves are needed: they
+    are made by the fused masked softmax of scores that are written out, and take (B, Hq, Sq, Sk) numbers in float32
+    (float64 for float64 queries), as do the scores before them; dropout is torch's.
+
+    Args:
+        query, key, value: (B, Hq, Sq, D), (B, Hk, Sk, D), (B, Hk, Sk, Dv) as in `attention`.
+        key_embeddings: a, (2k + 1, D) or (Hq, 2k + 1, D), or None.
+        value_embeddings: b, (2k + 1, Dv) or (Hq, 2k + 1, Dv), or None.
+        mask, bias, scale, dropout_p, query_offset, backend: as in `attention`.
+
+    Returns:
+        (B, Hq, Sq, Dv) in the query's dtype, or that of autocast.
+
+    Raises:
+        TypeError, ValueError: as `attention`, and for embeddings of the wrong dtype, shape or device.
+    """
+    if value_embeddings is None:
+        if key_embeddings is not None:
+            shaw = ShawKeys(key_embeddings)
+            bias = shaw if bias is None else bias + shaw
+        return attention(
+            query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, query_offset=query_offset,
+            backend=backend,
+        )  # fmt: skip
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if check_floating(name, x).dim() != 4:
+            fail(ValueError, name, "four dimensions (batch, heads, length, head_dim)", x)
+    query, key, value = cast_for_autocast(query, key, value)
+    heads, dtype = query.shape[1], torch.float64 if query.dtype == torch.float64 else torch.float32
+    vectors = _check_vectors("value_embeddings", value_embeddings)
+    _check_fit("value_embeddings", vectors, query, value.shape[-1])
+    scale = default_scale(query.shape[-1]) if scale is None else check_number("scale", scale)
+    offset = lower_offset({}, query_offset, query.shape[0], query.shape[2], key.shape[2], query.device)
+    positions = standalone(*query.shape[:3], key.shape[2], query.device, offset).positions()
+    wide = query.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = scale * (wide @ repeat_heads(key.to(dtype), heads).mT)
+        if key_embeddings is not None:
+            scores = scores + ShawKeys(key_embeddings).dense(wide, key, positions, scale)
+        weights = masked_softmax(scores, mask=mask, bias=bias, query_offset=query_offset, backend=backend)
+        if dropout_p:
+            weights = torch.nn.functional.dropout(weights, dropout_p)
+        index = clipped_index(positions, key.shape[2], vectors.shape[-2] // 2)[:, None].expand(weights.shape)
+        by_distance = weights.new_zeros(*weights.shape[:3], vectors.shape[-2]).scatter_add(-1, index, weights)
+        out = weights @ repeat_heads(value.to(dtype), heads) + by_distance @ per_head(vectors.to(dtype))
+    return out.to(query.dtype)
+
+
+def _check_vectors(name: str, x: object) -> Tensor:
+    x = check_floating(name, x)
+    if x.dim() not in (2, 3) or x.shape[-2] % 2 == 0:
+        fail(ValueError, name, "shape (2k + 1, D) or (Hq, 2k + 1, D)", x)
+    return x
+
+
+def _check_fit(name: str, x: Tensor, query: Tensor, dim: int) -> None:
+    check_device(name, x, query.device)
+    if x.shape[-1] != dim or (x.dim() == 3 and x.shape[0] != query.shape[1]):
+        fail(ValueError, name, f"{dim} features, and Hq = {query.shape[1]} heads if any", x)

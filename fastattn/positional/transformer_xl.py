@@ -1,0 +1,130 @@
+"""Transformer-XL's relative positions: projected sinusoids with two biases of the query."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.lowering import Draft
+from fastattn.positional.content import ContentBias, Route, check_route, repeat_heads, takes_columns
+from fastattn.positional.sinusoid import sinusoidal_embedding
+from fastattn.validation import check_device, check_floating, check_index, check_shape, fail
+
+__all__ = ["TransformerXL"]
+
+
+class TransformerXL(ContentBias):
+    """Relative attention of Transformer-XL, XLNet and Conformer, causal or not (Dai et al., ACL 2019)::
+
+        S[i, j] = scale * ((q_i + u_h) . k_j + (q_i + v_h) . W_h R(i - j)),   R(p) = [sin(p w), cos(p w)]
+
+    with w_k = base^(-2k / E).  With A_i = W_h^T (q_i + v_h), (a_i, b_i) its halves, the position term is
+    a_i sin((i - j) w) + b_i cos((i - j) w), and by the addition theorem a product of rank E::
+
+        cos(j w) (a_i sin(i w) + b_i cos(i w)) + sin(j w) (b_i sin(i w) - a_i cos(i w))
+
+    Route "columns" appends these E columns to queries and keys: exact, and memory grows with the length only; an E
+    of the model's width is more work than the scores themselves.  Route "dense" multiplies A by all Sq + Sk - 1
+    vectors R, (B, Hq, Sq, Sq + Sk - 1) numbers, and reads the diagonals into a bias of (B, Hq, Sq, Sk).  "auto"
+    appends while D + E is at most 256 and nothing rotates.  Distances of both signs are computed, so that attention
+    need not be causal.
+
+    Args:
+        weight: W, (Hq, D, E) floating, E even: `r_net.weight` viewed by head.
+        u, v: (Hq, D) floating: `r_w_bias` and `r_r_bias`.
+        base: of the wavelengths.
+        clamp: distances are clamped to [-clamp, clamp] (`clamp_len`); takes the dense route.
+        route: "auto", "columns" or "dense".
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device; route "columns" with a clamp.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        u: Tensor,
+        v: Tensor,
+        *,
+        base: float = 10000.0,
+        clamp: int | None = None,
+        route: Route = "auto",
+    ) -> None:
+        name = "TransformerXL"
+        self.weight = check_floating(f"{name}.weight", weight)
+        if weight.dim() != 3 or weight.shape[-1] % 2 or not weight.shape[-1]:
+            fail(ValueError, f"{name}.weight", "shape (Hq, D, E), E even", weight)
+        self.u, self.v = check_floating(f"{name}.u", u), check_floating(f"{name}.v", v)
+        for letter, x in (("u", u), ("v", v)):
+            check_shape(f"{name}.{letter}", x, tuple(weight.shape[:2]))
+        check_route(name, route)
+        self.clamp = None if clamp is None else check_index(f"{name}.clamp", clamp, least=1)
+        if clamp is not None and route == "columns":
+            fail(ValueError, f"{name}.route", "'auto' or 'dense' with a clamp", "'columns'")
+        self.base, self.route = base, "dense" if clamp is not None else route
+
+    def __repr__(self) -> str:
+        heads, dim, width = self.weight.shape
+        return f"TransformerXL(heads={heads}, head_dim={dim}, width={width}, route={self.route!r})"
+
+    def _check(self, query: Tensor) -> None:
+        for letter, x in (("weight", self.weight), ("u", self.u), ("v", self.v)):
+            check_device(f"TransformerXL.{letter}", x, query.device)
+        check_shape("TransformerXL.u", self.u, (query.shape[1], query.shape[3]))
+
+    def _sinusoid(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., E) in `dtype`: sines, then cosines."""
+        width = self.weight.shape[-1]
+        return sinusoidal_embedding(positions, width, base=self.base, layout="concatenated", dtype=dtype)
+
+    def _position_query(self, query: Tensor) -> Tensor:
+        """A = (q + v) W, (B, Hq, Sq, E)."""
+        return (query + self.v.to(query.dtype)[:, None]) @ self.weight.to(query.dtype)
+
+    def dense(self, query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
+        """Everything that is added to scale * q . k."""
+        self._check(query)
+        queries, keys = query.shape[2], key.shape[2]
+        # i - j of the first query, and of all before it: positions are consecutive
+        distance = positions[:, :1] - torch.arange(1 - queries, keys, device=query.device)
+        if self.clamp is not None:
+            distance = distance.clamp(-self.clamp, self.clamp)
+        table = self._position_query(query) @ self._sinusoid(distance, query.dtype)[:, None].mT
+        content = repeat_heads(key, query.shape[1]) @ self.u.to(query.dtype)[..., None]
+        return scale * (shift_rows(table, keys) + content.mT)
+
+    def lower(self, draft: Draft) -> None:
+        query, key = self._operands(draft)
+        width = self.weight.shape[-1]
+        if draft.rotates and self.route == "columns":
+            fail(
+                ValueError,
+                "TransformerXL.route",
+                "'auto' or 'dense' beside a rotation, which u must not see",
+                "'columns'",
+            )
+        if draft.rotates or not takes_columns(self.route, draft, width):
+            super().lower(draft)
+            return
+        self._check(query)
+        dtype = draft.parameter_dtype
+        a, b = self._position_query(query.to(dtype)).chunk(2, dim=-1)
+        sin, cos = self._sinusoid(draft.positions(), dtype)[:, None].chunk(2, dim=-1)
+        key_sin, key_cos = self._sinusoid(torch.arange(key.shape[2], device=key.device), dtype).chunk(2, dim=-1)
+        assert draft.query is not None
+        # u only beside the contents; other columns keep their zeros
+        shift = torch.nn.functional.pad(self.u.to(query.dtype), (0, draft.query.shape[-1] - query.shape[-1]))
+        draft.query = draft.query + shift[:, None]
+        draft.append_columns(
+            torch.cat((a * sin + b * cos, b * sin - a * cos), dim=-1), torch.cat((key_cos, key_sin), dim=-1)[None, None]
+        )
+        draft.notes.append(f"TransformerXL as {width} columns appended to the {draft.head_dim} of query and key")
+
+
+def shift_rows(table: Tensor, keys: int) -> Tensor:
+    """out[i, j] = table[i, Sq - 1 - i + j] of a contiguous (..., Sq, Sq + Sk - 1), as a view (..., Sq, Sk)."""
+    queries, columns = table.shape[-2:]
+    if queries <= 1:
+        return table[..., :keys]
+    flat = table.flatten(-2)[..., queries - 1 : queries * columns - 1]
+    return flat.unflatten(-1, (queries, columns - 1))[..., :keys]

@@ -1,0 +1,383 @@
+"""Relative positions that depend on the contents: Shaw, Transformer-XL, DeBERTa."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scheme_oracle import DTYPES, Inputs, attend, check_scheme
+from torch import Tensor
+
+import fastattn
+from fastattn import nn as fnn
+from fastattn.positional.deberta import Disentangled, deberta_buckets
+from fastattn.positional.shaw import ShawKeys, shaw_attention
+from fastattn.positional.transformer_xl import TransformerXL
+
+QUERIES, KEYS, HEADS, DIM = 13, 19, 4, 8
+OFFSETS = [None, 0, -3, torch.tensor([2, 9])]
+
+
+def draw(**sizes: tuple[int, ...]) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {
+        "query": (2, HEADS, QUERIES, DIM), "key": (2, 2, KEYS, DIM), "value": (2, 2, KEYS, 6), **sizes,
+    }  # fmt: skip
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def distances(offset: int | Tensor | None) -> Tensor:
+    """j - position(i), (B|1, Sq, Sk)."""
+    first = torch.as_tensor(KEYS - QUERIES if offset is None else offset).reshape(-1, 1, 1)
+    return torch.arange(KEYS) - (first + torch.arange(QUERIES)[:, None])
+
+
+def grouped(x: Tensor) -> Tensor:
+    return x.repeat_interleave(HEADS // x.shape[1], 1)
+
+
+def fast(t: Inputs, **keywords: object) -> Tensor:
+    return fastattn.attention(t["query"], t["key"], t["value"], **keywords)  # type: ignore[call-overload]
+
+
+# -- Shaw -------------------------------------------------------------------------------------------------------------
+
+
+def _shaw_formula(t: Inputs, offset: int | Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = t["query"].dtype
+    where = distances(offset).clamp(-3, 3) + 3
+    beside_keys = t["a"].to(dtype)[..., where, :] if t["a"].dim() == 2 else t["a"].to(dtype)[:, where].transpose(0, 1)
+    beside_keys = beside_keys[:, None] if t["a"].dim() == 2 else beside_keys  # (B|1, H|1, Sq, Sk, D)
+    scores = t["query"] @ grouped(t["key"]).mT
+    scores = (scores + (t["query"][..., None, :] * beside_keys).sum(-1)) / math.sqrt(DIM)
+    out = attend(scores, grouped(t["value"]), mask)
+    if "b" in t:
+        weights = attend(scores, torch.eye(KEYS, dtype=dtype).expand(2, HEADS, KEYS, KEYS), mask)
+        out = out + (weights[..., None] * t["b"].to(dtype)[where][:, None]).sum(-2)
+    return out, scores
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("offset", OFFSETS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shaw(dtype: torch.dtype, offset: int | Tensor | None, values: bool, backend: str, device: str) -> None:
+    """Keys alone through the kernel, keys and values through the weights; a causal mask and grouped heads."""
+    inputs = draw(a=(7, DIM), **({"b": (7, 6)} if values else {}))
+    mask = (distances(offset) <= 0)[:, None]
+
+    def ours(t: Inputs) -> Tensor:
+        return shaw_attention(
+            t["query"], t["key"], t["value"], t["a"], t.get("b"), mask=fastattn.Causal(), query_offset=offset,
+            backend=backend,
+        )  # fmt: skip
+
+    check_scheme(ours, lambda t: _shaw_formula(t, offset, mask), inputs, dtype)
+
+
+def test_shaw_with_vectors_of_each_head(backend: str, device: str) -> None:
+    inputs = draw(a=(HEADS, 7, DIM))
+    check_scheme(
+        lambda t: fast(t, bias=ShawKeys(t["a"]), backend=backend),
+        lambda t: _shaw_formula(t, None, None), inputs, torch.float64,
+    )  # fmt: skip
+
+
+def test_shaw_module_dropout_and_other_terms(backend: str, device: str) -> None:
+    """Values alone; beside another bias; dropout has the right mean; explain tells the memory."""
+    t = draw(b=(7, 6))
+    module = fnn.ShawAttention(DIM, 3, value_dim=6, keys=False).double()
+    with torch.no_grad():
+        module.value_embeddings.copy_(t["b"])
+    slopes = fastattn.ALiBi(fastattn.alibi_slopes(HEADS, dtype=torch.float64))
+    got = module(t["query"], t["key"], t["value"], bias=slopes, backend=backend)
+    formula = t | {"a": torch.zeros(7, DIM, dtype=torch.float64)}
+    scores = _shaw_formula(formula, None, None)[1] + slopes.materialize(QUERIES, KEYS)
+    weights = scores.softmax(-1)
+    where = distances(None).clamp(-3, 3)[0] + 3
+    torch.testing.assert_close(got, weights @ grouped(t["value"]) + (weights[..., None] * t["b"][where]).sum(-2))
+    many = torch.stack([
+        module(t["query"], t["key"], t["value"], bias=slopes, dropout_p=0.3, backend=backend) for _ in range(800)
+    ])  # fmt: skip
+    spread = many.std(0) / 800**0.5
+    assert ((many.mean(0) - got).abs() < 6 * spread).all()
+    assert (many.std(0) > 0).all()
+    q = torch.randn(1, HEADS, 5, DIM)
+    notes = fastattn.explain(q, q, q, bias=ShawKeys(torch.randn(7, DIM))).notes
+    assert notes == ["ShawKeys written out, as a dense bias (1, 4, 5, 5) of 0.0004 MB"]
+
+
+def test_shaw_of_wav2vec2_bert() -> None:
+    """`position_embeddings_type="relative_key"`: its scores, term by term."""
+    bert = pytest.importorskip("transformers.models.wav2vec2_bert.modeling_wav2vec2_bert", reason="transformers")
+    config = bert.Wav2Vec2BertConfig(
+        hidden_size=16, num_attention_heads=2, attention_dropout=0.0, left_max_position_embeddings=4,
+        right_max_position_embeddings=4,
+    )  # fmt: skip
+    layer = bert.Wav2Vec2BertSelfAttention(config).double().eval()
+    x = torch.randn(2, 11, 16, dtype=torch.float64)
+    want = layer(x)[0]
+    q, k, v = (f(x).view(2, 11, 2, 8).transpose(1, 2) for f in (layer.linear_q, layer.linear_k, layer.linear_v))
+    out = fastattn.attention(q, k, v, bias=ShawKeys(layer.distance_embedding.weight))
+    torch.testing.assert_close(layer.linear_out(out.transpose(1, 2).flatten(2)), want)
+
+
+def test_shaw_is_shift_invariant_and_its_gradients_balance(backend: str, device: str) -> None:
+    """Adding one vector to all the key embeddings adds a constant to each row: sum_r of d/de_r is 0."""
+    t = draw(a=(7, DIM))
+    a = t["a"].requires_grad_()
+    out = fast(t, bias=ShawKeys(a), backend=backend)
+    torch.testing.assert_close(fast(t, bias=ShawKeys(a + a[3]), backend=backend), out)
+    (grad,) = torch.autograd.grad(out.square().sum(), a)
+    assert grad.sum(0).abs().max() < 1e-12 * grad.abs().max() * 100
+
+
+# -- Transformer-XL ---------------------------------------------------------------------------------------------------
+
+WIDTH = 12
+
+
+def _xl_formula(t: Inputs, offset: int | Tensor | None, mask: Tensor | None, clamp: int) -> tuple[Tensor, Tensor]:
+    dtype = t["query"].dtype
+    p = (-distances(offset)).clamp(-clamp, clamp)
+    angle = p[..., None] / 10000.0 ** (2 * torch.arange(WIDTH // 2, dtype=torch.float64) / WIDTH)
+    sinusoid = torch.cat((angle.sin(), angle.cos()), -1).to(dtype)  # (B|1, Sq, Sk, E)
+    r = torch.einsum("hde,bije->bhijd", t["weight"].to(dtype), sinusoid)
+    u, v = t["u"].to(dtype)[:, None], t["v"].to(dtype)[:, None]
+    scores = (t["query"] + u) @ grouped(t["key"]).mT + ((t["query"] + v)[..., None, :] * r).sum(-1)
+    scores = scores / math.sqrt(DIM)
+    return attend(scores, grouped(t["value"]), mask), scores
+
+
+@pytest.mark.parametrize("route", ["columns", "dense", "clamped"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("offset", OFFSETS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_transformer_xl(
+    dtype: torch.dtype, offset: int | Tensor | None, causal: bool, route: str, backend: str, device: str
+) -> None:
+    inputs = draw(weight=(HEADS, DIM, WIDTH), u=(HEADS, DIM), v=(HEADS, DIM))
+    mask = (distances(offset) <= 0)[:, None] if causal else None
+    how = {"clamp": 5} if route == "clamped" else {"route": route}
+
+    def ours(t: Inputs) -> Tensor:
+        return fast(
+            t, bias=TransformerXL(t["weight"], t["u"], t["v"], **how), mask=fastattn.Causal() if causal else None,
+            query_offset=offset, backend=backend,
+        )  # fmt: skip
+
+    clamp = how.get("clamp", 1000)
+    check_scheme(ours, lambda t: _xl_formula(t, offset, mask, clamp), inputs, dtype)
+
+
+def test_transformer_xl_routes() -> None:
+    """Columns while they fit and nothing rotates, the dense form beyond; other biases may stand beside it."""
+    t = draw(weight=(HEADS, DIM, WIDTH), u=(HEADS, DIM), v=(HEADS, DIM))
+    xl = TransformerXL(t["weight"], t["u"], t["v"])
+    explained = fastattn.explain(t["query"], t["key"], t["value"], bias=xl)
+    assert explained.notes == ["TransformerXL as 12 columns appended to the 8 of query and key"]
+    assert "dense_bias" not in explained.features
+    rotary = fnn.RotaryEmbedding(DIM, width=4, trailing=True)(KEYS)
+    assert "written out" in fastattn.explain(t["query"], t["key"], t["value"], bias=xl, rotary=rotary).notes[0]
+    with pytest.raises(ValueError, match="route"):
+        fast(t, bias=TransformerXL(t["weight"], t["u"], t["v"], route="columns"), rotary=rotary)
+    other = ShawKeys(torch.randn(5, DIM, dtype=torch.float64))
+    dense = TransformerXL(t["weight"], t["u"], t["v"], route="dense")
+    want = fast(t, bias=other + dense)
+    for bias in (xl + other, other + xl):
+        torch.testing.assert_close(fast(t, bias=bias), want)
+    torch.testing.assert_close(fast(t, bias=xl + other + xl), fast(t, bias=other + dense + dense))
+    wide = fnn.TransformerXLBias(HEADS, DIM, 512).double()()
+    assert "written out" in fastattn.explain(t["query"], t["key"], t["value"], bias=wide).notes[0]
+
+
+@pytest.mark.parametrize("route", ["columns", "dense"])
+def test_transformer_xl_of_xlnet(route: str, backend: str, device: str) -> None:
+    """`rel_attn_core` in both directions, with its own rel_shift."""
+    xlnet = pytest.importorskip("transformers.models.xlnet.modeling_xlnet", reason="compares with transformers")
+    config = xlnet.XLNetConfig(d_model=16, n_head=2, n_layer=1, d_inner=8, vocab_size=9, dropout=0.0)
+    model = xlnet.XLNetModel(config).double()
+    layer = model.layer[0].rel_attn
+    for parameter in (layer.r_w_bias, layer.r_r_bias, layer.r):
+        torch.nn.init.normal_(parameter)
+    q, k, v = (torch.randn(7, 2, 2, 8, dtype=torch.float64) for _ in range(3))
+    positions = model.relative_positional_encoding(7, 7, bsz=2).double()
+    k_r = torch.einsum("ibh,hnd->ibnd", positions, layer.r)
+    want = layer.rel_attn_core(q, k, v, k_r)
+    bias = TransformerXL(layer.r.permute(1, 2, 0), layer.r_w_bias, layer.r_r_bias, route=route)
+    got = fastattn.attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), bias=bias, backend=backend)
+    torch.testing.assert_close(got.permute(2, 0, 1, 3), want, rtol=1e-5, atol=1e-6)  # their sinusoids are float32
+
+
+def test_transformer_xl_is_shift_invariant(backend: str, device: str) -> None:
+    t = draw(weight=(HEADS, DIM, WIDTH), u=(HEADS, DIM), v=(HEADS, DIM))
+    xl = TransformerXL(t["weight"], t["u"], t["v"])
+    want = fast(t, bias=xl, backend=backend)
+    front = [torch.zeros(2, 2, 4, n, dtype=torch.float64) for n in (DIM, 6)]
+    moved = t | {"key": torch.cat((front[0], t["key"]), 2), "value": torch.cat((front[1], t["value"]), 2)}
+    seen = fastattn.BoolMask(torch.arange(KEYS + 4) >= 4)
+    torch.testing.assert_close(fast(moved, bias=xl, mask=seen, backend=backend), want)
+
+
+# -- DeBERTa ----------------------------------------------------------------------------------------------------------
+
+
+def _bucket(distance: int, buckets: int | None, max_distance: int) -> int:
+    """One distance at a time."""
+    if buckets is None or abs(distance) <= buckets // 2:
+        return distance
+    middle = buckets // 2
+    far = math.log(abs(distance) / middle) / math.log((max_distance - 1) / middle) * (middle - 1)
+    return (math.ceil(far - 1e-5) + middle) * (1 if distance > 0 else -1)
+
+
+def _deberta_formula(
+    t: Inputs, offset: int | Tensor | None, buckets: int | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype, span = t["query"].dtype, 4
+    where = torch.tensor([_bucket(-d, buckets, 16) for d in distances(offset).flatten().tolist()])
+    where = (where.view(distances(offset).shape) + span).clamp(0, 2 * span - 1)
+    key = grouped(t["key"])
+    scores = t["query"] @ key.mT
+    if "kr" in t:
+        kr = t["kr"].to(dtype)[:, where].transpose(0, 1)  # (B|1, H, Sq, Sk, D)
+        scores = scores + (t["query"][..., None, :] * kr).sum(-1)
+    if "qr" in t:
+        qr = t["qr"].to(dtype).repeat_interleave(2, 0)[:, where].transpose(0, 1)
+        scores = scores + (key[..., None, :, :] * qr).sum(-1)
+    scores = scores * 0.2
+    return attend(scores, grouped(t["value"]), mask), scores
+
+
+@pytest.mark.parametrize("terms", ["c2p", "p2c", "both"])
+@pytest.mark.parametrize("buckets", [None, 8])
+@pytest.mark.parametrize("offset", OFFSETS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deberta(
+    dtype: torch.dtype, offset: int | Tensor | None, buckets: int | None, terms: str, backend: str, device: str
+) -> None:
+    tables = {"kr": (HEADS, 8, DIM), "qr": (2, 8, DIM)}
+    inputs = draw(**{n: s for n, s in tables.items() if terms in ("both", {"kr": "c2p", "qr": "p2c"}[n])})
+    lengths = torch.tensor([KEYS, 7])
+    mask = (torch.arange(KEYS) < lengths[:, None])[:, None, None]
+
+    def ours(t: Inputs) -> Tensor:
+        bias = Disentangled(t.get("kr"), t.get("qr"), max_distance=16, buckets=buckets)
+        return fast(
+            t, bias=bias, scale=0.2, mask=fastattn.KeyLengths(lengths), query_offset=offset, backend=backend
+        )  # fmt: skip
+
+    check_scheme(ours, lambda t: _deberta_formula(t, offset, buckets, mask), inputs, dtype)
+
+
+@pytest.mark.parametrize(("buckets", "max_distance"), [(256, 512), (32, 128), (16, 40), (256, 1024)])
+def test_deberta_buckets_are_those_of_transformers(buckets: int, max_distance: int) -> None:
+    deberta = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2", reason="transformers")
+    distance = torch.arange(-3000, 3001)
+    theirs = deberta.make_log_bucket_position(distance, buckets, max_distance).long()
+    assert torch.equal(deberta_buckets(distance, buckets, max_distance), theirs)
+
+
+@pytest.mark.parametrize("buckets", [-1, 16])
+def test_deberta_layer_of_transformers(buckets: int, backend: str, device: str) -> None:
+    """A whole attention layer with its parameters in the module, forward and gradient of the embeddings."""
+    deberta = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2", reason="transformers")
+    config = deberta.DebertaV2Config(
+        hidden_size=16, num_attention_heads=2, pos_att_type=["c2p", "p2c"], relative_attention=True,
+        position_buckets=buckets, max_relative_positions=24, max_position_embeddings=24, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    layer = deberta.DisentangledSelfAttention(config).double().eval()
+    span = layer.pos_ebd_size
+    x = torch.randn(2, 21, 16, dtype=torch.float64)
+    embeddings = torch.randn(2 * span, 16, dtype=torch.float64, requires_grad=True)
+    want, _ = layer(x, torch.ones(2, 1, 21, 21, dtype=torch.bool), rel_embeddings=embeddings)
+    module = fnn.DisentangledBias(16, 2, max_distance=24, buckets=None if buckets < 0 else buckets).double()
+    module.key_projection, module.query_projection = layer.pos_key_proj, layer.pos_query_proj
+    q, k, v = (
+        f(x).view(2, 21, 2, 8).transpose(1, 2) for f in (layer.query_proj, layer.key_proj, layer.value_proj)
+    )  # fmt: skip
+    out = fastattn.attention(q, k, v, bias=module(embeddings), scale=module.scale, backend=backend)
+    got = out.transpose(1, 2).flatten(2)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)  # their scale is float32
+    grads = [torch.autograd.grad(y.square().sum(), embeddings, retain_graph=True)[0] for y in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+# -- what they share --------------------------------------------------------------------------------------------------
+
+
+def test_they_need_an_attention_call() -> None:
+    bias = ShawKeys(torch.randn(3, 4))
+    with pytest.raises(NotImplementedError, match="ShawKeys"):
+        bias.materialize(2, 2)
+    with pytest.raises(NotImplementedError, match="ShawKeys"):
+        fastattn.masked_softmax(torch.randn(1, 1, 2, 2), bias=bias)
+
+
+@pytest.mark.parametrize("queries", [0, 1])
+@pytest.mark.parametrize("keys", [0, 1, 5])
+def test_empty_and_single_lengths(queries: int, keys: int, backend: str, device: str) -> None:
+    q, k = torch.randn(2, 4, queries, 8), torch.randn(2, 4, keys, 8)
+    xl = [torch.randn(4, 8, 6), torch.randn(4, 8), torch.randn(4, 8)]
+    for bias in (
+        ShawKeys(torch.randn(5, 8)),
+        TransformerXL(*xl),
+        TransformerXL(*xl, route="dense"),
+        Disentangled(torch.randn(8, 8), torch.randn(8, 8), max_distance=16, buckets=8),
+    ):
+        out = fastattn.attention(q, k, k, bias=bias, backend=backend)
+        assert out.shape == (2, 4, queries, 8)
+        assert out.isfinite().all()
+    out = shaw_attention(q, k, k, torch.randn(5, 8), torch.randn(5, 8), backend=backend)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ShawKeys(torch.randn(4, 8)), "embeddings"),
+        (lambda: ShawKeys(torch.randn(3)), "embeddings"),
+        (lambda: fastattn.attention(*[torch.randn(1, 2, 3, 4)] * 3, bias=ShawKeys(torch.randn(3, 5))), "embeddings"),
+        (lambda: shaw_attention(*[torch.randn(1, 2, 3, 4)] * 3, None, torch.randn(3, 5)), "value_embeddings"),
+        (lambda: TransformerXL(torch.randn(2, 4, 5), torch.randn(2, 4), torch.randn(2, 4)), "weight"),
+        (lambda: TransformerXL(torch.randn(2, 4, 6), torch.randn(2, 5), torch.randn(2, 4)), r"\.u"),
+        (lambda: TransformerXL(torch.randn(2, 4, 6), *[torch.randn(2, 4)] * 2, route="fast"), "route"),
+        (lambda: TransformerXL(torch.randn(2, 4, 6), *[torch.randn(2, 4)] * 2, clamp=3, route="columns"), "route"),
+        (
+            lambda: fastattn.attention(*[torch.randn(1, 3, 3, 4)] * 3, bias=fnn.TransformerXLBias(2, 4, 6)()),
+            r"TransformerXL\.u",
+        ),
+        (lambda: Disentangled(None, None), "position_keys"),
+        (lambda: Disentangled(torch.randn(7, 4), None), "position_keys"),
+        (lambda: Disentangled(torch.randn(8, 4), torch.randn(6, 4)), "position_queries"),
+        (lambda: Disentangled(torch.randn(8, 4), None, buckets=8, max_distance=5), "max_distance"),
+        (lambda: fnn.DisentangledBias(7, 2), "num_heads"),
+    ],
+)
+def test_bad_input(make: object, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        make()  # type: ignore[operator]
+
+
+def test_autocast_does_not_reach_the_terms(backend: str, device: str) -> None:
+    """Under autocast as in bfloat16 without it: the products with the tables are made in float32 either way."""
+    if backend == "reference":
+        pytest.skip("plain torch, whose own products autocast reaches")
+    q, k, v = (torch.randn(1, 4, 9, 8) for _ in range(3))
+    for bias in (
+        ShawKeys(torch.randn(5, 8)),
+        TransformerXL(torch.randn(4, 8, 6), torch.randn(4, 8), torch.randn(4, 8)),
+        Disentangled(torch.randn(8, 8), torch.randn(8, 8), max_distance=16, buckets=8),
+        fnn.FIRE(4)(),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = fastattn.attention(q, k, v, bias=bias, backend=backend)
+        want = fastattn.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias=bias, backend=backend)
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, want)
+    vectors = torch.randn(5, 8), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = shaw_attention(q, k, v, *vectors, backend=backend)
+    want = shaw_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), *vectors, backend=backend)
+    assert torch.equal(got, want)
