@@ -85,15 +85,15 @@ class Call:
     def fused(self, backend: str | None, device: str = "cpu") -> Result:
         leaves = {name: t.detach().to(device).requires_grad_() for name, t in self.leaves.items()}
         torch.manual_seed(self.seed)
-        out, lse = self.attend(leaves, backend, device)
+        out, lse = self.attend(leaves, backend)
         grads = torch.autograd.grad(
             [out, lse], list(leaves.values()), [self.grad_out.to(out), self.grad_lse.to(lse)], allow_unused=True
         )
         return Result(out.detach(), lse.detach(), dict(zip(leaves, map(_no_grad, grads, leaves.values()), strict=True)))
 
-    def attend(self, leaves: Tensors, backend: str | None, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    def attend(self, leaves: Tensors, backend: str | None) -> tuple[Tensor, Tensor]:
         query, key, value = leaves["query"], leaves["key"], leaves["value"]
-        keywords = {name: moved(value, device) for name, value in self.keywords(leaves).items()}
+        keywords = {name: moved(option, str(query.device)) for name, option in self.keywords(leaves).items()}
         return fastattn.attention(query, key, value, **keywords, return_lse=True, backend=backend)
 
     def kept(self, device: str = "cpu") -> Tensor | None:
