@@ -55,12 +55,31 @@ def test_row_length(length: int, dtype: torch.dtype) -> None:
     check(SoftmaxCall(("window_left", "alibi"), shape, dtype, scale=0.3), "cuda")
 
 
-@pytest.mark.parametrize(("rows", "length", "warps"), [(64, 40, 8), (64, 1024, 8), (64, 1025, 4), (64, 4097, 1)])
-def test_warps_of_a_row(cuda_simulator, rows: int, length: int, warps: int) -> None:
-    """As few as hold the row, once there are rows enough: that many rows to a block of eight warps."""
+@pytest.mark.parametrize(
+    ("rows", "length", "threads"),
+    [
+        (2048, 64, 4),
+        (2048, 128, 4),
+        (2048, 136, 8),
+        (1024, 129, 16),
+        (256, 1024, 32),
+        (64, 1025, 64),
+        (64, 9000, 256),
+        (64, 64, 8),
+    ],
+)
+def test_threads_of_a_row(cuda_simulator, rows: int, length: int, threads: int) -> None:
+    """As few as hold the row, once there are rows enough to fill the device: 256 of them in a block."""
     cuda_simulator.clear_reports()
     SoftmaxCall((), Shape(batch=1, heads=1, query_length=rows, key_length=length), torch.float16).fused("cuda")
-    assert cuda_simulator.reports()[0]["grid"] == (rows // warps, 1, 1)
+    assert cuda_simulator.reports()[0]["grid"] == (rows * threads // 256, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", [*MASKS, *BIASES])
+def test_feature_with_several_rows_to_a_warp(feature: str, dtype: torch.dtype) -> None:
+    for columns in (40, 37):
+        check(SoftmaxCall((feature,), Shape(batch=2, heads=3, query_length=70, key_length=columns), dtype), "cuda")
 
 
 def test_wide_accesses(cuda_simulator) -> None:

@@ -75,7 +75,7 @@ KERNELS = (
     ),
     Kernel("rotary", "rows/rotary.h", "RotaryParams", "rotary<{type}>", "kRotaryThreads", "2", ALL_TYPES),
     Kernel(
-        "softmax_forward", "rows/softmax_forward.h", "SoftmaxParams", "softmax_forward<{type}>", "kRowThreads", "3",
+        "softmax_forward", "rows/softmax_forward.h", "SoftmaxParams", "softmax_forward<{type}>", "kRowThreads", "2",
         ALL_TYPES,
     ),
     Kernel(

@@ -179,13 +179,15 @@ void cuda_rotate_(FASTATTN_ROTATION_PARAMETERS) {
 std::string cuda_plan(FASTATTN_PROBLEM_PARAMETERS) {
   const Call call(query);
   const Plan plan = attention_plan(unpack(call.place, FASTATTN_PROBLEM_ARGUMENTS), call.device);
-  const std::pair<const char*, int> entries[] = {
-      {"dim", plan.dim},         {"rows", plan.rows},     {"keys", plan.keys},
-      {"threads", plan.threads}, {"stages", plan.stages}, {"splits", plan.splits},
-      {"shared_bytes", plan.shared_bytes}};
+  const std::pair<const char*, int> entries[] = {{"dim", plan.dim},
+                                                 {"rows", plan.rows},
+                                                 {"keys", plan.keys},
+                                                 {"threads", plan.threads},
+                                                 {"stages", plan.stages},
+                                                 {"splits", plan.splits},
+                                                 {"shared_bytes", plan.shared_bytes}};
   std::string json = std::string(R"({"kernel": ")") + (plan.decode ? "decode" : "forward") + '"';
-  for (const auto& [name, value] : entries)
-    json += std::string(", \"") + name + "\": " + std::to_string(value);
+  for (const auto& [name, value] : entries) json += std::string(", \"") + name + "\": " + std::to_string(value);
   return json + "}";
 }
 

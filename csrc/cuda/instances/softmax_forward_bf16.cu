@@ -3,5 +3,5 @@
 #include "../rows/softmax_forward.h"
 
 namespace fastattn::cuda {
-FASTATTN_KERNEL(softmax_forward_bf16, SoftmaxParams, (softmax_forward<BFloat16>), kRowThreads, 3)
+FASTATTN_KERNEL(softmax_forward_bf16, SoftmaxParams, (softmax_forward<BFloat16>), kRowThreads, 2)
 }  // namespace fastattn::cuda

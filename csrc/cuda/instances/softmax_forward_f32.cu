@@ -3,5 +3,5 @@
 #include "../rows/softmax_forward.h"
 
 namespace fastattn::cuda {
-FASTATTN_KERNEL(softmax_forward_f32, SoftmaxParams, (softmax_forward<float>), kRowThreads, 3)
+FASTATTN_KERNEL(softmax_forward_f32, SoftmaxParams, (softmax_forward<float>), kRowThreads, 2)
 }  // namespace fastattn::cuda

@@ -9,25 +9,33 @@ namespace fastattn::cuda {
 namespace {
 
 // Of row_threads.h, softmax_forward.h, softmax_backward.h, line_sum.h and part_sum.h.
-constexpr int kThreads = 256, kWarps = 8, kSharedBytes = 128, kLineThreads = 128, kManyLines = 32;
-// Columns of a tile for each warp: 32 numbers a lane forward, 64 bytes of each operand backward.
-constexpr i64 kForwardTile = 32 * 32;
-i64 backward_tile(i64 element_bytes) { return 32 * 64 / element_bytes; }
+constexpr int kThreads = 256, kSharedBytes = 128 + 16 * kThreads, kLineThreads = 128, kManyLines = 32;
+// Elements a thread holds: 32 numbers forward, 64 bytes of each operand backward.
+constexpr i64 kForwardHeld = 32;
+i64 backward_held(i64 element_bytes) { return 64 / element_bytes; }
+// Threads of a row, at least: fewer would leave its accesses in pieces of less than a sector or two.
+constexpr i64 kFewestWide = 4, kFewestNarrow = 16;
 
-// How rows are dealt out: as few warps each as hold a row, more where there are too few rows to fill the device.
-template <class Params>
-Launch deal(Params& p, const Problem& problem, i64 tile, i64 run, const Device& device) {
-  p.features = features_of(problem);
-  p.scale = static_cast<float>(problem.scale);
+// To as few threads each as can hold a row, to more where there are too few rows to fill the device.
+RowDeal deal(const Problem& problem, i64 held, i64 run, bool wide, const Device& device) {
+  RowDeal deal;
   const i64 columns = problem.key_length;
-  p.rows = checked("batch * heads * rows", problem.batch * problem.query_heads * problem.query_length);
-  i64 warps = 1;
-  const auto blocks = [&] { return ceil_div(p.rows, kWarps / warps); };
-  while (warps < kWarps && warps * tile < columns) warps *= 2;
-  while (warps < kWarps && blocks() < 2 * device.multiprocessors && warps * 32 * run < columns) warps *= 2;
-  p.warps_per_row = static_cast<int>(warps);
-  p.tiles = static_cast<int>(ceil_div(columns, warps * tile));
-  return {checked("blocks", blocks()), 1, 1, kSharedBytes, device.stream};
+  deal.rows = checked("batch * heads * rows", problem.batch * problem.query_heads * problem.query_length,
+                      kMostBlocks - kThreads);
+  i64 threads = wide ? kFewestWide : kFewestNarrow;
+  const auto blocks = [&] { return ceil_div(deal.rows, kThreads / threads); };
+  while (threads < kThreads && threads * held < columns) threads *= 2;
+  while (threads < kThreads && blocks() < 2 * device.multiprocessors && threads * run < columns) threads *= 2;
+  deal.threads = static_cast<int>(threads);
+  deal.tiles = static_cast<int>(ceil_div(columns, threads * held));
+  deal.wide = wide;
+  deal.thread_step = wide ? static_cast<int>(run) : 1;
+  deal.element_step = wide ? 1 : deal.threads;
+  return deal;
+}
+
+Launch row_launch(const RowDeal& deal, const Device& device) {
+  return {static_cast<int>(ceil_div(deal.rows, kThreads / deal.threads)), 1, 1, kSharedBytes, device.stream};
 }
 
 struct Gradients {
@@ -43,19 +51,21 @@ struct Gradients {
   void row_pass() {
     const View& bias = views.ddense_bias;
     const i64 size = element_size(views.out.dtype), run = 16 / size;
-    Launch launch = deal(rows, problem, backward_tile(size), run, device);
+    rows.features = features_of(problem);
+    rows.scale = static_cast<float>(problem.scale);
     rows.out = rows_of(views.out);
     rows.grad_out = rows_of(views.grad_out);
-    rows.wide = in_runs(views.out, run) && in_runs(views.grad_out, run);
-    if (views.dscores) {
-      rows.dscores = rows_of(views.dscores);
-      rows.wide = rows.wide && in_runs(views.dscores, run);
-    }
+    rows.dscores = rows_of(views.dscores);
+    const bool wide =
+        in_runs(views.out, run) && in_runs(views.grad_out, run) && (!views.dscores || in_runs(views.dscores, run));
+    rows.deal = deal(problem, backward_held(size), run, wide, device);
+    const i64 count = rows.deal.rows;
     const bool by_column = bias && bias.size[3] == problem.key_length;
-    if (by_column || table_lines() > 0) rows.delta = partial(rows.rows);
-    if (views.dslopes) rows.distances = partial(rows.rows);
-    if (views.dtable) rows.ends = partial(2 * i64{rows.rows});
-    if (bias && !by_column) rows.totals = partial(rows.rows);
+    if (by_column || table_lines() > 0) rows.delta = partial(count);
+    if (views.dslopes) rows.distances = partial(count);
+    if (views.dtable) rows.ends = partial(2 * count);
+    if (bias && !by_column) rows.totals = partial(count);
+    const Launch launch = row_launch(rows.deal, device);
     switch (element_of("out", views.out)) {
       case Element::kFloat32:
         return softmax_backward_f32(launch, rows);
@@ -144,7 +154,8 @@ struct Gradients {
     const i64 columns = gradient.size[2];
     // a table of one column has both ends in it
     add_parts(rows.ends, problem.query_length, 1, gradient, 0, 1);
-    add_parts(rows.ends + rows.rows, problem.query_length, 1, gradient, columns - 1, 1, /*accumulate=*/columns == 1);
+    add_parts(rows.ends + rows.deal.rows, problem.query_length, 1, gradient, columns - 1, 1,
+              /*accumulate=*/columns == 1);
     if (!table_lines()) return;
     LineSumParams p = lines(table_lines());
     p.diagonal = true;
@@ -190,12 +201,15 @@ void softmax_forward(const Problem& problem, const SoftmaxForward& views, const 
   const Element element = element_of("scores", views.scores);
   if (!problem.batch || !problem.query_heads || !problem.query_length || !problem.key_length) return;
   SoftmaxParams p;
-  const Launch launch = deal(p, problem, kForwardTile, run, device);
+  p.features = features_of(problem);
+  p.scale = static_cast<float>(problem.scale);
   p.scores = rows_of(views.scores);
   p.out = rows_of(views.out);
-  p.wide = in_runs(views.scores, run) && in_runs(views.out, run);
-  p.wide_mask = p.wide && problem.dense_mask && in_runs(problem.dense_mask, run);
-  p.wide_bias = p.wide && problem.dense_bias && in_runs(problem.dense_bias, run);
+  const bool wide = in_runs(views.scores, run) && in_runs(views.out, run);
+  p.deal = deal(problem, kForwardHeld, run, wide, device);
+  p.wide_mask = wide && problem.dense_mask && in_runs(problem.dense_mask, run);
+  p.wide_bias = wide && problem.dense_bias && in_runs(problem.dense_bias, run);
+  const Launch launch = row_launch(p.deal, device);
   switch (element) {
     case Element::kFloat32:
       return softmax_forward_f32(launch, p);

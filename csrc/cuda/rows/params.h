@@ -42,16 +42,23 @@ struct RotaryParams {
   int tokens_per_block = 0;
 };
 
+// How the rows of scores are dealt to the threads of a block (row_threads.h).
+struct RowDeal {
+  int rows = 0;          // B * H * Sq
+  int threads = 1;       // of a row: a power of two, up to all of a block
+  int tiles = 1;         // parts of a row that its threads hold at once
+  bool wide = false;     // 16-byte accesses
+  int thread_step = 1;   // columns from a thread's first to its neighbour's
+  int element_step = 1;  // columns from one element of a chunk to the next
+};
+
 // The masked softmax.  `features` holds the masks, biases and lengths; its operands are not used.
 struct SoftmaxParams {
   Attention features;
   Rows scores, out;
   float scale = 1;
-  int rows = 0;                               // B * H * Sq
-  int warps_per_row = 1;                      // a power of two
-  int tiles = 1;                              // parts of a row that its threads hold at once
-  bool wide = false;                          // scores and out in 16-byte accesses
-  bool wide_mask = false, wide_bias = false;  // as many of theirs at a time, where the columns are dense
+  RowDeal deal;
+  bool wide_mask = false, wide_bias = false;  // as many columns at a time as of the scores
 };
 
 // Its gradients that take one pass over the rows: of the scores, and sums of dS along each row.
@@ -60,8 +67,7 @@ struct SoftmaxGradientParams {
   Rows out, grad_out;
   Rows dscores;  // null where not wanted, as the sums are
   float scale = 1;
-  int rows = 0, warps_per_row = 1, tiles = 1;
-  bool wide = false;
+  RowDeal deal;
   float* delta = nullptr;      // (B, H, Sq): sum of out * grad_out
   float* distances = nullptr;  // (B, H, Sq): sum of dS * |distance|
   float* ends = nullptr;       // (2, B, H, Sq): sum of dS at or beyond the table's left end, and its right end

@@ -28,7 +28,7 @@ FASTATTN_DEVICE void part_sum(const PartSumParams& p) {
         for (int t = begin; t < p.count; t += step) sum[0] += load_constant(parts + static_cast<i64>(t) * p.lines);
       }
   if (!many) {
-    row_sums(sum, kRowWarps);
+    row_sums(sum, kRowThreads);
     if (thread_index()) return;
   }
   if (line >= p.lines) return;

@@ -1,10 +1,11 @@
 // The threads that share a row: which columns each of them holds, and sums and maxima over all of them.
 //
-// A row belongs to one, two, four or all eight warps of its block.  Thread g of G holds, of a tile of columns,
-// `kChunks` chunks of as many elements as 16 bytes hold: neighbours in the wide layout, G apart in the other, so that
-// either way the lanes of a warp read memory that lies together.
+// A row belongs to G threads of its block, a power of two up to all 256; short rows share a warp.  Thread g of G holds,
+// of a tile of columns, `kChunks` chunks of as many elements as 16 bytes hold: neighbours in the wide layout, G apart
+// in the other, so that either way lanes beside each other read memory that lies together.
 #pragma once
 
+#include "../attention/geometry.h"
 #include "elements.h"
 #include "params.h"
 
@@ -13,21 +14,18 @@ namespace fastattn::cuda {
 inline constexpr int kRowThreads = 256;
 inline constexpr int kRowWarps = kRowThreads / kWarpSize;
 
+// The columns of a thread.  Steps stay in the parameters: instructions take them from there without a register.
 template <class T, int kChunks>
 struct Columns {
-  int first, chunk_step, element_step;
-  int tile;  // columns of one
+  const RowDeal& deal;
+  int first;
 
-  FASTATTN_DEVICE Columns(int warps_per_row, bool wide) {
-    const int threads = warps_per_row * kWarpSize, mine = thread_index() % threads;
-    first = wide ? mine * kWide<T> : mine;
-    chunk_step = threads * kWide<T>;
-    element_step = wide ? 1 : threads;
-    tile = kChunks * chunk_step;
-  }
+  FASTATTN_DEVICE explicit Columns(const RowDeal& how)
+      : deal(how), first(thread_index() % how.threads * how.thread_step) {}
 
+  FASTATTN_DEVICE int step() const { return deal.element_step; }
   // The first column of a chunk.
-  FASTATTN_DEVICE int chunk(int n, int c) const { return n * tile + c * chunk_step + first; }
+  FASTATTN_DEVICE int chunk(int tile, int c) const { return (tile * kChunks + c) * deal.threads * kWide<T> + first; }
 };
 
 // Columns [lo, hi) of one row of a tensor.
@@ -73,56 +71,84 @@ FASTATTN_DEVICE void store_chunk(Stored<T>* row, int column, int step, bool wide
   }
 }
 
-FASTATTN_DEVICE float warp_max(float x) {
+// Over the lanes of a warp that share a row.
+FASTATTN_DEVICE float lanes_max(float x, int threads) {
   FASTATTN_UNROLL
-  for (int step = kWarpSize / 2; step; step /= 2) x = fmaxf(x, shuffle_xor(x, step));
+  for (int step = kWarpSize / 2; step; step /= 2)
+    if (step < threads) x = fmaxf(x, shuffle_xor(x, step));
   return x;
 }
 
-FASTATTN_DEVICE float warp_sum(float x) {
+FASTATTN_DEVICE float lanes_sum(float x, int threads) {
   FASTATTN_UNROLL
-  for (int step = kWarpSize / 2; step; step /= 2) x += shuffle_xor(x, step);
+  for (int step = kWarpSize / 2; step; step /= 2)
+    if (step < threads) x += shuffle_xor(x, step);
   return x;
 }
 
 // Sums over the threads of a row, in the same order for each of them.  All threads of the block come here together.
 template <int kCount>
-FASTATTN_DEVICE void row_sums(float (&x)[kCount], int warps_per_row) {
+FASTATTN_DEVICE void row_sums(float (&x)[kCount], int threads) {
   FASTATTN_UNROLL
-  for (int n = 0; n < kCount; ++n) x[n] = warp_sum(x[n]);
-  if (warps_per_row == 1) return;
-  const int warp = warp_index(), first = warp / warps_per_row * warps_per_row;
+  for (int n = 0; n < kCount; ++n) x[n] = lanes_sum(x[n], threads);
+  if (threads <= kWarpSize) return;
+  const int warp = warp_index(), warps = threads / kWarpSize, first = warp / warps * warps;
   sync_block();
-  if (lane_index() == 0) FASTATTN_UNROLL
-  for (int n = 0; n < kCount; ++n) store_shared(shared_base() + 4 * (n * kRowWarps + warp), x[n]);
+  if (lane_index() == 0) {
+    FASTATTN_UNROLL
+    for (int n = 0; n < kCount; ++n) store_shared(shared_base() + 4 * (n * kRowWarps + warp), x[n]);
+  }
   sync_block();
   FASTATTN_UNROLL
   for (int n = 0; n < kCount; ++n) {
     x[n] = 0;
-    for (int w = 0; w < warps_per_row; ++w) x[n] += load_shared<float>(shared_base() + 4 * (n * kRowWarps + first + w));
+    for (int w = 0; w < warps; ++w) x[n] += load_shared<float>(shared_base() + 4 * (n * kRowWarps + first + w));
   }
 }
 
-inline constexpr int kRowSharedBytes = 4 * 4 * kRowWarps;  // of four sums at most
+inline constexpr int kRowSumBytes = 4 * 4 * kRowWarps;  // of four sums at most
 
-// Which row a thread works on, and where it lies.
+// Which row a thread works on.
 struct RowPlace {
   int b, h, i;
-  bool exists;
-
-  FASTATTN_DEVICE RowPlace(const Attention& p, int rows, int warps_per_row) {
-    const int index = block_index() * (kRowWarps / warps_per_row) + warp_index() / warps_per_row;
-    exists = index < rows;
-    const int row = exists ? index : 0;
-    i = row % p.query_length;
-    h = row / p.query_length % p.heads;
-    b = row / p.query_length / p.heads;
-  }
+  int position;  // of row i among the columns
 
   template <class T>
   FASTATTN_DEVICE Stored<T>* of(const Rows& rows) const {
     return static_cast<Stored<T>*>(rows.data) + b * rows.batch + h * rows.head + i * rows.row;
   }
+};
+
+// A thread's row, and what of it the interval masks let it see.  The place lies in shared memory, each thread's own,
+// and is read where it is asked for: in registers all of it would be live throughout, for stages that a call does not
+// have.
+struct OwnRow {
+  Visible visible;
+
+  FASTATTN_DEVICE OwnRow(const Attention& p, const RowDeal& deal) {
+    const int index = block_index() * (kRowThreads / deal.threads) + thread_index() / deal.threads;
+    const int row = index < deal.rows ? index : 0;
+    const int i = row % p.query_length, h = row / p.query_length % p.heads, b = row / p.query_length / p.heads;
+    const Interval interval = interval_of(p, b);
+    const int position = i + interval.offset;
+    keys_of_query(p, interval, position, visible.lo, visible.hi);
+    // a thread may have no row, which is not a row that sees nothing
+    visible.hi = index < deal.rows ? larger(visible.hi, 0) : -1;
+    store_shared(at(), Words{b, h, i, position});
+  }
+
+  FASTATTN_DEVICE bool exists() const { return visible.hi >= 0; }
+
+  FASTATTN_DEVICE RowPlace place() const {
+    const Words words = load_shared<Words>(at());
+    return {words.b, words.h, words.i, words.position};
+  }
+
+ private:
+  struct alignas(16) Words {
+    int b, h, i, position;
+  };
+  FASTATTN_DEVICE static SharedAddress at() { return shared_base() + kRowSumBytes + 16 * thread_index(); }
 };
 
 }  // namespace fastattn::cuda

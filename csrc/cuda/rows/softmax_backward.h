@@ -8,7 +8,6 @@
 
 #include <cmath>
 
-#include "../attention/geometry.h"
 #include "row_threads.h"
 
 namespace fastattn::cuda {
@@ -19,30 +18,22 @@ struct SoftmaxGradientRow {
   static constexpr int kChunks = 4;
 
   const SoftmaxGradientParams& p;
-  RowPlace place;
+  OwnRow own;
   Columns<T, kChunks> columns;
-  Visible visible;
-  int position;
 
   FASTATTN_DEVICE explicit SoftmaxGradientRow(const SoftmaxGradientParams& params)
-      : p(params),
-        place(params.features, params.rows, params.warps_per_row),
-        columns(params.warps_per_row, params.wide) {
-    const Interval interval = interval_of(p.features, place.b);
-    position = place.i + interval.offset;
-    keys_of_query(p.features, interval, position, visible.lo, visible.hi);
-    if (!place.exists) visible = {0, 0};
-  }
+      : p(params), own(params.features, params.deal), columns(params.deal) {}
 
   // y and dy of the tile, as they are in memory.
   FASTATTN_DEVICE void load(Vec4 (&y)[kChunks], Vec4 (&dy)[kChunks], int tile) const {
+    const RowPlace place = own.place();
     const Stored<T>* const y_row = place.of<T>(p.out);
     const Stored<T>* const dy_row = place.of<T>(p.grad_out);
     FASTATTN_UNROLL
     for (int c = 0; c < kChunks; ++c) {
       const int column = columns.chunk(tile, c);
-      y[c] = load_chunk<T>(y_row, column, columns.element_step, p.wide, visible);
-      dy[c] = load_chunk<T>(dy_row, column, columns.element_step, p.wide, visible);
+      y[c] = load_chunk<T>(y_row, column, columns.step(), p.deal.wide, own.visible);
+      dy[c] = load_chunk<T>(dy_row, column, columns.step(), p.deal.wide, own.visible);
     }
   }
 
@@ -53,7 +44,7 @@ struct SoftmaxGradientRow {
     widen<T>(dy_raw, dy);
     FASTATTN_UNROLL
     for (int e = 0; e < kN; ++e) {
-      if (!visible.sees(column + e * columns.element_step)) y[e] = 0.0f;
+      if (!own.visible.sees(column + e * columns.step())) y[e] = 0.0f;
       if (y[e] == 0.0f) dy[e] = 0.0f;
     }
   }
@@ -74,6 +65,7 @@ struct SoftmaxGradientRow {
   FASTATTN_DEVICE void finish(const Vec4 (&y)[kChunks], const Vec4 (&dy)[kChunks], int tile, float delta,
                               float (&sums)[4]) const {
     const Attention& f = p.features;
+    const RowPlace place = own.place();
     FASTATTN_UNROLL
     for (int c = 0; c < kChunks; ++c) {
       const int column = columns.chunk(tile, c);
@@ -84,7 +76,7 @@ struct SoftmaxGradientRow {
       if (p.distances || p.ends || p.totals) {
         FASTATTN_UNROLL
         for (int e = 0; e < kN; ++e) {
-          const int distance = column + e * columns.element_step - position;
+          const int distance = column + e * columns.step() - place.position;
           sums[0] += ds[e] * static_cast<float>(distance < 0 ? -distance : distance);
           if (distance <= -f.table_left)
             sums[1] += ds[e];
@@ -93,10 +85,10 @@ struct SoftmaxGradientRow {
           sums[3] += ds[e];
         }
       }
-      if (p.dscores.data && place.exists) {
+      if (p.dscores.data && own.exists()) {
         FASTATTN_UNROLL
         for (int e = 0; e < kN; ++e) ds[e] *= p.scale;
-        store_chunk<T>(place.of<T>(p.dscores), column, columns.element_step, p.wide, f.key_length, ds);
+        store_chunk<T>(place.of<T>(p.dscores), column, columns.step(), p.deal.wide, f.key_length, ds);
       }
     }
   }
@@ -110,26 +102,26 @@ FASTATTN_DEVICE void softmax_backward(const SoftmaxGradientParams& p) {
   float delta[1] = {0.0f};
   float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   FASTATTN_NO_UNROLL
-  for (int step = 0; step < 2 * p.tiles; ++step) {
-    const bool writes = step >= p.tiles;
-    const int tile = writes ? step - p.tiles : step;
-    if (step == 0 || p.tiles > 1) row.load(y, dy, tile);
+  for (int step = 0; step < 2 * p.deal.tiles; ++step) {
+    const bool writes = step >= p.deal.tiles;
+    const int tile = writes ? step - p.deal.tiles : step;
+    if (step == 0 || p.deal.tiles > 1) row.load(y, dy, tile);
     if (!writes) {
       delta[0] += row.delta(y, dy, tile);
       continue;
     }
-    if (tile == 0) row_sums(delta, p.warps_per_row);
+    if (tile == 0) row_sums(delta, p.deal.threads);
     row.finish(y, dy, tile, delta[0], sums);
   }
-  if (p.distances || p.ends || p.totals) row_sums(sums, p.warps_per_row);
-  const RowPlace& at = row.place;
-  if (!at.exists || thread_index() % (p.warps_per_row * kWarpSize)) return;
+  if (p.distances || p.ends || p.totals) row_sums(sums, p.deal.threads);
+  if (!row.own.exists() || thread_index() % p.deal.threads) return;
+  const RowPlace at = row.own.place();
   const i64 index = (static_cast<i64>(at.b) * p.features.heads + at.h) * p.features.query_length + at.i;
   if (p.delta) store_global(p.delta + index, delta[0]);
   if (p.distances) store_global(p.distances + index, sums[0]);
   if (p.ends) {
     store_global(p.ends + index, sums[1]);
-    store_global(p.ends + p.rows + index, sums[2]);
+    store_global(p.ends + p.deal.rows + index, sums[2]);
   }
   if (p.totals) store_global(p.totals + index, sums[3]);
 }

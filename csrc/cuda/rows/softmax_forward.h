@@ -7,7 +7,6 @@
 
 #include <cmath>
 
-#include "../attention/geometry.h"
 #include "row_threads.h"
 
 namespace fastattn::cuda {
@@ -31,15 +30,15 @@ struct Total {
   }
 };
 
-FASTATTN_DEVICE Total row_total(Total mine, int warps_per_row) {
-  mine.raise(warp_max(mine.top));
-  mine.sum = warp_sum(mine.sum);
-  if (warps_per_row == 1) return mine;
-  const int warp = warp_index(), first = warp / warps_per_row * warps_per_row;
+FASTATTN_DEVICE Total row_total(Total mine, int threads) {
+  mine.raise(lanes_max(mine.top, threads));
+  mine.sum = lanes_sum(mine.sum, threads);
+  if (threads <= kWarpSize) return mine;
+  const int warp = warp_index(), warps = threads / kWarpSize, first = warp / warps * warps;
   if (lane_index() == 0) store_shared(shared_base() + 8 * warp, Vec2{{bits_of(mine.top), bits_of(mine.sum)}});
   sync_block();
   Total all{-infinity(), 0.0f};
-  for (int w = 0; w < warps_per_row; ++w) {
+  for (int w = 0; w < warps; ++w) {
     const Vec2 other = load_shared<Vec2>(shared_base() + 8 * (first + w));
     all.raise(float_of(other.x[0]));
     all.sum += float_of(other.x[1]) * Total::weight(float_of(other.x[0]), all.pivot());
@@ -81,28 +80,19 @@ struct SoftmaxRow {
   static constexpr int kChunks = 32 / kN;
 
   const SoftmaxParams& p;
-  RowPlace place;
+  OwnRow own;
   Columns<T, kChunks> columns;
-  Visible visible;
-  int position;
 
   FASTATTN_DEVICE explicit SoftmaxRow(const SoftmaxParams& params)
-      : p(params),
-        place(params.features, params.rows, params.warps_per_row),
-        columns(params.warps_per_row, params.wide) {
-    const Interval interval = interval_of(p.features, place.b);
-    position = place.i + interval.offset;
-    keys_of_query(p.features, interval, position, visible.lo, visible.hi);
-    if (!place.exists) visible = {0, 0};
-  }
+      : p(params), own(params.features, params.deal), columns(params.deal) {}
 
   // scale -> biases -> masks; -inf where masked.
   FASTATTN_DEVICE void load(float (&s)[kChunks][kN], int tile) const {
-    const Stored<T>* const row = place.of<T>(p.scores);
+    const Stored<T>* const row = own.place().of<T>(p.scores);
     Vec4 raw[kChunks];
     FASTATTN_UNROLL
     for (int c = 0; c < kChunks; ++c)
-      raw[c] = load_chunk<T>(row, columns.chunk(tile, c), columns.element_step, p.wide, visible);
+      raw[c] = load_chunk<T>(row, columns.chunk(tile, c), columns.step(), p.deal.wide, own.visible);
     // one chunk after the other: passes over the whole tile would keep its columns in registers between them
     FASTATTN_UNROLL
     for (int c = 0; c < kChunks; ++c) {
@@ -117,7 +107,7 @@ struct SoftmaxRow {
   template <class F>
   FASTATTN_DEVICE void each(float (&s)[kN], int first, F f) const {
     FASTATTN_UNROLL
-    for (int e = 0; e < kN; ++e) f(s[e], first + e * columns.element_step);
+    for (int e = 0; e < kN; ++e) f(s[e], first + e * columns.step());
   }
 
   FASTATTN_DEVICE void mask_and_bias(float (&s)[kN], int first) const {
@@ -125,37 +115,40 @@ struct SoftmaxRow {
     if (f.slopes.data) add_slopes(s, first);
     if (f.table) add_table(s, first);
     if (f.bias.data) add_bias(s, first);
-    each(s, first, [&](float& x, int j) { x = visible.sees(j) ? x : -infinity(); });
+    each(s, first, [&](float& x, int j) { x = own.visible.sees(j) ? x : -infinity(); });
     if (f.query_ids.data) hide_other_documents(s, first);
     if (f.mask.data) hide_masked(s, first);
   }
 
   FASTATTN_DEVICE void add_slopes(float (&s)[kN], int first) const {
+    const RowPlace place = own.place();
     const PerHead& slopes = p.features.slopes;
     const float slope = load_constant(slopes.data + place.b * slopes.batch + place.h);
     each(s, first, [&](float& x, int j) {
-      const int distance = j - position;
+      const int distance = j - place.position;
       x -= slope * static_cast<float>(distance < 0 ? -distance : distance);
     });
   }
 
   FASTATTN_DEVICE void add_table(float (&s)[kN], int first) const {
+    const RowPlace place = own.place();
     const Attention& f = p.features;
     const float* const table = f.table + place.b * f.table_batch + place.h * f.table_head + f.table_left;
     each(s, first, [&](float& x, int j) {
-      x += load_constant(table + smaller(larger(j - position, -f.table_left), f.table_right));
+      x += load_constant(table + smaller(larger(j - place.position, -f.table_left), f.table_right));
     });
   }
 
   FASTATTN_DEVICE void add_bias(float (&s)[kN], int first) const {
+    const RowPlace place = own.place();
     const Attention& f = p.features;
     const i64 row = place.b * f.bias.batch + place.h * f.bias.head + place.i * f.bias.row;
     float added[kN] = {};
     if (!p.wide_bias) {
       each(added, first, [&](float& x, int j) {
-        if (visible.sees(j)) x = load_number(f.bias.data, f.bias_element, row + j * f.bias.column);
+        if (own.visible.sees(j)) x = load_number(f.bias.data, f.bias_element, row + j * f.bias.column);
       });
-    } else if (visible.sees_some(first, first + kN - 1)) {
+    } else if (own.visible.sees_some(first, first + kN - 1)) {
       load_bias_chunk(f.bias, f.bias_element, row + first, added);
     }
     FASTATTN_UNROLL
@@ -163,23 +156,25 @@ struct SoftmaxRow {
   }
 
   FASTATTN_DEVICE void hide_other_documents(float (&s)[kN], int first) const {
+    const RowPlace place = own.place();
     const Attention& f = p.features;
     const i64 mine = load_constant(f.query_ids.data + place.b * f.query_ids.batch + place.i);
     const i64* const ids = f.key_ids.data + place.b * f.key_ids.batch;
     each(s, first, [&](float& x, int j) {
-      if (visible.sees(j) && load_constant(ids + j) != mine) x = -infinity();
+      if (own.visible.sees(j) && load_constant(ids + j) != mine) x = -infinity();
     });
   }
 
   FASTATTN_DEVICE void hide_masked(float (&s)[kN], int first) const {
+    const RowPlace place = own.place();
     const Dense& mask = p.features.mask;
     const uint8_t* const row =
         static_cast<const uint8_t*>(mask.data) + place.b * mask.batch + place.h * mask.head + place.i * mask.row;
     if (!p.wide_mask) {
       each(s, first, [&](float& x, int j) {
-        if (visible.sees(j) && !load_constant(row + j * mask.column)) x = -infinity();
+        if (own.visible.sees(j) && !load_constant(row + j * mask.column)) x = -infinity();
       });
-    } else if (visible.sees_some(first, first + kN - 1)) {
+    } else if (own.visible.sees_some(first, first + kN - 1)) {
       FASTATTN_UNROLL
       for (int n = 0; n < kN; n += 4) {
         const uint32_t seen = load_constant(reinterpret_cast<const uint32_t*>(row + first + n));
@@ -206,14 +201,15 @@ struct SoftmaxRow {
     }
   }
 
-  FASTATTN_DEVICE void store(float (&s)[kChunks][kN], int tile, float pivot, float share) const {
-    Stored<T>* const row = place.of<T>(p.out);
+  FASTATTN_DEVICE void store(float (&s)[kChunks][kN], int tile, const Total& total) const {
+    const float pivot = total.pivot(), share = total.sum == 0.0f ? 0.0f : 1.0f / total.sum;
+    Stored<T>* const row = own.place().of<T>(p.out);
     FASTATTN_UNROLL
     for (int c = 0; c < kChunks; ++c) {
       // 0 where masked, also in a row that sees NaN or +inf, whose visible weights are NaN
       FASTATTN_UNROLL
       for (int e = 0; e < kN; ++e) s[c][e] = s[c][e] == -infinity() ? 0.0f : Total::weight(s[c][e], pivot) * share;
-      store_chunk<T>(row, columns.chunk(tile, c), columns.element_step, p.wide, p.features.key_length, s[c]);
+      store_chunk<T>(row, columns.chunk(tile, c), columns.step(), p.deal.wide, p.features.key_length, s[c]);
     }
   }
 };
@@ -224,22 +220,18 @@ FASTATTN_DEVICE void softmax_forward(const SoftmaxParams& p) {
   const Row row(p);
   float s[Row::kChunks][Row::kN];
   Total total{-infinity(), 0.0f};
-  float share = 0.0f;
   // both passes in one loop: the code of `load` is long, and here it is there once
   FASTATTN_NO_UNROLL
-  for (int step = 0; step < 2 * p.tiles; ++step) {
-    const bool writes = step >= p.tiles;
-    const int tile = writes ? step - p.tiles : step;
-    if (step == 0 || p.tiles > 1) row.load(s, tile);
+  for (int step = 0; step < 2 * p.deal.tiles; ++step) {
+    const bool writes = step >= p.deal.tiles;
+    const int tile = writes ? step - p.deal.tiles : step;
+    if (step == 0 || p.deal.tiles > 1) row.load(s, tile);
     if (!writes) {
       row.add_to(total, s);
       continue;
     }
-    if (tile == 0) {
-      total = row_total(total, p.warps_per_row);
-      share = total.sum == 0.0f ? 0.0f : 1.0f / total.sum;
-    }
-    if (row.place.exists) row.store(s, tile, total.pivot(), share);
+    if (tile == 0) total = row_total(total, p.deal.threads);
+    if (row.own.exists()) row.store(s, tile, total);
   }
 }
 
