@@ -88,7 +88,8 @@ def instances() -> list[Path]:
 def host_sources() -> list[Path]:
     """Plain C++: what picks tiles and launches, and the operators."""
     cuda = ROOT / "csrc" / "cuda"
-    return [cuda / "ops.cpp", *sorted(cuda.glob("rows/launch*.cpp")), *sorted(cuda.glob("attention/*.cpp"))]
+    folders = ("features", "rows", "attention")
+    return [cuda / "ops.cpp", *(path for folder in folders for path in sorted(cuda.glob(f"{folder}/*.cpp")))]
 
 
 def build(

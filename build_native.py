@@ -13,10 +13,10 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from build_objects import Unit, compile_all
 
 ROOT = Path(__file__).parent
 CUDA = ROOT / "csrc" / "cuda"
@@ -35,7 +35,9 @@ FLAGS = [
 def sources() -> list[Path]:
     """Host sources and kernel instances.  Instances first: they take longest."""
     instances = [*CUDA.glob("instances/*.cu"), CUDA / "instruction_tests" / "instances.cu"]
-    host = [path for folder in ("attention", "rows", "sim", "native") for path in (CUDA / folder).glob("*.cpp")]
+    host = [
+        path for folder in ("features", "attention", "rows", "sim", "native") for path in (CUDA / folder).glob("*.cpp")
+    ]
     return [*sorted(instances), *sorted(host)]
 
 
@@ -49,15 +51,6 @@ def reason_not_to_build() -> str | None:
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed"
     return None
-
-
-def _is_current(target: Path, line: list[str]) -> bool:
-    stamp, dependencies = target.with_suffix(".flags"), target.with_suffix(".d")
-    if not (target.exists() and stamp.exists() and dependencies.exists() and stamp.read_text() == str(line)):
-        return False
-    files = dependencies.read_text().replace("\\\n", " ").split()[1:]
-    built = target.stat().st_mtime
-    return all(Path(file).exists() and Path(file).stat().st_mtime <= built for file in files)
 
 
 def build(root: Path = ROOT) -> Path | None:
@@ -74,27 +67,15 @@ def build(root: Path = ROOT) -> Path | None:
     if compiler is None:
         raise RuntimeError("fastattn._native needs a C++20 compiler: install g++ (>= 12), or set CXX")
     objects = root / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
-    objects.mkdir(parents=True, exist_ok=True)
     includes = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     extra = os.environ.get("FASTATTN_NATIVE_CXXFLAGS", "").split()
-
-    def compile_one(source: Path) -> Path:
-        target = objects / ("-".join(source.relative_to(CUDA).with_suffix("").parts) + ".o")
+    units = []
+    for source in sources():
         python = includes if source.parent.name == "native" else []
-        line = [compiler, *FLAGS, *extra, *python, "-MMD", "-x", "c++", "-c", str(source), "-o", str(target)]
-        if _is_current(target, line):
-            return target
-        result = subprocess.run(line, capture_output=True, text=True)
-        if result.stderr:
-            print(result.stderr, file=sys.stderr)
-        if result.returncode:
-            raise RuntimeError(f"compiling {source.relative_to(root)} failed:\n{result.stderr[-4000:]}")
-        target.with_suffix(".flags").write_text(str(line))
-        return target
-
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(jobs) as pool:
-        targets = list(pool.map(compile_one, sources()))
+        target = objects / ("-".join(source.relative_to(CUDA).with_suffix("").parts) + ".o")
+        units.append(Unit((compiler, *FLAGS, *extra, *python, "-x", "c++"), source, target))
+    compile_all(units)
+    targets = [unit.target for unit in units]
 
     module = module_path()
     if module.exists() and all(target.stat().st_mtime <= module.stat().st_mtime for target in targets):

@@ -1,9 +1,10 @@
 // What the launchers of the forward and the backward share: checked operands, rotated where the problem asks for it.
 #pragma once
 
-#include "../rows/host.h"
+#include "../features/checks.h"
+#include "../features/features.h"
 #include "../workspace.h"
-#include "features.h"
+#include "params.h"
 #include "tiles.h"
 
 namespace fastattn::cuda {

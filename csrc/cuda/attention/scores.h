@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "geometry.h"
+#include "../features/geometry.h"
 #include "products.h"
 
 namespace fastattn::cuda {

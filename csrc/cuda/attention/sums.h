@@ -1,7 +1,7 @@
 // The small sums after the backward: partial results of blocks to gradients, in one fixed order.
 #pragma once
 
-#include "geometry.h"
+#include "../features/geometry.h"
 #include "tiles.h"
 
 namespace fastattn::cuda {

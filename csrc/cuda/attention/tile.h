@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../arch/arch.h"
-#include "params.h"
+#include "../features/params.h"
 
 namespace fastattn::cuda {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../arch/arch.h"
-#include "../attention/params.h"
+#include "../features/params.h"
 
 namespace fastattn::cuda {
 

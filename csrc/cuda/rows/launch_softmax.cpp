@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "../attention/features.h"
+#include "../features/features.h"
 #include "../instances.h"
 #include "host.h"
 #include "launch.h"

@@ -5,7 +5,7 @@
 // every sum has one order.
 #pragma once
 
-#include "../attention/geometry.h"
+#include "../features/geometry.h"
 #include "elements.h"
 #include "params.h"
 

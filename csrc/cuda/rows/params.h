@@ -1,7 +1,7 @@
 // What the kernels over rows are given: plain structs, passed by value.  Strides count elements.
 #pragma once
 
-#include "../attention/params.h"
+#include "../features/params.h"
 
 namespace fastattn::cuda {
 

@@ -5,7 +5,7 @@
 // in the other, so that either way lanes beside each other read memory that lies together.
 #pragma once
 
-#include "../attention/geometry.h"
+#include "../features/geometry.h"
 #include "elements.h"
 #include "params.h"
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 
-#include "../rows/host.h"
+#include "checks.h"
 
 namespace fastattn::cuda {
 namespace {
