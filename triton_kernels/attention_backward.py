@@ -77,8 +77,9 @@ def weights_and_gradient(
     else:
         dropped = w
     ds = w * (dw - delta)
-    if GENERAL:
-        # A NaN of a row or key that is masked here must not pass through 0 * NaN; one that is seen must come back.
+    if GENERAL or bias.dense is not None:
+        # A NaN of a row or key that is masked here must not pass through 0 * NaN; one that is seen must come back.  A
+        # dense bias masks in every tile, where it is -inf.
         ds = tl.where(w == 0, 0.0, ds)
         dropped = tl.where(w == 0, 0.0, dropped + delta * 0.0)
     ds_product = ds
@@ -118,6 +119,9 @@ def _query_tiles(
         else:
             b_q = tl.load(at_q) if BD == D else tl.load(at_q, mask=(o_d < D)[None, :], other=0.0)
             b_do = tl.load(at_do) if BDV == DV else tl.load(at_do, mask=(o_dv < DV)[None, :], other=0.0)
+            if bias.dense is not None:
+                b_q = finite_or_zero(b_q)
+                b_do = finite_or_zero(b_do)
             largest = tl.load(p_statistics + 2 * i)
             log_sum = tl.load(p_statistics + 2 * i + 1)
             delta = tl.load(p_delta + i)

@@ -36,7 +36,9 @@ def tanh(x):
 def query_offset(interval, numbers, b):
     """Position of query 0 of batch b among the keys."""
     if interval.offsets is not None:
-        return tl.load(interval.offsets + b * interval.offsets_sb).to(tl.int32)
+        # far beyond every length, and far from the end of 32 bits
+        offset = tl.load(interval.offsets + b * interval.offsets_sb).to(tl.int64)
+        return tl.minimum(tl.maximum(offset, -1073741824), 1073741824).to(tl.int32)
     return numbers.query_offset
 
 
@@ -45,8 +47,8 @@ def key_limit(interval, numbers, b):
     """One past the last key that batch b may see at all."""
     limit = numbers.key_length
     if interval.key_lengths is not None:
-        length = tl.load(interval.key_lengths + b * interval.key_lengths_sb).to(tl.int32)
-        limit = tl.minimum(limit, tl.maximum(length, 0))
+        length = tl.load(interval.key_lengths + b * interval.key_lengths_sb).to(tl.int64)
+        limit = tl.minimum(limit, tl.minimum(tl.maximum(length, 0), 2147483647).to(tl.int32))
     return limit
 
 
