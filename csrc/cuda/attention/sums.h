@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../features/geometry.h"
+#include "params.h"
 #include "tiles.h"
 
 namespace fastattn::cuda {

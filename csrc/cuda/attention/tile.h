@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../arch/arch.h"
-#include "../features/params.h"
+#include "params.h"
 
 namespace fastattn::cuda {
 
