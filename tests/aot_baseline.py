@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import triton
-from resource_baseline import Figures, add_to_baseline, read_baseline
+from resource_baseline import Figures, add_to_baseline, read_baseline, read_versions
 from triton.backends.compiler import GPUTarget
 
 from fastattn.triton_kernels import aot, tiles
@@ -25,6 +25,10 @@ UPDATE = os.environ.get("AOT_UPDATE") == "1"
 
 # Shared memory a block may use, bytes, by architecture.
 SHARED = {80: tiles.MEDIUM, 86: tiles.SMALL, 90: tiles.LARGE, 100: tiles.LARGE, 120: tiles.SMALL}
+
+
+def baseline() -> dict[str, Figures]:
+    return read_versions(BASELINE)
 
 
 def hold(

@@ -10,13 +10,14 @@ from pathlib import Path
 Figures = dict[str, list[int]]
 
 
-def _read(path: Path) -> dict[str, Figures]:
+def read_versions(path: Path) -> dict[str, Figures]:
+    """All there is, by compiler version."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_baseline(path: Path, version: str) -> Figures:
     """The figures of each kernel as that compiler version makes it."""
-    return _read(path).get(version, {})
+    return read_versions(path).get(version, {})
 
 
 def add_to_baseline(path: Path, version: str, found: Figures) -> None:
@@ -24,7 +25,7 @@ def add_to_baseline(path: Path, version: str, found: Figures) -> None:
     path.parent.mkdir(exist_ok=True)
     with open(Path(tempfile.gettempdir()) / f"fastattn-{path.stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
-        everything = _read(path)
+        everything = read_versions(path)
         everything.setdefault(version, {}).update(found)
         blocks = []
         for name, kernels in sorted(everything.items()):

@@ -122,7 +122,7 @@ class SoftmaxCall:
             score = score + flushed * (grad + (exact * grad).sum(-1, keepdim=True) + exact * grad.sum(-1, keepdim=True))
         result = {"out": unit * exact, "scores": abs(self.scale) * score}
         for feature in self.features:
-            if feature.bias is not None:
+            if feature.bias is not None and feature.leaves:
                 (name,) = feature.leaves
                 leaf = self.leaves[name].detach().double().requires_grad_()
                 total = feature.bias({**self.leaves, name: leaf})
