@@ -4,7 +4,7 @@ from fastattn.biases import ALiBi, Bias, DenseBias, DistanceTable, T5Bias, alibi
 from fastattn.dispatch import Explanation, UnsupportedError
 from fastattn.functional import attention, backends, explain, last_call
 from fastattn.masks import BoolMask, Causal, Documents, KeyLengths, Mask, PrefixLM, SlidingWindow
-from fastattn.nn import replace_attention, restore_attention
+from fastattn.nn import inspect, replace_attention, restore_attention
 from fastattn.positional import (
     FIRE,
     KERPLE,
@@ -51,6 +51,7 @@ __all__ = [
     "backends",
     "cosine_attention",
     "explain",
+    "inspect",
     "last_call",
     "masked_softmax",
     "replace_attention",
