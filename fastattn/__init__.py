@@ -4,7 +4,7 @@ from fastattn.biases import ALiBi, Bias, DenseBias, DistanceTable, T5Bias, alibi
 from fastattn.dispatch import Explanation, UnsupportedError
 from fastattn.functional import attention, backends, explain, last_call
 from fastattn.masks import BoolMask, Causal, Documents, KeyLengths, Mask, PrefixLM, SlidingWindow
-from fastattn.nn import inspect, replace_attention, restore_attention
+from fastattn.nn import inspect, plot_attention, replace_attention, restore_attention
 from fastattn.positional import (
     FIRE,
     KERPLE,
@@ -54,6 +54,7 @@ __all__ = [
     "inspect",
     "last_call",
     "masked_softmax",
+    "plot_attention",
     "replace_attention",
     "restore_attention",
     "scaled_dot_product_attention",

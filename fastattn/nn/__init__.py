@@ -6,6 +6,7 @@ from fastattn.nn.content import DisentangledBias, ShawAttention, TransformerXLBi
 from fastattn.nn.image import CosineAttention, DecomposedBias, SwinBias, SwinV2Bias
 from fastattn.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer
 from fastattn.nn.multihead_attention import MultiheadAttention
+from fastattn.nn.plot import plot_attention
 from fastattn.nn.recording import AttentionRecord, RecordedCall, RecordingLimitError, inspect
 from fastattn.nn.relative import FIRE, KERPLE, ALiBi, ClippedBias, T5Bias
 from fastattn.nn.replace import ReplacementReport, replace_attention, restore_attention
@@ -46,6 +47,7 @@ __all__ = [
     "TransformerXLBias",
     "inspect",
     "layer_groups",
+    "plot_attention",
     "replace_attention",
     "restore_attention",
 ]
