@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller batches in the timing part")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of timing per batch shape (default 3)")
     parser.add_argument("--train", action="store_true", help="train an encoder-decoder beside torch's instead")
-    parser.add_argument("--steps", type=_steps, default=300, help="of the training (default 300, about a minute)")
+    parser.add_argument("--steps", type=_steps, default=500, help="of the training (default 500, about a minute)")
     parser.add_argument(
         "--out",
         type=Path,
