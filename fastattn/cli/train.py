@@ -157,10 +157,12 @@ def draw_curves(curves: Curves, path: Path) -> None:
     above.plot(steps, curves.theirs, color="#e07b39", linewidth=3.2, alpha=0.55, label="torch.nn.Transformer")
     above.plot(steps, curves.ours, color="#1f5fa8", linewidth=1.0, label="fastattn.nn.Transformer")
     above.set_yscale("log")
+    above.minorticks_off()
+    above.set_yticks(marks := (0.3, 0.5, 1, 2, 5), [f"{mark:g}" for mark in marks])
     above.set_ylabel("loss (nats per letter)")
     above.legend(frameon=False)
     above.set_title("The vowels of Python's documentation", fontsize=10, loc="left")
-    # exact agreement has no place on a logarithmic axis
+    # equal losses have no place on a logarithmic axis
     below.plot(steps, [max(d, 1e-9) for d in curves.differences()], ".", color="#1f5fa8", markersize=2.5)
     below.axhline(ALLOWED, color="#b03030", linewidth=0.8, linestyle="--")
     below.annotate(
@@ -169,6 +171,8 @@ def draw_curves(curves: Curves, path: Path) -> None:
     )  # fmt: skip
     below.set_yscale("log")
     below.set_ylim(5e-10, 1e-3)
+    below.set_yticks((1e-9, 1e-7, 1e-5, 1e-3), ("equal", "1e-7", "1e-5", "1e-3"))
+    below.minorticks_off()
     below.set_ylabel("relative difference")
     below.set_xlabel("step")
     for axes in (above, below):
