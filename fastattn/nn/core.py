@@ -13,7 +13,7 @@ from fastattn.masks import BoolMask, Causal, Mask
 from fastattn.nn.cache import KVCache, MemoryCache
 from fastattn.nn.inputs import check_mask_dtype, check_mask_shapes, check_ranks, check_sizes
 from fastattn.nn.masks import CallMasks, hint_replaces_mask, lower_masks
-from fastattn.nn.position import Encoder, Encoding, encode, own_position
+from fastattn.nn.position import Encoding, Encodings, encode, own_position
 from fastattn.nn.projections import (
     count_extra_keys,
     join_heads,
@@ -42,7 +42,7 @@ def multi_head_attention(
     attn_mask: Tensor | None,
     average_attn_weights: bool,
     is_causal: bool,
-    position: Encoder | None = None,
+    position: Encodings | None = None,
     cache: KVCache | MemoryCache | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`MultiheadAttention.forward` on dense tensors; it documents arguments, results and errors."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn.nn.cache import LayerCache
 from fastattn.nn.multihead_attention import MultiheadAttention
-from fastattn.nn.position import Encoder, Position, make_position
+from fastattn.nn.position import Encodings, Position, make_position
 
 __all__ = ["TransformerDecoderLayer", "TransformerEncoderLayer"]
 
@@ -95,7 +95,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
         *,
-        position: Encoder | None = None,
+        position: Encodings | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """The layer's output, shaped as `src`.
@@ -178,7 +178,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
         *,
-        position: Encoder | None = None,
+        position: Encodings | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """The layer's output, shaped as `tgt`.

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.nn.cache import KVCache, MemoryCache
 from fastattn.nn.classes import share_state
 from fastattn.nn.core import multi_head_attention
-from fastattn.nn.position import Encoder, Position, make_position
+from fastattn.nn.position import Encodings, Position, make_position
 from fastattn.validation import check_index, fail
 
 
@@ -128,7 +128,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
-        position: Encoder | None = None,
+        position: Encodings | None = None,
         cache: KVCache | MemoryCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of queries over keys and values.

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from fastattn.nn.multihead_attention import MultiheadAttention
 
 OneEncoding: TypeAlias = nn.Module | Bias | Rotary
-Encoder: TypeAlias = OneEncoding | Sequence[OneEncoding]
+Encodings: TypeAlias = OneEncoding | Sequence[OneEncoding]
 # an encoding, several of them, or a function without arguments that makes one
-Position: TypeAlias = Encoder | Callable[[], Encoder]
+Position: TypeAlias = Encodings | Callable[[], Encodings]
 
 _EXPECTED = (
     "an encoding of fastattn.nn (RotaryEmbedding, T5Bias, ALiBi, ...), a fastattn Bias or Rotary, a sequence of them, "
