@@ -5,7 +5,7 @@ from fastattn.biases import ALiBi, Bias, DenseBias, DistanceTable, T5Bias, alibi
 from fastattn.dispatch import Explanation, UnsupportedError
 from fastattn.functional import attention, backends, explain, last_call
 from fastattn.masks import BoolMask, Causal, Documents, KeyLengths, Mask, PrefixLM, SlidingWindow
-from fastattn.nn import replace_attention, restore_attention
+from fastattn.nn import inspect, plot_attention, replace_attention, restore_attention
 from fastattn.positional import (
     FIRE,
     KERPLE,
@@ -53,8 +53,10 @@ __all__ = [
     "backends",
     "cosine_attention",
     "explain",
+    "inspect",
     "last_call",
     "masked_softmax",
+    "plot_attention",
     "replace_attention",
     "restore_attention",
     "scaled_dot_product_attention",

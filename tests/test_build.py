@@ -98,5 +98,7 @@ def test_an_architecture_nobody_has(given: str, monkeypatch: pytest.MonkeyPatch)
 def test_every_source_is_in_the_library() -> None:
     folder = ROOT / "csrc" / "cuda"
     assert {path.name for path in folder.glob("instances/*.cu")} == {path.name for path in build_cuda.instances()}
-    host = {path for name in ("features", "attention", "rows") for path in (folder / name).glob("*.cpp")} | {folder / "ops.cpp"}
+    host = {path for name in ("features", "attention", "rows") for path in (folder / name).glob("*.cpp")} | {
+        folder / "ops.cpp"
+    }
     assert host == set(build_cuda.host_sources())

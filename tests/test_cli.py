@@ -15,7 +15,7 @@ import fastattn
 from fastattn.__main__ import COMMANDS, main
 from fastattn.bench.gate import Check
 from fastattn.bench.scenarios import Case
-from fastattn.cli import demo, info, minilm, verify
+from fastattn.cli import demo, info, minilm, train, verify, vowels
 from fastattn.cli.console import Console, escape, plain
 from fastattn.cli.sentences import QUESTIONS, SENTENCES, TOPIC_OF
 from fastattn.nn import replace_attention, restore_attention
@@ -214,3 +214,68 @@ def test_demo_batches_are_ragged_up_to_their_length(workload: demo.Workload) -> 
     if workload.batch > 1:
         lengths = (~padding).sum(-1)
         assert lengths.unique().numel() > workload.batch // 2
+
+
+def train_briefly(tmp_path: Path, steps: int = 12) -> int:
+    return main(["demo", "--train", "--steps", str(steps), "--out", str(tmp_path)])
+
+
+def test_training_draws_the_same_curve_as_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_briefly(tmp_path) == 0
+    shown = capsys.readouterr().out
+    for expected in ("largest relative difference", "the same", "restored", "of the words are right"):
+        assert expected in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"training.png", "attention.png"}
+
+
+def test_training_fails_when_the_curves_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Values of one layer that are off by a half are enough, in the first steps of all."""
+    follow = train.Learner.follow
+
+    def spoiled(self: train.Learner, other: train.Learner) -> None:
+        follow(self, other)
+        with torch.no_grad():
+            self.model.transformer.decoder.layers[0].self_attn.in_proj_weight[-train.WIDTH :] *= 1.5
+
+    monkeypatch.setattr(train.Learner, "follow", spoiled)
+    monkeypatch.setattr(train, "draw_attention", lambda *a: None)
+    assert train_briefly(tmp_path) == 1
+    assert "THEY PART" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ours", [[1.0, 2.0004], [1.0, float("nan")]])
+def test_curves_that_part(ours: list[float]) -> None:
+    assert not train.Curves(ours=ours, theirs=[1.0, 2.0]).same()
+    assert train.Curves(ours=[1.0, 2.0001], theirs=[1.0, 2.0]).same()
+
+
+@pytest.mark.parametrize("steps", ["0", "-3", "many"])
+def test_training_steps_are_a_number(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--train", "--steps", steps])
+    assert stop.value.code == 2
+    assert "--steps" in capsys.readouterr().err
+
+
+def test_training_without_matplotlib_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["demo", "--train"]) == 2
+    assert "fastattn[demo]" in capsys.readouterr().out
+
+
+def test_the_text_without_its_vowels() -> None:
+    learned, held_out = vowels.load()
+    assert len(learned) > 5000
+    assert len(held_out) > 300
+    assert not set(learned.texts) & set(held_out.texts)
+    assert vowels.without_vowels("a value of the expression is") == "a vl of th exprssn is"
+    source, target = held_out.batch(torch.tensor([0, 5]))
+    for row, text in zip(target.tolist(), (held_out.texts[0], held_out.texts[5]), strict=True):
+        assert row[0] == vowels.BEGIN
+        assert vowels.decode(row[1:]) == text
+    assert [vowels.decode(row) for row in source.tolist()] == [vowels.without_vowels(held_out.texts[n]) for n in (0, 5)]
+    assert max(map(len, learned.texts)) == vowels.LONGEST

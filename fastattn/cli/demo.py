@@ -1,4 +1,5 @@
-"""``python -m fastattn demo``: one call replaces the attention of a real pretrained encoder."""
+"""``python -m fastattn demo``: one call replaces the attention of a real pretrained encoder.  With ``--train`` see
+`fastattn.cli.train`."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 import fastattn
 from fastattn.bench.memory import peak_bytes
 from fastattn.bench.timing import Sample, Spread, interleave
+from fastattn.cli import train
 from fastattn.cli.console import Console, escape
 from fastattn.cli.minilm import MiniLM, MissingModelError, Tokenizer, load_model
 from fastattn.cli.sentences import QUESTIONS, SENTENCES, TOPIC_OF
@@ -65,6 +68,21 @@ class Measured:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller batches in the timing part")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of timing per batch shape (default 3)")
+    parser.add_argument("--train", action="store_true", help="train an encoder-decoder beside torch's instead")
+    parser.add_argument("--steps", type=_steps, default=500, help="of the training (default 500, about a minute)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fastattn-demo"),
+        help="folder of the training's pictures (default %(default)s)",
+    )
+
+
+def _steps(text: str) -> int:
+    steps = int(text)
+    if steps < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return steps
 
 
 def texts_for(workload: Workload, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
@@ -168,6 +186,8 @@ def show_measured(console: Console, measured: list[Measured]) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    if options.train:
+        return train.main(options)
     console = Console()
     try:
         model, tokenizer = load_model(), Tokenizer()

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastattn import dispatch
 from fastattn.biases import DenseBias
-from fastattn.functional import attention, lower
 from fastattn.masks import BoolMask, Causal, Mask
+from fastattn.nn.cache import KVCache, MemoryCache
 from fastattn.nn.inputs import check_mask_dtype, check_mask_shapes, check_ranks, check_sizes
 from fastattn.nn.masks import CallMasks, hint_replaces_mask, lower_masks
-from fastattn.nn.projections import count_extra_keys, join_heads, prepend_extra_keys, project, split_heads
-from fastattn.nn.weights import WeightArguments, attention_weights
+from fastattn.nn.position import Encoding, Encodings, encode, own_position
+from fastattn.nn.projections import (
+    count_extra_keys,
+    join_heads,
+    key_heads,
+    prepend_extra_keys,
+    project,
+    project_query,
+    split_heads,
+)
+from fastattn.nn.readout import problem_weights
+from fastattn.nn.recording import record, watchers
+from fastattn.validation import describe, fail
 
 if TYPE_CHECKING:
     from fastattn.nn.multihead_attention import MultiheadAttention
@@ -31,6 +42,8 @@ def multi_head_attention(
     attn_mask: Tensor | None,
     average_attn_weights: bool,
     is_causal: bool,
+    position: Encodings | None = None,
+    cache: KVCache | MemoryCache | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`MultiheadAttention.forward` on dense tensors; it documents arguments, results and errors."""
     check_mask_dtype("key_padding_mask", key_padding_mask)
@@ -43,28 +56,94 @@ def multi_head_attention(
     extra_keys = count_extra_keys(module)
     causal = hint_replaces_mask(is_causal, attn_mask, key_padding_mask, need_weights)
     check_mask_shapes(key_padding_mask, None if causal else attn_mask, sizes, module.num_heads, extra_keys)
+    own = own_position(module)
+    if position is not None and own is not None:
+        fail(ValueError, "position", "None for a module that has its own", describe(position))
+    position = own if position is None else position
+    _check_extra_keys(extra_keys, position, cache)
 
-    q, k, v = (split_heads(x, module.num_heads, **layout) for x in project(module, query, key, value))
-    if extra_keys:
-        k, v = prepend_extra_keys(module, k, v)
-    masks = lower_masks(
-        attn_mask=attn_mask,
-        key_padding_mask=key_padding_mask,
-        causal=causal,
-        sizes=sizes,
-        num_heads=module.num_heads,
-        extra_keys=extra_keys,
-        query_dtype=query.dtype,
-    )
-    dropout_p = _check_dropout(module.dropout) if module.training else 0.0
-    if need_weights:
-        out, weights = _attend_with_weights(q, k, v, masks, dropout_p, extra_keys, average_attn_weights)
-        weights = weights if batched else weights.squeeze(0)
+    heads, kv_heads = module.num_heads, key_heads(module)
+    first: int = 0
+    offset: int | None = extra_keys  # in front, so shifting the queries by their number shows them to every query
+    if isinstance(cache, KVCache):
+        q, k, v = (
+            split_heads(x, n, **layout)
+            for x, n in zip(project(module, query, key, value), (heads, kv_heads, kv_heads), strict=True)
+        )
+        padding = _cached_padding(attn_mask, key_padding_mask, batched)
+        k, v, first, padding = cache.append(k, v, padding)
+        objects: dict[str, Any] = {"mask": _hide(cache.mask(), padding), "bias": None}
+        offset = None  # the last query is the last key
     else:
-        # Extra keys stand in front, so shifting the queries by their number shows them to every query.
-        out, weights = attention(q, k, v, **_objects(masks), dropout_p=dropout_p, query_offset=extra_keys), None
+        if cache is None:
+            projected = project(module, query, key, value)
+            q, k, v = (split_heads(x, n, **layout) for x, n in zip(projected, (heads, kv_heads, kv_heads), strict=True))
+        else:
+            q, k, v = _project_memory(module, query, key, value, layout, cache)
+        if extra_keys:
+            k, v = prepend_extra_keys(module, k, v)
+        masks = lower_masks(
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            causal=causal,
+            sizes=sizes,
+            num_heads=heads,
+            extra_keys=extra_keys,
+            query_dtype=query.dtype,
+        )
+        objects = _objects(masks)
+    encoding = encode(position, k.shape[2], first)  # type: ignore[arg-type]
+    dropout_p = _check_dropout(module.dropout) if module.training else 0.0
+    call = {**objects, "dropout_p": dropout_p, "query_offset": offset}
+    seen = watchers(module)
+    if need_weights or seen:
+        out, problem = _attend_and_keep(encoding, q, k, v, call)
+    else:
+        out = encoding.run(q, k, v, **call)
+    weights = None
+    if need_weights:
+        weights = problem_weights(problem, average=average_attn_weights, leading=extra_keys)
+        if dropout_p == 1.0:  # lowered without dropout: everything is dropped
+            weights = torch.zeros_like(weights)
+        weights = weights if batched else weights.squeeze(0)
+    for watcher in seen:
+        record(watcher, module, problem, extra_keys)
     # Called, not read: hooks, parametrizations and replacements of the output projection take part.
     return module.out_proj(join_heads(out, **layout)), weights
+
+
+def _check_extra_keys(extra_keys: int, position: object, cache: object) -> None:
+    for name, x in (("position", position), ("cache", cache)):
+        if extra_keys and x is not None:
+            fail(ValueError, name, "None with add_bias_kv or add_zero_attn, whose keys have no position", describe(x))
+
+
+def _project_memory(
+    module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, layout: dict[str, bool], cache: MemoryCache
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of this step, and the keys and values of the memory, projected once."""
+    kv_heads = key_heads(module)
+    if not cache.holds(key, value):
+        _, k, v = project(module, query, key, value)
+        cache.fill((key, value), split_heads(k, kv_heads, **layout), split_heads(v, kv_heads, **layout))
+    assert cache.key is not None
+    assert cache.value is not None
+    return split_heads(project_query(module, query), module.num_heads, **layout), cache.key, cache.value
+
+
+def _cached_padding(attn_mask: Tensor | None, key_padding_mask: Tensor | None, batched: bool) -> Tensor | None:
+    """The padding of the new tokens, (N, n), for the cache to keep."""
+    if attn_mask is not None:
+        fail(ValueError, "attn_mask", "None with a cache, which is causal", describe(attn_mask))
+    if key_padding_mask is None:
+        return None
+    if key_padding_mask.dtype != torch.bool:
+        fail(TypeError, "key_padding_mask", "bool with a cache, for the new tokens", describe(key_padding_mask))
+    return key_padding_mask if batched else key_padding_mask[None]
+
+
+def _hide(mask: Mask, padding: Tensor | None) -> Mask:
+    return mask if padding is None else mask & BoolMask(~padding[:, None, None])
 
 
 def _check_dropout(dropout_p: float) -> float:
@@ -73,7 +152,7 @@ def _check_dropout(dropout_p: float) -> float:
     return dropout_p
 
 
-def _objects(masks: CallMasks) -> dict[str, object]:
+def _objects(masks: CallMasks) -> dict[str, Any]:
     """The masks as keyword arguments of `fastattn.attention`."""
     mask: Mask | None = Causal() if masks.causal else None
     if masks.dense_mask is not None:
@@ -82,26 +161,10 @@ def _objects(masks: CallMasks) -> dict[str, object]:
     return {"mask": mask, "bias": None if masks.dense_bias is None else DenseBias(masks.dense_bias)}
 
 
-def _attend_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, masks: CallMasks, dropout_p: float, extra_keys: int, average: bool
-) -> tuple[Tensor, Tensor]:
-    """The output (N, H, L, D) and the weights (N, L, S) or (N, H, L, S) of one and the same call."""
-    problem = lower(q, k, v, **_objects(masks), dropout_p=dropout_p, query_offset=extra_keys)  # type: ignore[arg-type]
+def _attend_and_keep(encoding: Encoding, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> tuple[Tensor, Any]:
+    """The output (N, H, L, D), and the lowered call whose weights made it."""
+    if encoding.operator is not None:  # draws its own dropout: the weights are those before it
+        return encoding.run(q, k, v, **call), encoding.lower(q, k, v, **{**call, "dropout_p": 0.0})
+    problem = encoding.lower(q, k, v, **call)
     out, _ = dispatch.run(problem, None)
-    weights = attention_weights(
-        WeightArguments(
-            query=problem.query,
-            key=problem.key,
-            dense_mask=problem.dense_mask,
-            dense_bias=problem.dense_bias,
-            dropout_seed=problem.dropout_seed,
-            scale=problem.scale,
-            dropout_p=problem.dropout_p,
-            causal=masks.causal,
-            leading=extra_keys,
-            average=average,
-        )
-    )
-    if dropout_p == 1.0:  # lowered without dropout: everything is dropped
-        return torch.zeros_like(out), torch.zeros_like(weights)
-    return out, weights
+    return torch.zeros_like(out) if call["dropout_p"] == 1.0 else out, problem

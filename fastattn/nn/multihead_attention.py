@@ -7,8 +7,11 @@ import warnings
 import torch
 from torch import Tensor
 
+from fastattn.nn.cache import KVCache, MemoryCache
 from fastattn.nn.classes import share_state
 from fastattn.nn.core import multi_head_attention
+from fastattn.nn.position import Encodings, Position, make_position
+from fastattn.validation import check_index, fail
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -29,6 +32,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         kdim, vdim: features of keys and values; default E.
         batch_first: inputs and outputs are (N, L, E) instead of (L, N, E).
         device, dtype: of the parameters: float32, float64, bfloat16 or float16.
+        position: a positional encoding inside attention: a module of `fastattn.nn` (`RotaryEmbedding(E // H)`,
+            `T5Bias(H)`, `ALiBi(H)`, `ShawAttention`, ...), a `fastattn` Bias or Rotary, several of these in a
+            sequence, or a function without arguments that makes one.  Any module whose call without arguments gives
+            a Bias or a Rotary will do.  It becomes the submodule `position`, with its parameters in the state dict.
+            Queries and keys both start at position 0.  Absolute embeddings (`SinusoidalEmbedding`,
+            `LearnedEmbedding`) are added to the input of a model and are refused here.
+        num_kv_heads: heads of keys and values, a divisor of H (grouped-query attention, Ainslie et al., 2023; 1 is
+            multi-query attention).  The projections have (E + 2 Hk D) rows in the packed case and Hk D each
+            otherwise.  Default H.
 
     Where it differs from torch, on purpose:
 
@@ -56,6 +68,55 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     `torch.nn.MultiheadAttention`.
     """
 
+    num_kv_heads: int | None = None  # as many as query heads, as in a replaced module
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        position: Position | None = None,
+        num_kv_heads: int | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        if num_kv_heads is not None and check_index("num_kv_heads", num_kv_heads, least=1) != num_heads:
+            self._group_heads(num_kv_heads)
+        if position is not None:
+            if add_bias_kv or add_zero_attn:
+                fail(ValueError, "position", "None with add_bias_kv or add_zero_attn", type(position).__name__)
+            self.position = make_position(position, self.head_dim)
+
+    def _group_heads(self, num_kv_heads: int) -> None:
+        """Fewer rows in the projections of keys and values, initialised as torch's."""
+        if self.num_heads % num_kv_heads:
+            fail(ValueError, "num_kv_heads", f"a divisor of num_heads = {self.num_heads}", num_kv_heads)
+        self.num_kv_heads = num_kv_heads
+        rows = self.head_dim * num_kv_heads
+
+        def smaller(name: str, *shape: int) -> None:
+            have = getattr(self, name)
+            if have is not None:
+                setattr(self, name, torch.nn.Parameter(have.new_empty(shape)))
+
+        smaller("in_proj_weight", self.embed_dim + 2 * rows, self.embed_dim)
+        smaller("k_proj_weight", rows, self.kdim)
+        smaller("v_proj_weight", rows, self.vdim)
+        smaller("in_proj_bias", self.embed_dim + 2 * rows)
+        smaller("bias_k", 1, 1, rows)
+        smaller("bias_v", 1, 1, rows)
+        self._reset_parameters()
+
     def forward(
         self,
         query: Tensor,
@@ -66,6 +127,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        position: Encodings | None = None,
+        cache: KVCache | MemoryCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of queries over keys and values.
 
@@ -80,6 +144,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             attn_mask: (L, S) or (N * H, L, S), index n * H + h; bool with True = may not attend, or floating.
             average_attn_weights: average the returned weights over the heads.
             is_causal: see the class.
+            position: an encoding for this call, as a stack passes the one that its layers share; not a function, and
+                only for a module without one.
+            cache: a `KVCache`: self-attention over the tokens it holds and the new ones, causal, whatever `is_causal`
+                says; `attn_mask` must be None, `key_padding_mask` is bool and covers the new tokens.  A `MemoryCache`:
+                attention over a memory that is projected at the first call only.
 
         Returns:
             Output in the query's layout, and the weights (N, L, S), or (N, H, L, S) without averaging, without N for
@@ -87,14 +156,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         Raises:
             AssertionError, RuntimeError: ranks, sizes or dtypes that do not fit, with torch's messages.
-            ValueError: `dropout` is not a probability.
+            ValueError: `dropout` is not a probability; a position or a cache beside bias and zero keys.
             NotImplementedError: on second or forward-mode derivatives, when they are asked for.
         """
         if isinstance(query, torch.fx.Proxy):
             # Like torch's module, a leaf of a symbolic trace.
             call = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return query.tracer.create_proxy("call_module", query.tracer.path_of_module(self), call, {})  # type: ignore[return-value]
-        if query.is_nested or key.is_nested or value.is_nested or _overrides_torch(query, key, value):
+            named = {name: x for name, x in (("position", position), ("cache", cache)) if x is not None}
+            return query.tracer.create_proxy("call_module", query.tracer.path_of_module(self), call, named)  # type: ignore[return-value]
+        if _is_foreign(query, key, value):
+            if position is not None or cache is not None or self.num_kv_heads or hasattr(self, "position"):
+                fail(
+                    NotImplementedError,
+                    "query, key, value",
+                    "plain dense tensors with position, num_kv_heads or a cache, which torch's implementation lacks",
+                    type(query).__name__,
+                )
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -108,6 +185,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             attn_mask=attn_mask,
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
+            position=position,
+            cache=cache,
         )
 
     def merge_masks(
@@ -139,6 +218,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             ValueError: its ``forward`` is overridden on the instance.
         """
         return share_state(mha, cls)
+
+
+def _is_foreign(*tensors: Tensor) -> bool:
+    """Whether only torch's own implementation knows these tensors."""
+    return any(x.is_nested for x in tensors) or _overrides_torch(*tensors)
 
 
 def _overrides_torch(*tensors: Tensor) -> bool:

@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from fastattn.nn.multihead_attention import MultiheadAttention
 
 
+def key_heads(module: MultiheadAttention) -> int:
+    """The number of key and value heads; a replaced module of torch has as many as query heads."""
+    return getattr(module, "num_kv_heads", None) or module.num_heads
+
+
+def _rows(module: MultiheadAttention) -> tuple[int, int, int]:
+    """Rows of the query's, key's and value's projection in the packed tensors."""
+    keys = module.embed_dim // module.num_heads * key_heads(module)
+    return module.embed_dim, keys, keys
+
+
 def project(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The in-projections, in the layout of the inputs.
 
@@ -21,33 +32,49 @@ def project(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
     Raises:
         AssertionError: separate weights whose shapes do not fit the inputs.
     """
-    bias, dim = module.in_proj_bias, module.embed_dim
-    if bias is not None:
-        bias = bias.to(query.dtype)  # models that keep biases in another precision work in torch too
+    bias, rows = _bias(module, query), _rows(module)
     if module._qkv_same_embed_dim:
-        weight = module.in_proj_weight
-        if weight is None:
-            raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
+        weight = _packed_weight(module)
         if query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).split(dim, dim=-1)
+            q, k, v = F.linear(query, weight, bias).split(rows, dim=-1)
             return q, k, v
         if key is value:
-            query_weight, memory_weight = weight.split((dim, 2 * dim))
-            query_bias, memory_bias = (None, None) if bias is None else bias.split((dim, 2 * dim))
-            k, v = F.linear(key, memory_weight, memory_bias).split(dim, dim=-1)
+            parts = (rows[0], rows[1] + rows[2])
+            query_weight, memory_weight = weight.split(parts)
+            query_bias, memory_bias = (None, None) if bias is None else bias.split(parts)
+            k, v = F.linear(key, memory_weight, memory_bias).split(rows[1:], dim=-1)
             return F.linear(query, query_weight, query_bias), k, v
-        weights = weight.split(dim)
+        weights = weight.split(rows)
     else:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        for name, x, w in zip(("query", "key", "value"), (query, key, value), weights, strict=True):
+        for name, x, w, dim in zip(("query", "key", "value"), (query, key, value), weights, rows, strict=True):
             if w is None:
                 raise AssertionError(f"use_separate_proj_weight is True but {name[0]}_proj_weight is None")
             expected = (dim, x.shape[-1])
             if w.shape != expected:
                 raise AssertionError(f"expecting {name} weights shape of {expected}, but got {w.shape}")
-    biases = (None, None, None) if bias is None else bias.split(dim)
+    biases = (None, None, None) if bias is None else bias.split(rows)
     q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
     return q, k, v
+
+
+def project_query(module: MultiheadAttention, query: Tensor) -> Tensor:
+    """The first of the in-projections alone."""
+    weight = _packed_weight(module)[: module.embed_dim] if module._qkv_same_embed_dim else module.q_proj_weight
+    bias = _bias(module, query)
+    return F.linear(query, weight, None if bias is None else bias[: module.embed_dim])
+
+
+def _packed_weight(module: MultiheadAttention) -> Tensor:
+    if module.in_proj_weight is None:
+        raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
+    return module.in_proj_weight
+
+
+def _bias(module: MultiheadAttention, query: Tensor) -> Tensor | None:
+    bias = module.in_proj_bias
+    # models that keep biases in another precision work in torch too
+    return None if bias is None else bias.to(query.dtype)
 
 
 def split_heads(x: Tensor, num_heads: int, *, batched: bool, batch_first: bool) -> Tensor:

@@ -129,6 +129,12 @@ def cosine_attention(
     Raises:
         TypeError, ValueError: as `fastattn.attention`, and for a logit_scale of another shape or device.
     """
+    turned, keys = cosine_operands(query, key, logit_scale, largest=largest)
+    return attention(turned, keys, value, scale=1.0, **arguments)  # type: ignore[call-overload,no-any-return]
+
+
+def cosine_operands(query: Tensor, key: Tensor, logit_scale: Tensor, *, largest: float) -> tuple[Tensor, Tensor]:
+    """The query and key whose product is the score of `cosine_attention`, which documents arguments and errors."""
     check_floating("logit_scale", logit_scale)
     if check_floating("query", query).dim() != 4:
         fail(ValueError, "query", "four dimensions (batch, heads, length, head_dim)", query)
@@ -139,4 +145,4 @@ def cosine_attention(
     factor = logit_scale.to(wide).clamp(max=math.log(largest)).exp().view(heads, 1, 1)
     turned = torch.nn.functional.normalize(query.to(wide), dim=-1) * factor
     keys = torch.nn.functional.normalize(check_floating("key", key).to(wide), dim=-1)
-    return attention(turned.to(query.dtype), keys.to(key.dtype), value, scale=1.0, **arguments)  # type: ignore[call-overload,no-any-return]
+    return turned.to(query.dtype), keys.to(key.dtype)
