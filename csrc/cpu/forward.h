@@ -24,6 +24,7 @@ class Forward {
   static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
   static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 512;
   static constexpr i64 kStrip = kTiles ? 64 : 12;
+  static constexpr i64 kWholeStrips = kTiles ? 64 : 48;
 
   Forward(const Problem& problem, const ForwardOutput& output, i64 threads) : p(problem), o(output) {
     tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), kMaxTile);
@@ -58,9 +59,10 @@ class Forward {
     const i64 group = p.group();
     const i64 queries = larger(p.query_length, i64{1});
     const i64 units = larger(p.batch * p.kv_heads, i64{1});
-    rows_per_block = smaller(queries, i64{1024});
+    // whole strips, so that the strips are the same however many threads there are
+    rows_per_block = smaller(queries, i64{21 * kWholeStrips});
     const auto count = [&] { return units * group * ceil_div(queries, rows_per_block); };
-    while (rows_per_block > 64 && count() < 4 * threads) rows_per_block = round_up(rows_per_block / 2, 16);
+    while (rows_per_block > 64 && count() < 4 * threads) rows_per_block = round_up(rows_per_block / 2, kWholeStrips);
     row_blocks = ceil_div(queries, rows_per_block);
     if (row_blocks == 1)
       while (heads_per_block < group && heads_per_block < kMaxHeads && heads_per_block * queries < 256 &&

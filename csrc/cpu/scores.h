@@ -75,7 +75,7 @@ struct Scorer {
         soften(live.low, live.high, s, cap_gradient);
         by = 1;
       }
-      if (problem->slopes) add_slope(i, origin, seen, s, by), by = 1;
+      if (problem->slopes) add_slope(i, origin, live, s, by), by = 1;
       if (table) add_table(i, origin, seen, s, by), by = 1;
       if (problem->dense_bias) add_dense(i, origin, seen, s, temp, by), by = 1;
       if (by != 1)
@@ -94,20 +94,22 @@ struct Scorer {
     }
   }
 
-  void add_slope(i64 i, i64 origin, Interval seen, T* s, T by) const {
+  // Whole vectors, also past what is seen: a * b - c * d contracts in one of two ways, and a scalar remainder could take
+  // the other one, so that a number would depend on where the loop began.
+  void add_slope(i64 i, i64 origin, Interval live, T* s, T by) const {
     const i64 first = origin - geometry.position(i);  // distance of column 0
     constexpr i64 kExact = i64{1} << 23;
-    if (first > -kExact && first < kExact) {  // small integers: exact in floating point
-      const T base = static_cast<T>(first);
-      for (int j = static_cast<int>(seen.low); j < static_cast<int>(seen.high); ++j) {
-        const T distance = base + static_cast<T>(j);
-        s[j] = s[j] * by - slope * (distance < 0 ? -distance : distance);
-      }
-    } else {
-      for (i64 j = seen.low; j < seen.high; ++j) {
-        const i64 distance = first + j;
-        s[j] = s[j] * by - slope * static_cast<T>(distance < 0 ? -distance : distance);
-      }
+    const bool exact = first > -kExact && first < kExact;  // small integers: exact in floating point
+    Vec<T> lane;
+    for (int k = 0; k < kLanes<T>; ++k) lane[k] = static_cast<T>(k);
+    for (i64 j = live.low; j < live.high; j += kLanes<T>) {
+      Vec<T> distance;
+      if (exact)
+        distance = splat(static_cast<T>(first + j)) + lane;
+      else
+        for (int k = 0; k < kLanes<T>; ++k) distance[k] = static_cast<T>(first + j + k);
+      distance = distance < 0 ? -distance : distance;
+      store(s + j, load(s + j) * by - distance * slope);
     }
   }
 
