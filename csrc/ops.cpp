@@ -138,10 +138,41 @@ std::string cpu_plan(FASTATTN_PROBLEM_PARAMETERS) {
 
 std::string cpu_info() { return cpu::describe(); }
 
+// What one core does at best in the arithmetic of the tensor's dtype, as JSON.
+std::string cpu_roofline(const Tensor& like, double seconds) {
+  const auto dtype = dtype_of(like);
+  STD_TORCH_CHECK(dtype && *dtype != DType::kBool && *dtype != DType::kInt64, "fastattn: like must be floating point");
+  const cpu::Roofline r = cpu::kernels().roofline(*dtype, seconds);
+  const std::pair<const char*, double> entries[] = {{"peak_flops", r.peak},
+                                                    {"scores_flops_64", r.scores[0]},
+                                                    {"values_flops_64", r.values[0]},
+                                                    {"scores_flops_128", r.scores[1]},
+                                                    {"values_flops_128", r.values[1]},
+                                                    {"weights_per_s", r.weights}};
+  std::string json = "{";
+  for (const auto& [name, value] : entries)
+    json += (json.size() > 1 ? ", \"" : "\"") + std::string(name) + "\": " + std::to_string(value);
+  return json + "}";
+}
+
+// The kernels' own 2^x, for the test of its error bound.
+Tensor cpu_exp2(const Tensor& x, bool coarse) {
+  const i64 n = x.numel();
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && n % 16 == 0,
+                  "fastattn: x must be contiguous float32, a multiple of 16 elements");
+  Tensor out = empty_strided(kCpu, {n}, {1}, DType::kFloat32);
+  cpu::kernels().exp2(static_cast<const float*>(x.data_ptr()), static_cast<float*>(out.data_ptr()), n, coarse);
+  return out;
+}
+
 }  // namespace
 }  // namespace fastattn
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) { m.def("cpu_info() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
+  m.def("cpu_info() -> str");
+  m.def("cpu_roofline(Tensor like, float seconds) -> str");
+  m.def("cpu_exp2(Tensor x, bool coarse) -> Tensor");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
   m.impl("cpu_info", TORCH_BOX(&fastattn::cpu_info));
@@ -157,4 +188,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("cpu_additive_backward", TORCH_BOX(&fastattn::cpu_additive_backward));
   m.impl("cpu_rotate", TORCH_BOX(&fastattn::cpu_rotate));
   m.impl("cpu_rotate_", TORCH_BOX(&fastattn::cpu_rotate_));
+  m.impl("cpu_roofline", TORCH_BOX(&fastattn::cpu_roofline));
+  m.impl("cpu_exp2", TORCH_BOX(&fastattn::cpu_exp2));
 }

@@ -33,6 +33,9 @@ class Backward {
     const i64 units = larger(p.batch * p.kv_heads, i64{1});
     const i64 tiles = larger(ceil_div(p.key_length, engine.tile), i64{1});
     chunks = smaller(tiles, ceil_div(kItems, units));
+    // Each chunk has its own dQ: as many as fit into so much memory, and one costs nothing.
+    const i64 dq_bytes = larger(p.batch * p.query_heads * p.query_length * p.head_dim * i64{sizeof(Acc)}, i64{1});
+    chunks = larger(smaller(chunks, kPartialBytes / dq_bytes), smaller(chunks, ceil_div(kLeastItems, units)));
     chunk_keys = ceil_div(tiles, chunks) * engine.tile;
     chunks = larger(ceil_div(p.key_length, chunk_keys), i64{1});
     dq_width = round_up(larger(p.head_dim, i64{1}), Mode::kPanel);
@@ -60,7 +63,10 @@ class Backward {
  private:
   static constexpr i64 kLane = kLanes<Acc>;
   static constexpr i64 kRows = Tile::kRows;
+  static constexpr i64 kDepthRows = Mode::kPair == 1 ? 1 : kTileRegisters ? 32 : 2;  // what gemm's depth is made of
   static constexpr i64 kItems = 32;  // wanted work items: enough for most machines, few enough to keep dQ buffers small
+  static constexpr i64 kLeastItems = 8;
+  static constexpr i64 kPartialBytes = i64{64} << 20;
   static constexpr i64 kReduceRows = 128;
 
   const Problem& p;
@@ -148,7 +154,7 @@ class Backward {
     s.key_rows = arena.take<B>(dq_width * tile / Mode::kPair);
     s.query_columns = arena.take<A>(paired ? kRows * engine.depth : 0);
     s.grad_columns = arena.take<A>(paired ? kRows * engine.value_depth : 0);
-    s.ds_rows = arena.take<A>(paired ? kRows * tile : 0);
+    s.ds_rows = arena.take<A>(paired ? Tile::kStrip * tile : 0);
     s.weight_pairs = arena.take<B>(paired ? kRows / 2 * tile : 0);
     s.ds_pairs = arena.take<B>(paired ? kRows / 2 * tile : 0);
     s.dkey = arena.take<Acc>(padded_dim(p.head_dim) * tile);
@@ -208,15 +214,25 @@ class Backward {
       typename Tile::Span q;
       if (!engine.span(scorer.geometry, keys, first, smaller(kRows, p.query_length - first), &q)) continue;
       engine.pack_queries(s.tile, scorer, &q);
-      engine.compute(s.tile, scorer, keys, q, [&](i64, i64 i, const Acc* ds) {
+      const auto row = [&](i64 i, const Acc* ds) {
         const Interval seen = scorer.clip(i, keys.origin, q.begin, q.end);
         if (out.dslopes) add_slope(scorer, i, keys.origin, seen, ds, &sums);
         if (out.dtable) add_table(scorer, i, keys.origin, seen, ds, s.table, &sums);
         if (writes_bias() && seen.low < seen.high)
           store_row(out.ddense_bias.dtype, ds + seen.low, seen.high - seen.low,
                     out.ddense_bias.mutable_at(keys.b, h, i, keys.origin + seen.low));
+      };
+      Acc* const dq_rows = dq ? dq + first * dq_width : nullptr;
+      RowRanges ranges;
+      engine.compute(s.tile, scorer, keys, q, row, [&](const typename Tile::Span& part) {
+        ranges.add(part, q);
+        strip_products(s, keys, q, part, dq_rows);
       });
-      if (out.dquery || out.dkey || out.dvalue) accumulate(s, scorer, keys, q, dq ? dq + first * dq_width : nullptr);
+      if (out.dkey || out.dvalue) column_products(s, q, ranges);
+      if (keys.bad_keys || q.bad_queries || q.bad_grads) {
+        Acc* const rows = dq ? dq_rows : s.tile.staging;  // without dQ the additions go nowhere
+        engine.fix_gradients(s.tile, scorer, keys, q, rows, dq ? dq_width : 0, s.dkey, s.dvalue);
+      }
     }
     if (out.dslopes) partial_slopes.data()[partial] += sums.slope;
     if (out.dtable) {
@@ -228,52 +244,83 @@ class Backward {
     }
   }
 
-  // The three products that follow dS.
-  void accumulate(const Scratch& s, const Scorer<Acc>& scorer, const typename Tile::Keys& keys,
-                  const typename Tile::Span& q, Acc* dq) const {
-    const i64 tile = engine.tile, columns = q.end - q.begin;
-    const A* ds_rows;
-    const B *weights, *ds;
-    const A *query, *grad;
-    i64 row, query_depth, grad_depth, queries = q.rows;
-    if constexpr (Mode::kPair == 2) {
-      queries = round_up(q.rows, 32);
-      for (i64 r = q.rows; r < queries; ++r) {  // zero rows fill up the depth of the products
-        std::memset(s.tile.scores + r * tile, 0, tile * sizeof(Acc));
-        std::memset(s.tile.products + r * tile, 0, tile * sizeof(Acc));
-        std::memset(s.tile.query + r * engine.depth, 0, engine.depth * sizeof(A));
-        std::memset(s.tile.grad_out + r * engine.value_depth, 0, engine.value_depth * sizeof(A));
-      }
-      for (i64 r = 0; r < queries; r += 2) {
-        const i64 at = r * tile + q.begin;
-        pair_rows(s.tile.scores + at, s.tile.scores + at + tile, columns, s.weight_pairs + r / 2 * tile + q.begin,
-                  nullptr, nullptr);
-        pair_rows(s.tile.products + at, s.tile.products + at + tile, columns, s.ds_pairs + r / 2 * tile + q.begin,
-                  s.ds_rows + at, s.ds_rows + at + tile);
-      }
-      transpose_rows(s.tile.query, queries, engine.depth, s.query_columns);
-      transpose_rows(s.tile.grad_out, queries, engine.value_depth, s.grad_columns);
-      ds_rows = s.ds_rows, weights = s.weight_pairs, ds = s.ds_pairs;
-      query = s.query_columns, grad = s.grad_columns;
-      row = queries, query_depth = grad_depth = 1;
-    } else {
-      ds_rows = s.tile.products, weights = s.tile.scores, ds = s.tile.products;
-      query = s.tile.query, grad = s.tile.grad_out;
-      row = 1, query_depth = engine.depth, grad_depth = engine.value_depth;
+  // The rows of a tile of queries that see anything of a panel of its keys: the depth of that panel's dK and dV.
+  struct RowRanges {
+    static constexpr i64 kPanels = Tile::kMaxTile / Mode::kPanel;
+    i64 first[kPanels], last[kPanels];  // none: first > last
+
+    RowRanges() {
+      for (i64 n = 0; n < kPanels; ++n) first[n] = Tile::kRows, last[n] = 0;
     }
-    if (out.dvalue)
-      gemm<Mode>(p.value_dim, columns, queries, grad, row, grad_depth, weights + q.begin, tile, Mode::kPanel,
-                 s.dvalue + q.begin, tile, true);
-    if (out.dkey)
-      gemm<Mode>(p.head_dim, columns, queries, query, row, query_depth, ds + q.begin, tile, Mode::kPanel,
-                 s.dkey + q.begin, tile, true);
-    if (dq)
-      gemm<Mode>(q.rows, round_up(p.head_dim, kLane), columns, ds_rows + q.begin, tile, 1,
-                 s.key_rows + q.begin / Mode::kPair * Mode::kPanel, Mode::kPanel,
-                 keys.padded / Mode::kPair * Mode::kPanel, dq, dq_width, true);
-    if (keys.bad_keys || q.bad_queries || q.bad_grads) {
-      Acc* const rows = dq ? dq : s.tile.staging;  // without dQ the additions go nowhere
-      engine.fix_gradients(s.tile, scorer, keys, q, rows, dq ? dq_width : 0, s.dkey, s.dvalue);
+    void add(const typename Tile::Span& part, const typename Tile::Span& q) {
+      for (i64 n = part.begin / Mode::kPanel; n * Mode::kPanel < part.end; ++n) {
+        first[n] = smaller(first[n], part.first - q.first);
+        last[n] = larger(last[n], part.first - q.first + part.rows);
+      }
+    }
+  };
+
+  // What follows dS of a strip while it is in cache: dQ, and, for paired operands, P and dS as pairs of rows.
+  void strip_products(const Scratch& s, const typename Tile::Keys& keys, const typename Tile::Span& q,
+                      const typename Tile::Span& part, Acc* dq) const {
+    const i64 tile = engine.tile, first = part.first - q.first;
+    const A* ds_rows;
+    if constexpr (Mode::kPair == 2) {
+      for (i64 r = part.rows; r % 2; ++r)  // an odd last row has a row of zeros for a partner
+        for (Acc* const row : {s.tile.scores + (first + r) * tile, s.tile.products + (first + r) * tile})
+          std::memset(row + q.begin, 0, (q.end - q.begin) * sizeof(Acc));
+      for (i64 r = 0; r < part.rows; r += 2) {
+        const i64 at = (first + r) * tile + q.begin, pair = (first + r) / 2 * tile + q.begin;
+        A* const row = s.ds_rows + r * tile + q.begin;
+        pair_rows(s.tile.scores + at, s.tile.scores + at + tile, q.end - q.begin, s.weight_pairs + pair, nullptr,
+                  nullptr);
+        pair_rows(s.tile.products + at, s.tile.products + at + tile, q.end - q.begin, s.ds_pairs + pair, row,
+                  row + tile);
+      }
+      ds_rows = s.ds_rows;
+    } else {
+      ds_rows = s.tile.products + first * tile;
+    }
+    if (dq && part.begin < part.end)
+      gemm<Mode>(part.rows, round_up(p.head_dim, kLane), part.end - part.begin, ds_rows + part.begin, tile, 1,
+                 s.key_rows + part.begin / Mode::kPair * Mode::kPanel, Mode::kPanel,
+                 keys.padded / Mode::kPair * Mode::kPanel, dq + first * dq_width, dq_width, true);
+  }
+
+  // dV^T += dO^T P and dK^T += Q^T dS, panels with the same rows together.
+  void column_products(const Scratch& s, const typename Tile::Span& q, const RowRanges& ranges) const {
+    const i64 tile = engine.tile;
+    const A *query = s.tile.query, *grad = s.tile.grad_out;
+    i64 row = 1, query_depth = engine.depth, grad_depth = engine.value_depth;
+    if constexpr (Mode::kPair == 2) {
+      row = round_up(q.rows, 32);
+      std::memset(s.tile.query + q.rows * engine.depth, 0, (row - q.rows) * engine.depth * sizeof(A));
+      std::memset(s.tile.grad_out + q.rows * engine.value_depth, 0, (row - q.rows) * engine.value_depth * sizeof(A));
+      transpose_rows(s.tile.query, row, engine.depth, s.query_columns);
+      transpose_rows(s.tile.grad_out, row, engine.value_depth, s.grad_columns);
+      query = s.query_columns, grad = s.grad_columns;
+      query_depth = grad_depth = 1;
+    }
+    for (i64 n = q.begin / Mode::kPanel; n * Mode::kPanel < q.end;) {
+      const i64 begin = n * Mode::kPanel, first = ranges.first[n], last = ranges.last[n];
+      while (n * Mode::kPanel < q.end && ranges.first[n] == first && ranges.last[n] == last) ++n;
+      if (first >= last) continue;
+      const i64 columns = smaller(n * Mode::kPanel, q.end) - begin, queries = round_up(last - first, kDepthRows);
+      const B *weights, *ds;
+      if constexpr (Mode::kPair == 2) {
+        weights = s.weight_pairs + first / 2 * tile + begin, ds = s.ds_pairs + first / 2 * tile + begin;
+        for (i64 r = round_up(last, 2); r < first + queries; r += 2)  // rows of zeros fill up the depth
+          for (B* const pairs : {s.weight_pairs, s.ds_pairs})
+            std::memset(pairs + r / 2 * tile + begin, 0, columns * sizeof(B));
+      } else {
+        weights = s.tile.scores + first * tile + begin, ds = s.tile.products + first * tile + begin;
+      }
+      if (out.dvalue)
+        gemm<Mode>(p.value_dim, columns, queries, grad + first * grad_depth, row, grad_depth, weights, tile,
+                   Mode::kPanel, s.dvalue + begin, tile, true);
+      if (out.dkey)
+        gemm<Mode>(p.head_dim, columns, queries, query + first * query_depth, row, query_depth, ds, tile, Mode::kPanel,
+                   s.dkey + begin, tile, true);
     }
   }
 

@@ -84,7 +84,7 @@ class BiasGradient {
             typename Tile::Span q;
             if (!engine.span(scorer.geometry, keys, i, smaller(Tile::kRows, first + rows - i), &q)) continue;
             engine.pack_queries(s.tile, scorer, &q);
-            engine.compute(s.tile, scorer, keys, q, [&](i64, i64 row, const Acc* ds) {
+            const auto add = [&](i64 row, const Acc* ds) {
               Acc* const sum = s.sum + (own_rows ? row - first : 0) * sum_row;
               const i64 end = smaller(q.end, keys.count);
               if (own_columns) {
@@ -94,7 +94,8 @@ class BiasGradient {
                 for (i64 j = q.begin; j < end; ++j) total += ds[j];
                 sum[0] += total;
               }
-            });
+            };
+            engine.compute(s.tile, scorer, keys, q, add, [](const typename Tile::Span&) {});
           }
         }
       }

@@ -19,6 +19,13 @@ class Forward {
   using A = typename Mode::A;
   using B = typename Mode::B;
 
+  // A strip's scores stay in the first-level cache between the two products and the softmax; a wide tile costs fewer
+  // passes over the accumulator.  Tile registers want more rows at once.
+  static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
+  static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 512;
+  static constexpr i64 kStrip = kTiles ? 64 : 12;
+  static constexpr i64 kWholeStrips = kTiles ? 64 : 48;
+
   Forward(const Problem& problem, const ForwardOutput& output, i64 threads) : p(problem), o(output) {
     tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), kMaxTile);
     depth = round_up(p.head_dim, Mode::kDepthMultiple);
@@ -40,8 +47,6 @@ class Forward {
  private:
   static constexpr i64 kLane = kLanes<Acc>;
   static constexpr i64 kBlock = kLanes<B> * Mode::kPair;  // transposed block of pack_transposed
-  static constexpr i64 kMaxTile = Mode::kPair == 2 ? 256 : 192;
-  static constexpr i64 kStrip = Mode::kPair == 2 ? 64 : 48;
   static constexpr i64 kMaxHeads = 16;
 
   const Problem& p;
@@ -54,9 +59,10 @@ class Forward {
     const i64 group = p.group();
     const i64 queries = larger(p.query_length, i64{1});
     const i64 units = larger(p.batch * p.kv_heads, i64{1});
-    rows_per_block = smaller(queries, i64{1024});
+    // whole strips, so that the strips are the same however many threads there are
+    rows_per_block = smaller(queries, i64{21 * kWholeStrips});
     const auto count = [&] { return units * group * ceil_div(queries, rows_per_block); };
-    while (rows_per_block > 64 && count() < 4 * threads) rows_per_block = round_up(rows_per_block / 2, 16);
+    while (rows_per_block > 64 && count() < 4 * threads) rows_per_block = round_up(rows_per_block / 2, kWholeStrips);
     row_blocks = ceil_div(queries, rows_per_block);
     if (row_blocks == 1)
       while (heads_per_block < group && heads_per_block < kMaxHeads && heads_per_block * queries < 256 &&
@@ -260,15 +266,15 @@ class Forward {
     if (now != before) {
       s.maximum[row] = now;
       if (before != -kInfinity<Acc>) {
-        const Acc shrink = exp2(splat((before - now) * factor))[0];
+        const Acc shrink = exp2<Mode::kExpDegree>(splat((before - now) * factor))[0];
         s.sum[row] *= shrink;
         Acc* const acc = s.accumulator + row * value_width;
         for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * shrink);
       }
     }
     if (p.dropout_p > 0) {
-      s.sum[row] += scorer.plain ? row_exp<true>(score, begin, end, reference, factor)
-                                 : row_exp<false>(score, begin, end, reference, factor);
+      s.sum[row] += scorer.plain ? row_exp<true, Mode::kExpDegree>(score, begin, end, reference, factor)
+                                 : row_exp<false, Mode::kExpDegree>(score, begin, end, reference, factor);
       scorer.dropout_factors(i, origin, begin, end, s.temp);
       for (i64 j = begin; j < end; ++j) score[j] *= s.temp[j];
       to_operand_row(score, begin, end, weight);
@@ -281,8 +287,8 @@ class Forward {
       return;
     }
 #endif
-    s.sum[row] += scorer.plain ? row_exp<true>(score, begin, end, reference, factor)
-                               : row_exp<false>(score, begin, end, reference, factor);
+    s.sum[row] += scorer.plain ? row_exp<true, Mode::kExpDegree>(score, begin, end, reference, factor)
+                               : row_exp<false, Mode::kExpDegree>(score, begin, end, reference, factor);
   }
 
   // Scores of visible pairs with a flagged query or key, from the original numbers.

@@ -17,6 +17,12 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
+#if defined(__AMX_BF16__)
+constexpr bool kTileRegisters = true;
+#else
+constexpr bool kTileRegisters = false;
+#endif
+
 // Register blocking kRows x (kVectors * lanes): as many accumulators as leave room for the B vectors and one
 // broadcast.  With 32 registers 6 x 4 wants 10 loads for 24 FMAs, and panels of 64 columns divide the usual
 // head dimensions.
@@ -31,6 +37,7 @@ struct PlainMode {
   static constexpr int kPair = 1;           // elements of depth in one element of B
   static constexpr int kDepthMultiple = 1;  // depth is padded with zeros to a multiple of this
   static constexpr int kRowMultiple = 1;
+  static constexpr int kExpDegree = sizeof(Number) == 4 ? 5 : 13;  // of exp2's polynomial
   // Of a tile of scores: whole vectors, and whole draws of Philox, which come in fours.
   static constexpr int kColumnMultiple = kLanes<Number> < 4 ? 4 : kLanes<Number>;
   static constexpr int kPanel = kVectors * kLanes<Number>;
@@ -47,10 +54,23 @@ struct BFloat16Mode {
   static constexpr int kPair = 2;
   static constexpr int kDepthMultiple = 32;
   static constexpr int kRowMultiple = 16;
+  static constexpr int kExpDegree = 4;
   static constexpr int kColumnMultiple = 32;
   static constexpr int kPanel = kVectors * kLanes<float>;
 };
 #endif
+
+// c + a b, lane by lane; a pair of b makes two products.
+template <class Mode>
+FASTATTN_INLINE Vec<typename Mode::Acc> multiply_add_lanes(Vec<typename Mode::B> a, Vec<typename Mode::B> b,
+                                                           Vec<typename Mode::Acc> c) {
+#if defined(FASTATTN_BF16_OPERANDS)
+  if constexpr (Mode::kPair == 2)
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  else
+#endif
+    return c + a * b;
+}
 
 template <class Mode>
 FASTATTN_INLINE Vec<typename Mode::Acc> multiply_add(const typename Mode::A* a, Vec<typename Mode::B> b,

@@ -18,8 +18,10 @@ class GradientTile {
 
   static constexpr i64 kLane = kLanes<Acc>;
   static constexpr i64 kBlock = kLanes<B> * Mode::kPair;
-  static constexpr i64 kMaxTile = Mode::kPair == 2 ? 256 : 192;
-  static constexpr i64 kRows = 64;  // queries of a tile
+  static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
+  static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 384;
+  static constexpr i64 kStrip = kTiles ? 64 : 12;
+  static constexpr i64 kRows = kTiles ? 128 : 96;  // queries of a tile
 
   const Problem& p;
   const BackwardInput& in;
@@ -78,7 +80,7 @@ class GradientTile {
   };
   struct Span {  // one tile of queries against it, and the columns any of them sees
     i64 first, rows, begin, end;
-    bool bad_queries, bad_grads;
+    bool bad_queries = false, bad_grads = false;
   };
 
   Keys pack_keys(const Scratch& s, i64 b, i64 kv_head, i64 origin, i64 count) const {
@@ -97,12 +99,8 @@ class GradientTile {
                          {larger(geometry.visible(first).low - keys.origin, i64{0}),
                           smaller(geometry.visible(first + rows - 1).high - keys.origin, keys.count)});
     if (columns.empty()) return false;
-    *out = Span{first,
-                rows,
-                round_down(columns.low, Mode::kPanel),
-                smaller(round_up(columns.high, Mode::kColumnMultiple), keys.padded),
-                false,
-                false};
+    *out = Span{first, rows, round_down(columns.low, Mode::kPanel),
+                smaller(round_up(columns.high, Mode::kColumnMultiple), keys.padded)};
     return true;
   }
 
@@ -113,47 +111,45 @@ class GradientTile {
                                    s.grad_out, s.grad_bad);
   }
 
-  // Leaves P (times the dropout factor) in scores and dS, after the softcap's derivative, in products; calls
-  // row(r, i, dS before the softcap's derivative) for every row.
-  template <class RowFunction>
-  void compute(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q, RowFunction row) const {
-    const i64 columns = q.end - q.begin;
+  // Leaves P (times the dropout factor) in scores and dS, after the softcap's derivative, in products, both zero where
+  // a strip sees nothing; calls row(i, dS before the softcap's derivative) for every row of a strip that sees
+  // something and strip(span) for every strip, when it is done.  Strip by strip: scores and products of one stay in the
+  // first-level cache until they are weights and dS, and a strip has its own columns, fewer than the tile's under a
+  // causal mask.
+  template <class RowFunction, class StripFunction>
+  void compute(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q, RowFunction row,
+               StripFunction strip) const {
     const i64 steps = depth / Mode::kPair, value_steps = value_depth / Mode::kPair;
-    gemm<Mode>(q.rows, columns, depth, s.query, depth, 1, s.keys + q.begin * steps, Mode::kPanel, Mode::kPanel * steps,
-               s.scores + q.begin, tile, false);
-    gemm<Mode>(q.rows, columns, value_depth, s.grad_out, value_depth, 1, s.values + q.begin * value_steps, Mode::kPanel,
-               Mode::kPanel * value_steps, s.products + q.begin, tile, false);
-    if (keys.bad_keys || keys.bad_values || q.bad_queries || q.bad_grads) fix_products(s, scorer, keys, q);
-
-    const Acc* const statistics = reinterpret_cast<const Acc*>(in.statistics.at(scorer.b, scorer.h, q.first));
-    const i64 statistics_stride = in.statistics.stride[2];
-    const Acc* const row_delta = delta + (scorer.b * p.query_heads + scorer.h) * p.query_length + q.first;
-    const bool capped = scorer.cap != 0;
-    for (i64 r = 0; r < q.rows; ++r) {
-      const i64 i = q.first + r;
-      Acc* const score = s.scores + r * tile;
-      Acc* const product = s.products + r * tile;
-      const Interval live =
-          scorer.apply(i, keys.origin, q.begin, q.end, score, s.temp, capped ? s.cap_gradient : nullptr);
-      for (Acc* const out : {score, product}) {
-        if (q.begin < live.low) std::memset(out + q.begin, 0, (live.low - q.begin) * sizeof(Acc));
-        if (live.high < q.end) std::memset(out + live.high, 0, (q.end - live.high) * sizeof(Acc));
+    for (i64 first = 0; first < q.rows; first += kStrip) {
+      const i64 rows = smaller(kStrip, q.rows - first);
+      Acc* const scores = s.scores + first * tile;
+      Acc* const products = s.products + first * tile;
+      Span part;
+      if (!span(scorer.geometry, keys, q.first + first, rows, &part)) part = Span{q.first + first, rows, q.end, q.end};
+      for (Acc* const out : {scores, products})
+        for (i64 r = 0; r < rows; ++r) {
+          if (q.begin < part.begin) std::memset(out + r * tile + q.begin, 0, (part.begin - q.begin) * sizeof(Acc));
+          if (part.end < q.end) std::memset(out + r * tile + part.end, 0, (q.end - part.end) * sizeof(Acc));
+        }
+      if (part.begin == part.end) {
+        strip(part);
+        continue;
       }
-      const Acc* factors = nullptr;
-      if (p.dropout_p > 0) {
-        scorer.dropout_factors(i, keys.origin, live.low, live.high, s.dropout);
-        factors = s.dropout;
+      gemm<Mode>(rows, part.end - part.begin, depth, s.query + first * depth, depth, 1, s.keys + part.begin * steps,
+                 Mode::kPanel, Mode::kPanel * steps, scores + part.begin, tile, false);
+      gemm<Mode>(rows, part.end - part.begin, value_depth, s.grad_out + first * value_depth, value_depth, 1,
+                 s.values + part.begin * value_steps, Mode::kPanel, Mode::kPanel * value_steps, products + part.begin,
+                 tile, false);
+      if (keys.bad_keys || keys.bad_values || q.bad_queries || q.bad_grads) fix_products(s, scorer, keys, q, part);
+      for (i64 r = first; r < first + rows; ++r) {
+        Acc* const product = s.products + r * tile;
+        const Interval live = differentiate_row(s, scorer, keys, q.first + r, part, s.scores + r * tile, product);
+        row(q.first + r, product);
+        if (scorer.cap != 0)
+          for (i64 j = live.low; j < live.high; j += kLane)
+            store(product + j, load(product + j) * load(s.cap_gradient + j));
       }
-      if (scorer.plain)
-        differentiate<true>(score, product, live.low, live.high, statistics + r * statistics_stride, row_delta[r],
-                            scorer.factor, factors);
-      else
-        differentiate<false>(score, product, live.low, live.high, statistics + r * statistics_stride, row_delta[r],
-                             scorer.factor, factors);
-      row(r, i, product);
-      if (capped)
-        for (i64 j = live.low; j < live.high; j += kLane)
-          store(product + j, load(product + j) * load(s.cap_gradient + j));
+      strip(part);
     }
   }
 
@@ -183,6 +179,29 @@ class GradientTile {
   }
 
  private:
+  // Returns the columns that the row sees, in whole vectors; weights and dS are zero in the rest of the strip's.
+  Interval differentiate_row(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, i64 i, const Span& part,
+                             Acc* score, Acc* product) const {
+    const Interval live =
+        scorer.apply(i, keys.origin, part.begin, part.end, score, s.temp, scorer.cap != 0 ? s.cap_gradient : nullptr);
+    for (Acc* const out : {score, product}) {
+      if (part.begin < live.low) std::memset(out + part.begin, 0, (live.low - part.begin) * sizeof(Acc));
+      if (live.high < part.end) std::memset(out + live.high, 0, (part.end - live.high) * sizeof(Acc));
+    }
+    const Acc* factors = nullptr;
+    if (p.dropout_p > 0) {
+      scorer.dropout_factors(i, keys.origin, live.low, live.high, s.dropout);
+      factors = s.dropout;
+    }
+    const Acc* const statistics = reinterpret_cast<const Acc*>(in.statistics.at(scorer.b, scorer.h, i));
+    const Acc row_delta = delta[(scorer.b * p.query_heads + scorer.h) * p.query_length + i];
+    if (scorer.plain)
+      differentiate<true>(score, product, live.low, live.high, statistics, row_delta, scorer.factor, factors);
+    else
+      differentiate<false>(score, product, live.low, live.high, statistics, row_delta, scorer.factor, factors);
+    return live;
+  }
+
   // s: scores -> weights; dp: dO.V -> dS.  A masked pair is exactly zero in both, whatever the row's statistics and
   // Delta are. The exponent is the forward's own, so that a weight is the one that went into the output.
   template <bool kPlain>
@@ -192,7 +211,7 @@ class GradientTile {
     const Acc largest = statistics[0], log_sum = statistics[1];
     for (i64 j = begin; j < end; j += kLane) {
       const Vec<Acc> score = load(s + j);
-      const Vec<Acc> weight = exp2(exponent<kPlain>(score, largest, factor) - log_sum);
+      const Vec<Acc> weight = exp2<Mode::kExpDegree>(exponent<kPlain>(score, largest, factor) - log_sum);
       Vec<Acc> gradient = load(dp + j);
       Vec<Acc> kept = weight;
       if (factors) {
@@ -206,11 +225,12 @@ class GradientTile {
     }
   }
 
-  void fix_products(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q) const {
+  void fix_products(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q,
+                    const Span& part) const {
     Acc* const left = s.temp;
     Acc* const right = s.staging;
-    for (i64 r = 0; r < q.rows; ++r)
-      for (i64 j = q.begin; j < smaller(q.end, keys.count); ++j) {
+    for (i64 r = part.first - q.first; r < part.first - q.first + part.rows; ++r)
+      for (i64 j = part.begin; j < smaller(part.end, keys.count); ++j) {
         const bool score = (keys.bad_keys && s.key_bad[j]) || (q.bad_queries && s.query_bad[r]);
         const bool product = (keys.bad_values && s.value_bad[j]) || (q.bad_grads && s.grad_bad[r]);
         if (!(score || product) || !scorer.visible(q.first + r, keys.origin + j)) continue;

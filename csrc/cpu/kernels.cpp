@@ -7,6 +7,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "masked_softmax.h"
+#include "roofline.h"
 #include "rotary.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -84,12 +85,28 @@ static void run_additive_backward(const Problem& problem, const View& weight, co
   additive_backward<float>(problem, weight, input, output, dweight, parallel);
 }
 
+static Roofline run_roofline(DType dtype, double seconds) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return roofline<Float64Mode>(seconds);
+    case DType::kBFloat16:
+      return roofline<ModeOfBFloat16>(seconds);
+    default:
+      return roofline<Float32Mode>(seconds);
+  }
+}
+
+static void run_exp2(const float* in, float* out, i64 n, bool coarse) {
+  FlushScope flush;
+  for (i64 i = 0; i < n; i += kLanes<float>) store(out + i, coarse ? exp2<4>(load(in + i)) : exp2<5>(load(in + i)));
+}
+
 #define FASTATTN_STRING2(x) #x
 #define FASTATTN_STRING(x) FASTATTN_STRING2(x)
 
 extern const Kernels kernels;
 const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA), run_forward,          run_plan,   run_backward,
                          run_softmax_forward,           run_softmax_backward, run_rotate, run_additive_forward,
-                         run_additive_backward};
+                         run_additive_backward,         run_roofline,         run_exp2};
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -13,8 +13,10 @@ constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
-// 2^x.  Relative error below 1.6e-7 for x in [-126, 127]; exactly 0 below -126 (also for -inf), NaN for NaN.
+// 2^x.  Relative error below 1.6e-7 for x in [-126, 127], or below 3e-6 at degree 4, which is for weights that are
+// rounded to bfloat16 (2e-3) anyway; 2^0 is exactly 1; exactly 0 below -126 (also for -inf), NaN for NaN.
 // Flushing the denormals keeps them out of the products that follow, where they would cost microcode assists.
+template <int kDegree = 5>
 FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
 #if defined(__AVX512F__)
   const __m512 v = (__m512)x;
@@ -26,11 +28,20 @@ FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
   const Vec<float> shifted = clamped + 12582912.f;
   const Vec<float> r = clamped - (shifted - 12582912.f);
 #endif
-  Vec<float> p = splat(1.326472731307149e-3f);
-  p = p * r + 9.671512991189957e-3f;
-  p = p * r + 5.550733581185341e-2f;
-  p = p * r + 2.402224242687e-1f;
-  p = p * r + 6.931470036506653e-1f;
+  static_assert(kDegree == 4 || kDegree == 5);
+  Vec<float> p;
+  if constexpr (kDegree == 5) {
+    p = splat(1.326472731307149e-3f);
+    p = p * r + 9.671512991189957e-3f;
+    p = p * r + 5.550733581185341e-2f;
+    p = p * r + 2.402224242687e-1f;
+    p = p * r + 6.931470036506653e-1f;
+  } else {
+    p = splat(9.585382389e-3f);
+    p = p * r + 5.590662826e-2f;
+    p = p * r + 2.402403817e-1f;
+    p = p * r + 6.931241843e-1f;
+  }
   p = p * r + 1.f;
 #if defined(__AVX512F__)
   const __mmask16 normal = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
@@ -47,6 +58,7 @@ FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
 }
 
 // 2^x in double: the Taylor series of 2^r on [-1/2, 1/2] to degree 13, error below 1 ulp; 0 below -1022.
+template <int kDegree = 13>
 FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   const Vec<double> clamped = vmax(splat(-1023.0), x);
   const Vec<double> shifted = clamped + 6755399441055744.0;

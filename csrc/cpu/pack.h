@@ -123,6 +123,95 @@ inline bool pack_rows(const RowSource<typename Mode::Acc>& source, i64 first, i6
   return any;
 }
 
+// Whole vectors of B operands straight from a row in memory: the way of the usual calls (dense rows that fill whole
+// vectors, no rotation), several times as fast as the general one.
+enum class Straight { kNo, kOwn, kHalf, kBFloat16 };
+
+template <class Mode>
+inline Straight straight(const RowSource<typename Mode::Acc>& source) {
+  using A = typename Mode::A;
+  constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
+  if (source.column_stride != 1 || source.cosine || source.columns % (kLanes<typename Mode::B> * Mode::kPair))
+    return Straight::kNo;
+  if (source.dtype == own) return Straight::kOwn;
+#if defined(__F16C__)
+  if (sizeof(A) == 4 && source.dtype == DType::kFloat16) return Straight::kHalf;
+#endif
+#if defined(__AVX2__)
+  if (sizeof(A) == 4 && source.dtype == DType::kBFloat16) return Straight::kBFloat16;
+#endif
+  return Straight::kNo;
+}
+
+template <class B, Straight kFrom>
+FASTATTN_INLINE Vec<B> load_straight(const char* row, i64 k) {
+  if constexpr (kFrom == Straight::kOwn) {
+    return load(reinterpret_cast<const B*>(row) + k);
+  } else {
+#if defined(__AVX512F__)
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 2 * k));
+    if constexpr (kFrom == Straight::kHalf) return (Vec<B>)_mm512_cvtph_ps(x);
+    return (Vec<B>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+#elif defined(__AVX2__)
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * k));
+    if constexpr (kFrom == Straight::kHalf) return (Vec<B>)_mm256_cvtph_ps(x);
+    return (Vec<B>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
+#else
+    return Vec<B>{};
+#endif
+  }
+}
+
+// Whether everything seen was finite: an exponent of all ones carries into the sign when its last bit is added.
+template <class Mode>
+struct FiniteCheck {
+  using B = typename Mode::B;
+  using Bits = std::conditional_t<sizeof(B) == 4, uint32_t, uint64_t>;
+  static constexpr Bits kExponent = Mode::kPair == 2 ? Bits{0x7f807f80u}
+                                    : sizeof(B) == 4 ? Bits{0x7f800000u}
+                                                     : static_cast<Bits>(0x7ff0000000000000ull);
+  static constexpr Bits kOne = kExponent & ~(kExponent << 1),
+                        kSign = ~(kExponent | (kExponent >> 1)) & (kExponent << 1);
+  Vec<Bits> seen = {};
+
+  FASTATTN_INLINE void add(Vec<B> v) { seen |= ((Vec<Bits>)v & kExponent) + kOne; }
+  FASTATTN_INLINE bool finite() const {
+    Bits any = 0;
+    for (int i = 0; i < kLanes<B>; ++i) any |= seen[i];
+    return !(any & kSign);
+  }
+};
+
+// One transposed block: `lanes` rows from `row` on.  False, with nothing promised of `panel`, if one is not finite.
+template <class Mode, Straight kFrom>
+inline bool transpose_block(const char* row, i64 row_bytes, i64 steps, typename Mode::B* panel) {
+  using B = typename Mode::B;
+  constexpr int lanes = kLanes<B>;
+  FiniteCheck<Mode> check;
+  for (i64 k = 0; k < steps; k += lanes) {
+    Vec<B> v[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      v[i] = load_straight<B, kFrom>(row + i * row_bytes, k);
+      check.add(v[i]);
+    }
+    transpose<B>(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) store(panel + (k + i) * Mode::kPanel, v[i]);
+  }
+  return check.finite();
+}
+
+template <class Mode>
+inline bool transpose_straight(Straight from, const char* row, i64 row_bytes, i64 steps, typename Mode::B* panel) {
+  if (from == Straight::kOwn) return transpose_block<Mode, Straight::kOwn>(row, row_bytes, steps, panel);
+  if constexpr (Mode::kPair == 1 && sizeof(typename Mode::A) == 4) {
+    if (from == Straight::kHalf) return transpose_block<Mode, Straight::kHalf>(row, row_bytes, steps, panel);
+    if (from == Straight::kBFloat16) return transpose_block<Mode, Straight::kBFloat16>(row, row_bytes, steps, panel);
+  }
+  return false;
+}
+
 // B operand with the rows of the tensor as columns (K^T, V^T): panels of [depth / kPair][kPanel].  `staging` holds
 // lanes + 1 rows of `width` numbers, where width is the depth rounded up to whole transposed blocks.
 template <class Mode>
@@ -137,7 +226,15 @@ inline bool pack_transposed(const RowSource<typename Mode::Acc>& source, i64 fir
   B* const block = reinterpret_cast<B*>(staging);
   std::memset(static_cast<void*>(row), 0, width * sizeof(Acc));
   bool any = false;
+  const Straight from = straight<Mode>(source);
+  const i64 row_bytes = source.row_stride * element_size(source.dtype);
   for (i64 r = 0; r < padded_rows; r += lanes) {
+    B* const panel = out + r / Mode::kPanel * (steps * Mode::kPanel) + r % Mode::kPanel;
+    if (from != Straight::kNo && r + lanes <= rows &&
+        transpose_straight<Mode>(from, source.data + (first + r) * row_bytes, row_bytes, steps, panel)) {
+      std::memset(bad + r, 0, lanes);
+      continue;
+    }
     for (i64 i = 0; i < lanes; ++i) {
       if (r + i < rows) {
         bad[r + i] = !load_operand<Mode>(source, first + r + i, width, row,
@@ -147,7 +244,6 @@ inline bool pack_transposed(const RowSource<typename Mode::Acc>& source, i64 fir
         std::memset(static_cast<void*>(block + i * stride), 0, stride * sizeof(B));
       }
     }
-    B* const panel = out + r / Mode::kPanel * (steps * Mode::kPanel) + r % Mode::kPanel;
     for (i64 k = 0; k < steps; k += lanes) {
       Vec<B> v[lanes];
 #pragma GCC unroll 16
@@ -160,9 +256,46 @@ inline bool pack_transposed(const RowSource<typename Mode::Acc>& source, i64 fir
   return any;
 }
 
-// Two rows of bf16 as one row of pairs (low half = first row).
-inline void interleave_pairs(const bf16* low, const bf16* high, i64 n, uint32_t* out) {
-  for (i64 i = 0; i < n; ++i) out[i] = static_cast<uint32_t>(low[i]) | static_cast<uint32_t>(high[i]) << 16;
+// `rows` rows (of depth, a multiple of kPair) as panels of `panel_size` elements, `width` columns with zeros past
+// `columns`.  False, with nothing promised of `target`, if one is not finite.
+template <class Mode, Straight kFrom>
+inline bool panel_rows(const char* row, i64 row_bytes, i64 rows, i64 columns, i64 width, i64 panel_size,
+                       typename Mode::B* target) {
+  using B = typename Mode::B;
+  constexpr int lanes = kLanes<B>;
+  FiniteCheck<Mode> check;
+  for (i64 r = 0; r < rows; r += Mode::kPair, row += Mode::kPair * row_bytes, target += Mode::kPanel) {
+    for (i64 n = 0; n < width; n += lanes * Mode::kPair) {
+      B* const cell = target + n / Mode::kPanel * panel_size + n % Mode::kPanel;
+      if (n >= columns) {
+        for (int i = 0; i < Mode::kPair; ++i) store(cell + i * lanes, Vec<B>{});
+      } else if constexpr (Mode::kPair == 1) {
+        const Vec<B> v = load_straight<B, kFrom>(row, n);
+        check.add(v);
+        store(cell, v);
+      } else {  // two rows as one row of pairs, the first one in the low halves
+        const Vec<B> a = load_straight<B, kFrom>(row, n / 2), b = load_straight<B, kFrom>(row + row_bytes, n / 2);
+        check.add(a);
+        check.add(b);
+        interleave<uint16_t>((Vec<uint16_t>)a, (Vec<uint16_t>)b, reinterpret_cast<uint16_t*>(cell));
+      }
+    }
+  }
+  return check.finite();
+}
+
+template <class Mode>
+inline bool panel_rows_straight(Straight from, const char* row, i64 row_bytes, i64 rows, i64 columns, i64 width,
+                                i64 panel_size, typename Mode::B* target) {
+  if (from == Straight::kOwn)
+    return panel_rows<Mode, Straight::kOwn>(row, row_bytes, rows, columns, width, panel_size, target);
+  if constexpr (Mode::kPair == 1 && sizeof(typename Mode::A) == 4) {
+    if (from == Straight::kHalf)
+      return panel_rows<Mode, Straight::kHalf>(row, row_bytes, rows, columns, width, panel_size, target);
+    if (from == Straight::kBFloat16)
+      return panel_rows<Mode, Straight::kBFloat16>(row, row_bytes, rows, columns, width, panel_size, target);
+  }
+  return false;
 }
 
 // B operand with the rows of the tensor as depth (V, K): panels of [padded_rows / kPair][kPanel] over the columns.
@@ -175,7 +308,17 @@ inline bool pack_depth(const RowSource<typename Mode::Acc>& source, i64 first, i
   A* const operands = reinterpret_cast<A*>(staging + width);  // kPair rows
   bool any = false;
   std::memset(staging, 0, width * sizeof(*staging));
+  const Straight from = straight<Mode>(source);
+  const i64 row_bytes = source.row_stride * element_size(source.dtype);
+  constexpr i64 kBlockRows = 16;  // checked, and if need be packed again, together
   for (i64 r = 0; r < padded_rows; r += Mode::kPair) {
+    if (from != Straight::kNo && r % kBlockRows == 0 && r + kBlockRows <= rows &&
+        panel_rows_straight<Mode>(from, source.data + (first + r) * row_bytes, row_bytes, kBlockRows, source.columns,
+                                  width, panel_size, out + r / Mode::kPair * Mode::kPanel)) {
+      std::memset(bad + r, 0, kBlockRows);
+      r += kBlockRows - Mode::kPair;
+      continue;
+    }
     for (i64 i = 0; i < Mode::kPair; ++i) {
       if (r + i < rows) {
         bad[r + i] = !load_operand<Mode>(source, first + r + i, width, staging, operands + i * width);
@@ -218,15 +361,16 @@ inline void transpose_rows(const bf16* in, i64 rows, i64 width, bf16* out) {
 
 // Two rows of numbers as one row of pairs, n a multiple of 16; the rows themselves also as bf16 if `low` is given.
 inline void pair_rows(const float* a, const float* b, i64 n, uint32_t* out, bf16* low, bf16* high) {
+  alignas(64) static constexpr uint16_t kAlternate[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i alternate = _mm512_load_si512(kAlternate);
   for (i64 j = 0; j < n; j += 16) {
-    const __m256i x = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + j));
-    const __m256i y = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(b + j));
+    const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(b + j), _mm512_loadu_ps(a + j));
     if (low) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + j), x);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + j), y);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + j), _mm512_castsi512_si256(rows));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + j), _mm512_extracti64x4_epi64(rows, 1));
     }
-    _mm512_storeu_si512(out + j,
-                        _mm512_or_si512(_mm512_cvtepu16_epi32(x), _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16)));
+    _mm512_storeu_si512(out + j, _mm512_permutexvar_epi16(alternate, rows));
   }
 }
 #endif

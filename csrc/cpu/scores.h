@@ -70,13 +70,16 @@ struct Scorer {
 
   void transform(i64 i, i64 origin, Interval seen, Interval live, T* s, T* temp, T* cap_gradient) const {
     if (!plain) {
-      if (cap != 0)
+      T by = scale;  // the first bias scales while it adds
+      if (cap != 0) {
         soften(live.low, live.high, s, cap_gradient);
-      else
-        for (i64 j = live.low; j < live.high; j += kLanes<T>) store(s + j, load(s + j) * scale);
-      if (problem->slopes) add_slope(i, origin, seen, s);
-      if (table) add_table(i, origin, seen, s);
-      if (problem->dense_bias) add_dense(i, origin, seen, s, temp);
+        by = 1;
+      }
+      if (problem->slopes) add_slope(i, origin, live, s, by), by = 1;
+      if (table) add_table(i, origin, seen, s, by), by = 1;
+      if (problem->dense_bias) add_dense(i, origin, seen, s, temp, by), by = 1;
+      if (by != 1)
+        for (i64 j = live.low; j < live.high; j += kLanes<T>) store(s + j, load(s + j) * by);
     }
     if (problem->query_ids) hide_other_documents(i, origin, seen, s);
     if (problem->dense_mask) hide_masked(i, origin, seen, s);
@@ -91,20 +94,22 @@ struct Scorer {
     }
   }
 
-  void add_slope(i64 i, i64 origin, Interval seen, T* s) const {
+  // Whole vectors, also past what is seen: a * b - c * d contracts in one of two ways, and a scalar remainder could
+  // take the other one, so that a number would depend on where the loop began.
+  void add_slope(i64 i, i64 origin, Interval live, T* s, T by) const {
     const i64 first = origin - geometry.position(i);  // distance of column 0
     constexpr i64 kExact = i64{1} << 23;
-    if (first > -kExact && first < kExact) {  // small integers: exact in floating point
-      const T base = static_cast<T>(first);
-      for (int j = static_cast<int>(seen.low); j < static_cast<int>(seen.high); ++j) {
-        const T distance = base + static_cast<T>(j);
-        s[j] -= slope * (distance < 0 ? -distance : distance);
-      }
-    } else {
-      for (i64 j = seen.low; j < seen.high; ++j) {
-        const i64 distance = first + j;
-        s[j] -= slope * static_cast<T>(distance < 0 ? -distance : distance);
-      }
+    const bool exact = first > -kExact && first < kExact;  // small integers: exact in floating point
+    Vec<T> lane;
+    for (int k = 0; k < kLanes<T>; ++k) lane[k] = static_cast<T>(k);
+    for (i64 j = live.low; j < live.high; j += kLanes<T>) {
+      Vec<T> distance;
+      if (exact)
+        distance = splat(static_cast<T>(first + j)) + lane;
+      else
+        for (int k = 0; k < kLanes<T>; ++k) distance[k] = static_cast<T>(first + j + k);
+      distance = distance < 0 ? -distance : distance;
+      store(s + j, load(s + j) * by - distance * slope);
     }
   }
 
@@ -115,20 +120,20 @@ struct Scorer {
     return {low, larger(low, smaller(seen.high, table_size - *shift))};
   }
 
-  void add_table(i64 i, i64 origin, Interval seen, T* s) const {
+  void add_table(i64 i, i64 origin, Interval seen, T* s, T by) const {
     i64 shift;
     const Interval near = table_span(i, origin, seen, &shift);
     const T before = table[0], after = table[(table_size - 1) * table_stride];
-    for (i64 j = seen.low; j < near.low; ++j) s[j] += before;
+    for (i64 j = seen.low; j < near.low; ++j) s[j] = s[j] * by + before;
     if (table_stride == 1) {
-      for (i64 j = near.low; j < near.high; ++j) s[j] += table[j + shift];
+      for (i64 j = near.low; j < near.high; ++j) s[j] = s[j] * by + table[j + shift];
     } else {
-      for (i64 j = near.low; j < near.high; ++j) s[j] += table[(j + shift) * table_stride];
+      for (i64 j = near.low; j < near.high; ++j) s[j] = s[j] * by + table[(j + shift) * table_stride];
     }
-    for (i64 j = near.high; j < seen.high; ++j) s[j] += after;
+    for (i64 j = near.high; j < seen.high; ++j) s[j] = s[j] * by + after;
   }
 
-  void add_dense(i64 i, i64 origin, Interval seen, T* s, T* temp) const {
+  void add_dense(i64 i, i64 origin, Interval seen, T* s, T* temp, T by) const {
     const View& bias = problem->dense_bias;
     const i64 count = seen.high - seen.low;
     if (count <= 0) return;
@@ -140,7 +145,7 @@ struct Scorer {
     else
       load_row(bias.dtype, source, bias.stride[3], count, temp);
     T* row = s + seen.low;
-    for (i64 j = 0; j < count; ++j) row[j] = values[j] == -kInfinity<T> ? -kInfinity<T> : row[j] + values[j];
+    for (i64 j = 0; j < count; ++j) row[j] = values[j] == -kInfinity<T> ? -kInfinity<T> : row[j] * by + values[j];
   }
 
   void hide_other_documents(i64 i, i64 origin, Interval seen, T* s) const {
@@ -168,18 +173,50 @@ struct Scorer {
   // multiple of four.
   void dropout_factors(i64 i, i64 origin, i64 begin, i64 end, T* out) const {
     const double p = problem->dropout_p;
-    const uint64_t threshold = p >= 1 ? uint64_t{1} << 32 : static_cast<uint64_t>(p * 4294967296.0);
+    const uint32_t threshold = p < 1 ? static_cast<uint32_t>(p * 4294967296.0) : 0;
     const T kept = p < 1 ? static_cast<T>(1 / (1 - p)) : T(0);
     const uint32_t row = static_cast<uint32_t>(i);
     const uint32_t head = static_cast<uint32_t>(b * problem->query_heads + h);
-    const uint32_t key0 = static_cast<uint32_t>(problem->dropout_seed);
-    const uint32_t key1 = static_cast<uint32_t>(problem->dropout_seed >> 32);
-    for (i64 j = round_down(begin, 4); j < end; j += 4) {
-      const Philox in{{key0, key1}, {static_cast<uint32_t>((origin + j) >> 2), row, head, problem->dropout_offset}};
-      uint32_t word[4];
-      philox4x32_10(in, word);
-      for (int k = 0; k < 4; ++k) out[j + k] = word[k] >= threshold ? kept : T(0);
+    uint64_t keys[20];
+    for (int round = 0; round < 10; ++round) {
+      keys[2 * round] = static_cast<uint32_t>(problem->dropout_seed) + round * 0x9E3779B9u;
+      keys[2 * round + 1] = static_cast<uint32_t>(problem->dropout_seed >> 32) + round * 0xBB67AE85u;
     }
+    uint32_t words[kDraw];
+    i64 j = round_down(begin, 4);
+    for (; j < end; j += kDraw) {
+      const uint32_t first = static_cast<uint32_t>((origin + j) >> 2);
+      draw(keys, first, row, head, problem->dropout_offset, words);
+      const i64 count = smaller(kDraw, end - j);
+      if (count == kDraw)
+        for (i64 k = 0; k < kDraw; ++k) out[j + k] = words[k] >= threshold ? kept : T(0);
+      else
+        for (i64 k = 0; k < count; ++k) out[j + k] = words[k] >= threshold ? kept : T(0);
+    }
+  }
+
+  static constexpr i64 kDraw = 4 * kLanes<uint64_t>;  // words of one vector of Philox counters
+
+  // philox4x32_10 of common/philox.h for consecutive first counters, each in the low half of a 64-bit element: the
+  // multiplication reads low halves alone, so what is left in the high ones does not matter.
+  FASTATTN_INLINE static void draw(const uint64_t* keys, uint32_t first, uint32_t row, uint32_t head, uint32_t last,
+                                   uint32_t* words) {
+    using V = Vec<uint64_t>;
+    V c0, c1 = splat(uint64_t{row}), c2 = splat(uint64_t{head}), c3 = splat(uint64_t{last});
+    for (int k = 0; k < kLanes<uint64_t>; ++k) c0[k] = first + static_cast<uint32_t>(k);
+    const V m0 = splat(uint64_t{0xD2511F53u}), m1 = splat(uint64_t{0xCD9E8D57u});
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const V p0 = multiply_low_halves(c0, m0), p1 = multiply_low_halves(c2, m1);
+      c0 = (p1 >> 32) ^ c1 ^ keys[2 * round];
+      c2 = (p0 >> 32) ^ c3 ^ keys[2 * round + 1];
+      c1 = p1;
+      c3 = p0;
+    }
+    const V low = (c0 & 0xffffffffu) | c1 << 32, high = (c2 & 0xffffffffu) | c3 << 32;
+    uint64_t pairs[2 * kLanes<uint64_t>];
+    interleave<uint64_t>(low, high, pairs);
+    std::memcpy(words, pairs, sizeof pairs);
   }
 };
 
@@ -212,11 +249,11 @@ inline void to_operand_row(const float* row, i64 begin, i64 end, bf16* out) {
 }
 
 // p = 2^(factor * (s - reference)) over [begin, end) as numbers, in place; returns the sum.
-template <bool kPlain, class T>
+template <bool kPlain, int kDegree, class T>
 inline T row_exp(T* s, i64 begin, i64 end, T reference, T factor) {
   Vec<T> sum = {};
   for (i64 j = begin; j < end; j += kLanes<T>) {
-    const Vec<T> p = exp2(exponent<kPlain>(load(s + j), reference, factor));
+    const Vec<T> p = exp2<kDegree>(exponent<kPlain>(load(s + j), reference, factor));
     sum += p;
     store(s + j, p);
   }
@@ -229,7 +266,7 @@ template <bool kPlain>
 inline float row_exp_bf16(const float* s, i64 begin, i64 end, float reference, float factor, bf16* out) {
   Vec<float> sum = {};
   for (i64 j = begin; j < end; j += 16) {
-    const Vec<float> p = exp2(exponent<kPlain>(load(s + j), reference, factor));
+    const Vec<float> p = exp2<BFloat16Mode::kExpDegree>(exponent<kPlain>(load(s + j), reference, factor));
     sum += p;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), (__m256i)_mm512_cvtneps_pbh((__m512)p));
   }

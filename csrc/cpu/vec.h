@@ -102,6 +102,34 @@ FASTATTN_INLINE T reduce_add(Vec<T> v) {
   return parts[0];
 }
 
+// a0 b0 a1 b1 ...: two vectors at `out`.
+template <class T, int... kLane>
+FASTATTN_INLINE void interleave_lanes(Vec<T> a, Vec<T> b, T* out, std::integer_sequence<int, kLane...>) {
+  using Index = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  constexpr int n = kLanes<T>;
+  const Vec<Index> low = {static_cast<Index>(kLane / 2 + (kLane & 1) * n)...};
+  const Vec<Index> high = {static_cast<Index>(kLane / 2 + n / 2 + (kLane & 1) * n)...};
+  store(out, (Vec<T>)__builtin_shuffle(a, b, low));
+  store(out + n, (Vec<T>)__builtin_shuffle(a, b, high));
+}
+template <class T>
+FASTATTN_INLINE void interleave(Vec<T> a, Vec<T> b, T* out) {
+  interleave_lanes<T>(a, b, out, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// The product of the low halves of each 64-bit element, in full.
+FASTATTN_INLINE Vec<uint64_t> multiply_low_halves(Vec<uint64_t> a, Vec<uint64_t> b) {
+#if defined(__AVX512F__)
+  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (Vec<uint64_t>)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
 // Results too small for a normal number become zero while this lives.  Weights far below the largest one times small
 // values would otherwise be denormal, and every multiply-add with one costs a microcode assist of a hundred cycles and
 // more (ALiBi's far keys did that).  Denormal inputs are still read as what they are.
