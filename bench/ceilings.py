@@ -1,4 +1,4 @@
-"""How fast could it be: the machine's own matrix product and copy.
+"""How fast could it be: the machine's own matrix product and copy; on a CPU also what one core of it does at best.
 
 ``python -m fastattn.bench.ceilings [--device cpu|cuda] [--out FILE.json]`` prints them.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from fastattn import native
 from fastattn.bench.timing import Clock, Spread, make_clock
 
 
@@ -24,6 +25,25 @@ class Ceilings:
     matmul_size: int
     matmul_dtype: str
     copy_bytes: float
+    # by dtype, of one core: FLOP/s of independent multiply-adds and of this library's product on attention's tiles
+    # (scores = Q K^T and values = P V, head dimension 64 and 128), and weights (maximum and exponential) per second
+    core: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def core(*, seconds: float = 0.2) -> dict[str, dict[str, float]]:
+    """The native CPU library's own loops, `seconds` for each number; empty where the library is not built.
+
+    Least processor times of many: a neighbour can only add to them.
+    """
+    if not native.load_cpu_library():
+        return {}
+    dtypes = (torch.float32, torch.bfloat16)
+    return {
+        str(dtype).removeprefix("torch."): json.loads(
+            torch.ops.fastattn.cpu_roofline(torch.empty(0, dtype=dtype), seconds)
+        )
+        for dtype in dtypes
+    }
 
 
 def measure(device: str, *, seconds: float = 1.0, size: int | None = None) -> Ceilings:
@@ -42,6 +62,7 @@ def measure(device: str, *, seconds: float = 1.0, size: int | None = None) -> Ce
         matmul_size=size,
         matmul_dtype=str(dtype).removeprefix("torch."),
         copy_bytes=2.0 * source.nbytes / copy,
+        core=core() if device == "cpu" else {},
     )
 
 
@@ -67,6 +88,9 @@ def main() -> None:
     found = measure(options.device)
     print(f"{found.matmul_size}^3 matrix product, {found.matmul_dtype}: {found.matmul_flops / 1e12:.2f} TFLOP/s")
     print(f"copy, read plus written: {found.copy_bytes / 1e9:.0f} GB/s")
+    for dtype, numbers in found.core.items():
+        rates = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in numbers.items())
+        print(f"one core, {dtype}, in 1e9 per second: {rates}")
     if options.out:
         options.out.write_text(json.dumps(asdict(found), indent=2) + "\n")
 

@@ -44,9 +44,10 @@ inline double peak_flops(double budget) {
   using Acc = typename Mode::Acc;
   constexpr int n = kVectorRegisters >= 32 ? 24 : 12;
   constexpr i64 turns = 20000;
-  Vec<Acc> sum[n] = {};
-  Vec<typename Mode::B> a = {}, b = {};
-  const double seconds = least_seconds(budget, [&] {
+  const double seconds = least_seconds(budget, [] {
+    // the lambda's own: what is captured by reference would live in memory
+    Vec<Acc> sum[n] = {};
+    Vec<typename Mode::B> a = {}, b = {};
     for (i64 turn = 0; turn < turns; ++turn) {
       keep(a);
       keep(b);
@@ -74,25 +75,28 @@ inline double gemm_flops(double budget, i64 dim, bool values) {
   std::memset(static_cast<void*>(b.data()), 0, n * depth / Mode::kPair * sizeof(B));
   std::memset(static_cast<void*>(c.data()), 0, rows * n * sizeof(Acc));
   TileScope<Mode> tiles;
+  constexpr int turns = 256;  // a millisecond or more: the clock is off by some ten microseconds now and then
   const double seconds = least_seconds(budget, [&] {
-    for (int turn = 0; turn < 8; ++turn)
+    for (int turn = 0; turn < turns; ++turn)
       gemm<Mode>(rows, n, depth, a.data(), depth, 1, b.data(), Mode::kPanel, Mode::kPanel * (depth / Mode::kPair),
                  c.data(), n, values);
   });
-  return 2.0 * 8 * static_cast<double>(rows * n * depth) / seconds;
+  return 2.0 * turns * static_cast<double>(rows * n * depth) / seconds;
 }
 
 template <class Mode>
 inline double weights_per_second(double budget) {
   using Acc = typename Mode::Acc;
   constexpr i64 n = 4096;
+  constexpr int turns = 256;
   Buffer<Acc> row(n);
   for (i64 i = 0; i < n; ++i) row.data()[i] = Acc(-0.25);
   Acc total = 0;
   const double seconds = least_seconds(budget, [&] {
-    total += row_max(row.data(), 0, n) + row_exp<true, Mode::kExpDegree>(row.data(), 0, n, Acc(0), Acc(0.0625));
+    for (int turn = 0; turn < turns; ++turn)
+      total += row_max(row.data(), 0, n) + row_exp<true, Mode::kExpDegree>(row.data(), 0, n, Acc(0), Acc(0.0625));
   });
-  return total == Acc(-1) ? 0 : n / seconds;
+  return total == Acc(-1) ? 0 : turns * n / seconds;
 }
 
 template <class Mode>
