@@ -17,11 +17,12 @@ from .additive_backward import (
 )
 from .additive_forward import additive_forward_kernel
 from .additive_scores import Columns
-from .attention import launch_options, precision
+from .attention import precision
 from .attention_backward import attention_delta_kernel
 from .attention_gradients import dense_bias_grid, reduce_batch, table_interior
 from .features import Features, operand
 from .layout import dense, empty_like_layout
+from .tiles import launch_options
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -53,7 +54,8 @@ class AdditiveCall(Features):
             "BDV": self.padded[1],
             "HAS_DROPOUT": attention.dropout_p > 0,
             "PRECISION": _precision(attention.dtype),
-            **self.window_flags,
+            "HAS_LEFT": self.window_flags[0],
+            "HAS_RIGHT": self.window_flags[1],
             **launch_options(self.tile),
         }
 
@@ -124,11 +126,12 @@ def additive_backward(
     if needs & {"query", "weight", "slopes", "table"}:
         _launch_q(call, problem, tensors, rows, grads)
     if "dense_bias" in needs:
-        programs, where = dense_bias_grid(attention, grads["dense_bias"], call.tile)
+        programs, where, flags = dense_bias_grid(attention, grads["dense_bias"], call.tile)
         if programs:
             additive_bias_gradient_kernel[(programs,)](
-                *tensors, *rows, grads["dense_bias"], *call.features, **call.counts, **where, **call.constants
-            )
+                *tensors, *rows, grads["dense_bias"], *call.features, **call.counts, **where, **flags,
+                **call.constants,
+            )  # fmt: skip
     if "table" in needs:
 
         def launch(programs: int, partial: Tensor, where: dict[str, int]) -> None:
