@@ -12,6 +12,7 @@
 #pragma once
 
 #include "bias_gradient.h"
+#include "forward.h"
 #include "gradient_tile.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -430,9 +431,49 @@ class Backward {
   }
 };
 
+// The statistics of the packed forward, for a problem whose forward was another kernel.  Weights recomputed from scores
+// that were summed in another order would no longer sum to one: with large scores a rounding of them is a large factor.
+template <class Mode>
+class Statistics {
+ public:
+  Statistics(const Problem& p, const BackwardInput& input, const Parallel& parallel)
+      : rows_(p.batch * p.query_heads * p.query_length),
+        out_(rows_ * p.value_dim * element_size(input.out.dtype)),
+        numbers_(3 * rows_) {
+    const auto view = [&](void* data, DType dtype, i64 columns) {
+      View v;
+      v.data = data, v.dtype = dtype;
+      const i64 size[4] = {p.batch, p.query_heads, p.query_length, columns};
+      for (i64 stride = 1, d = 3; d >= 0; stride *= size[d--]) v.size[d] = size[d], v.stride[d] = stride;
+      return v;
+    };
+    constexpr DType own = sizeof(typename Mode::Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
+    ForwardOutput output;
+    output.out = view(out_.data(), input.out.dtype, p.value_dim);
+    output.statistics = statistics = view(numbers_.data(), own, 2);
+    output.lse = view(numbers_.data() + 2 * rows_, own, 1);
+    Forward<Mode> kernel(p, output, parallel.threads);
+    parallel.run(kernel.items(), &Forward<Mode>::run_item, &kernel);
+  }
+
+  View statistics;  // (B, Hq, Sq, 2)
+
+ private:
+  i64 rows_;
+  Buffer<char> out_;
+  Buffer<typename Mode::Acc> numbers_;
+};
+
 template <class Mode>
 inline void backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
                      const Parallel& parallel) {
+  if (decodes<Mode>(problem)) {
+    const Statistics<Mode> own(problem, input, parallel);
+    BackwardInput consistent = input;
+    consistent.statistics = own.statistics;
+    Backward<Mode>(problem, consistent, output).run(parallel);
+    return;
+  }
   Backward<Mode>(problem, input, output).run(parallel);
 }
 

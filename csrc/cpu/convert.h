@@ -186,4 +186,46 @@ FASTATTN_INLINE T read_scalar(const View& view, i64 a, i64 b = 0, i64 c = 0, i64
   return value;
 }
 
+// One vector of numbers from memory of any kind.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+#if defined(__F16C__)
+constexpr bool kLoadsHalf = true;
+#else
+constexpr bool kLoadsHalf = false;  // load_row converts element by element
+#endif
+
+template <class T>
+FASTATTN_INLINE Vec<T> load_numbers(const T* p) {
+  return load(p);
+}
+FASTATTN_INLINE Vec<float> load_numbers(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+#elif defined(__AVX2__)
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
+#else
+  Vec<uint32_t> bits;
+  for (int i = 0; i < kLanes<float>; ++i) bits[i] = static_cast<uint32_t>(p[i].bits) << 16;
+  return (Vec<float>)bits;
+#endif
+}
+FASTATTN_INLINE Vec<float> load_numbers(const Half* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = half_to_float(p[i].bits);
+  return x;
+#endif
+}
+
 }  // namespace fastattn::cpu::FASTATTN_ISA

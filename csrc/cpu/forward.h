@@ -8,7 +8,7 @@
 #pragma once
 
 #include "arena.h"
-#include "scores.h"
+#include "decode.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -151,14 +151,6 @@ class Forward {
         RowSource<Acc>(p.key, item.b, item.kv_head).rotated(p.key_cos, p.key_sin, 0, p.interleaved);
     const RowSource<Acc> value_rows(p.value, item.b, item.kv_head);
     const i64 low = geometry.visible(item.first).low, high = geometry.visible(item.first + item.rows - 1).high;
-    if constexpr (Mode::kPair == 1) {
-      if (reads_rows_in_place(scorers[0]) && !bad_queries) {
-        for (i64 origin = low; origin < high; origin += tile)
-          one_row(item, scorers[0], s, origin, smaller(tile, high - origin));
-        finish(item, scorers[0], s, 0);
-        return;
-      }
-    }
     for (i64 origin = round_down(low, tile); origin < high; origin += tile) {
       const i64 keys = smaller(tile, high - origin);
       const i64 padded = round_up(keys, Mode::kColumnMultiple);
@@ -171,49 +163,9 @@ class Forward {
         strip(item, scorers, s, r, smaller(kStrip, count - r), origin, keys, padded,
               bad_keys || bad_queries ? &key_rows : nullptr, bad_values ? &value_rows : nullptr);
     }
-    for (i64 r = 0; r < count; ++r) finish(item, scorers[item.head_of(r)], s, r);
-  }
-
-  // Decoding with one query head per key head: a tile packed for a single row costs more than the row's own work, so
-  // keys and values are read where they lie.  Only visible ones are, so nothing can leak.  A property of the call's
-  // shape and layout, never of the thread count, since sums are taken in another order.
-  bool reads_rows_in_place(const Scorer<Acc>& scorer) const {
-    const DType plain_dtype = sizeof(Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
-    const auto in_place = [&](const View& view, i64 dim) {
-      return view.dtype == plain_dtype && view.stride[3] == 1 && dim % kLane == 0;
-    };
-    return p.query_length == 1 && p.group() == 1 && scorer.plain && !scorer.masked_by_element && !p.key_cos &&
-           p.dropout_p == 0 && in_place(p.key, p.head_dim) && in_place(p.value, p.value_dim);
-  }
-
-  void one_row(const Block& item, const Scorer<Acc>& scorer, const Scratch& s, i64 origin, i64 keys) const {
-    const Acc* const query = reinterpret_cast<const Acc*>(s.query);
-    const Acc* key = reinterpret_cast<const Acc*>(p.key.at(item.b, item.kv_head, origin));
-    for (i64 j = 0; j < keys; ++j, key += p.key.stride[2]) {
-      Vec<Acc> sum = {};
-      for (i64 d = 0; d < p.head_dim; d += kLane) sum += load(query + d) * load(key + d);
-      s.scores[j] = reduce_add<Acc>(sum);
-    }
-    const i64 end = round_up(keys, kLane);
-    for (i64 j = keys; j < end; ++j) s.scores[j] = -kInfinity<Acc>;
-    softmax_step(scorer, 0, s, 0, origin, 0, end, s.scores, reinterpret_cast<A*>(s.scores));
-    constexpr i64 kColumns = 4 * kLane;  // accumulators kept in registers over all keys
-    for (i64 d = 0; d < p.value_dim; d += kColumns) {
-      const i64 vectors = smaller(i64{4}, (p.value_dim - d) / kLane);
-      const Acc* value = reinterpret_cast<const Acc*>(p.value.at(item.b, item.kv_head, origin)) + d;
-      Vec<Acc> sum[4] = {};
-      if (vectors == 4) {
-        for (i64 j = 0; j < keys; ++j, value += p.value.stride[2])
-          for (int n = 0; n < 4; ++n) sum[n] += load(value + n * kLane) * s.scores[j];
-      } else {
-        for (i64 j = 0; j < keys; ++j, value += p.value.stride[2])
-          for (i64 n = 0; n < vectors; ++n) sum[n] += load(value + n * kLane) * s.scores[j];
-      }
-      for (i64 n = 0; n < vectors; ++n) {
-        Acc* const acc = s.accumulator + d + n * kLane;
-        store(acc, load(acc) + sum[n]);
-      }
-    }
+    for (i64 r = 0; r < count; ++r)
+      finish_row(scorers[item.head_of(r)], o, item.query_of(r), s.maximum[r], s.sum[r], s.accumulator + r * value_width,
+                 value_width);
   }
 
   // One strip of rows against one packed tile.  Non-null sources say that the tile has flagged rows.
@@ -326,59 +278,29 @@ class Forward {
       }
     }
   }
-
-  void finish(const Block& item, const Scorer<Acc>& scorer, const Scratch& s, i64 row) const {
-    const i64 h = item.head + item.head_of(row), i = item.query_of(row);
-    const Acc sum = s.sum[row];
-    Acc scale = 0, lse = kInfinity<Acc>;
-    double log_sum = __builtin_inf();  // base 2; a row without keys has no weight whatever its scores
-    if (p.sink) {
-      finish_with_sink(scorer, s, row, &scale, &lse, &log_sum);
-    } else if (sum != 0) {
-      const double top = static_cast<double>(s.maximum[row]) * (scorer.plain ? p.scale : 1.0);
-      // one logarithm a row, in its own precision: in short rows it is a good part of the work
-      if constexpr (sizeof(Acc) == 4)
-        log_sum = __builtin_log2f(sum);
-      else
-        log_sum = __builtin_log2(sum);
-      lse = static_cast<Acc>(top + log_sum * kLn2);
-      scale = 1 / sum;
-    }
-    Acc* const statistics = reinterpret_cast<Acc*>(o.statistics.mutable_at(item.b, h, i));
-    statistics[0] = log_sum == __builtin_inf() ? 0 : s.maximum[row];
-    statistics[1] = static_cast<Acc>(log_sum);
-    *reinterpret_cast<Acc*>(o.lse.mutable_at(item.b, h, i)) = lse;
-    Acc* const acc = s.accumulator + row * value_width;
-    for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * scale);
-    store_row(o.out.dtype, acc, p.value_dim, o.out.mutable_at(item.b, h, i));
-  }
-
-  // The sink joins the denominator at the end, in double: a large one cannot overflow, a small one costs no rescaling.
-  void finish_with_sink(const Scorer<Acc>& scorer, const Scratch& s, i64 row, Acc* scale, Acc* lse,
-                        double* log_sum) const {
-    const double sink = *reinterpret_cast<const Acc*>(p.sink.at(scorer.b, scorer.h));
-    double sum = s.sum[row], shrink = 1;
-    double top = sum == 0 ? -__builtin_inf() : s.maximum[row] * (scorer.plain ? p.scale : 1.0);
-    if (sum == 0 && sink == -__builtin_inf()) return;
-    if (sink > top) {
-      shrink = __builtin_exp(top - sink);
-      sum = sum * shrink + 1;
-      top = sink;
-    } else if (sink > -__builtin_inf()) {
-      sum += __builtin_exp(sink - top);
-    }
-    *scale = static_cast<Acc>(shrink / sum);
-    if (s.sum[row] != 0)
-      *log_sum =
-          __builtin_log2(sum) + (shrink < 1 ? (sink - s.maximum[row] * (scorer.plain ? p.scale : 1.0)) * kLog2E : 0);
-    *lse = static_cast<Acc>(top + __builtin_log(sum));
-  }
 };
 
 template <class Mode>
+inline bool decodes(const Problem& problem) {
+  return Decode<typename Mode::Acc>::takes(problem, Mode::kPair == 2);
+}
+
+template <class Mode>
 inline void forward(const Problem& problem, const ForwardOutput& output, const Parallel& parallel) {
+  using Few = Decode<typename Mode::Acc>;
+  if (decodes<Mode>(problem)) {
+    Few kernel(problem, output);
+    return parallel.run(kernel.items(), &Few::run_item, &kernel);
+  }
   Forward<Mode> kernel(problem, output, parallel.threads);
   parallel.run(kernel.items(), &Forward<Mode>::run_item, &kernel);
+}
+
+template <class Mode>
+inline ForwardPlan forward_plan(const Problem& problem, i64 threads) {
+  using Few = Decode<typename Mode::Acc>;
+  if (decodes<Mode>(problem)) return Few(problem, {}).plan();
+  return Forward<Mode>(problem, {}, threads).plan();
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

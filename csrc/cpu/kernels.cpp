@@ -29,19 +29,14 @@ static void run_forward(const Problem& problem, const ForwardOutput& output, con
   }
 }
 
-template <class Mode>
-static ForwardPlan plan(const Problem& problem, i64 threads) {
-  return Forward<Mode>(problem, {}, threads).plan();
-}
-
 static ForwardPlan run_plan(const Problem& problem, i64 threads) {
   switch (problem.query.dtype) {
     case DType::kFloat64:
-      return plan<Float64Mode>(problem, threads);
+      return forward_plan<Float64Mode>(problem, threads);
     case DType::kBFloat16:
-      return plan<ModeOfBFloat16>(problem, threads);
+      return forward_plan<ModeOfBFloat16>(problem, threads);
     default:
-      return plan<Float32Mode>(problem, threads);
+      return forward_plan<Float32Mode>(problem, threads);
   }
 }
 

@@ -148,17 +148,8 @@ FASTATTN_INLINE Vec<B> load_straight(const char* row, i64 k) {
   if constexpr (kFrom == Straight::kOwn) {
     return load(reinterpret_cast<const B*>(row) + k);
   } else {
-#if defined(__AVX512F__)
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 2 * k));
-    if constexpr (kFrom == Straight::kHalf) return (Vec<B>)_mm512_cvtph_ps(x);
-    return (Vec<B>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
-#elif defined(__AVX2__)
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * k));
-    if constexpr (kFrom == Straight::kHalf) return (Vec<B>)_mm256_cvtph_ps(x);
-    return (Vec<B>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
-#else
-    return Vec<B>{};
-#endif
+    if constexpr (kFrom == Straight::kHalf) return load_numbers(reinterpret_cast<const Half*>(row) + k);
+    return load_numbers(reinterpret_cast<const BFloat16*>(row) + k);
   }
 }
 

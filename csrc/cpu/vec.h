@@ -42,11 +42,11 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 // min/max/rounding of our own: std:: templates compiled here with wide instructions could be the copy the linker
 // keeps for the whole library.
 template <class T>
-FASTATTN_INLINE T smaller(T a, T b) {
+FASTATTN_INLINE constexpr T smaller(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-FASTATTN_INLINE T larger(T a, T b) {
+FASTATTN_INLINE constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 FASTATTN_INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -165,6 +165,25 @@ template <class T, int kStage = kLanes<T> / 2>
 FASTATTN_INLINE void transpose(Vec<T>* rows) {
   transpose_stage<T, kStage>(rows, std::make_integer_sequence<int, kLanes<T>>{});
   if constexpr (kStage > 1) transpose<T, kStage / 2>(rows);
+}
+
+// Lane k of the result is the sum of the lanes of rows[k]: the transpose's stages, each adding what it swaps.
+template <class T, int kStage, int... kLane>
+FASTATTN_INLINE void add_stage(Vec<T>* rows, std::integer_sequence<int, kLane...>) {
+  using Index = Vec<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+  constexpr int n = kLanes<T>;
+  const Index low = {((kLane & kStage) ? n + kLane - kStage : kLane)...};
+  const Index high = {((kLane & kStage) ? n + kLane : kLane + kStage)...};
+#pragma GCC unroll 16
+  for (int i = 0; i < kStage; ++i)
+    rows[i] = __builtin_shuffle(rows[i], rows[i + kStage], low) + __builtin_shuffle(rows[i], rows[i + kStage], high);
+}
+
+template <class T, int kStage = kLanes<T> / 2>
+FASTATTN_INLINE Vec<T> add_lanes(Vec<T>* rows) {
+  add_stage<T, kStage>(rows, std::make_integer_sequence<int, kLanes<T>>{});
+  if constexpr (kStage > 1) return add_lanes<T, kStage / 2>(rows);
+  return rows[0];
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,0 +1,318 @@
+// Attention of a few query rows per key head, as in decoding.  Packing a tile of keys costs more than so few rows make
+// of it, so keys and values are read where they lie (other dtypes and rotated keys a few rows at a time through a
+// buffer that stays in the first-level cache), each once for all query heads of the group.
+//
+// A work item is one chunk of the keys of one (batch, key head), which gives every row a partial maximum, sum and
+// accumulator; whoever finishes the last chunk joins them in their order.  Chunks follow from the shape alone, so
+// results do not depend on the threads.
+#pragma once
+
+#include "arena.h"
+#include "finish.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+
+template <class Acc>
+class Decode {
+ public:
+  static constexpr i64 kMaxRows = 8;
+
+  // With more rows packed tiles are as fast, and with bfloat16 dot products from five rows on; but they leave threads
+  // idle where heads are few.
+  static bool takes(const Problem& p, bool dot_products) {
+    const i64 rows = p.query_length * p.group();
+    return rows <= 4 || (rows <= kMaxRows && (!dot_products || p.batch * p.kv_heads < 8));
+  }
+
+  Decode(const Problem& problem, const ForwardOutput& output) : p(problem), o(output) {
+    rows = p.query_length * p.group();
+    width = round_up(larger(p.head_dim, i64{1}), kLane);
+    value_width = round_up(larger(p.value_dim, i64{1}), kLane);
+    units = p.batch * p.kv_heads;
+    // enough chunks for a machine with many threads, but none so short that its fixed cost shows
+    const i64 share = round_up(ceil_div(larger(p.key_length, i64{1}) * units, 128), kTile);
+    chunk = smaller(larger(share, i64{256}), i64{1024});
+    chunks = ceil_div(larger(p.key_length, i64{1}), chunk);
+    if (chunks > 1) {
+      partials = Buffer<Acc>(units * chunks * rows * partial_width());
+      arrived = Buffer<int>(units);
+      std::memset(arrived.data(), 0, units * sizeof(int));
+    }
+  }
+
+  i64 items() const { return units * chunks; }
+
+  ForwardPlan plan() const {
+    Arena measure(nullptr);
+    layout(measure);
+    return {p.query_length, p.group(), smaller(chunk, p.key_length), items(), static_cast<i64>(measure.used())};
+  }
+
+  static void run_item(void* self, i64 index) { static_cast<const Decode*>(self)->run(index); }
+
+ private:
+  static constexpr i64 kLane = kLanes<Acc>;
+  static constexpr i64 kTile = 32;  // keys that pass through the first-level cache together
+  // Rows that share a loaded key or value: their sums are registers.
+  static constexpr int kRowBlock = kVectorRegisters == 32 && kLane >= 4 ? 4 : 2;
+  // Sums of columns in registers; a few rows take more columns of a value at once.
+  static constexpr int kSums = kVectorRegisters / 2, kVectors = kSums / kRowBlock;
+
+  const Problem& p;
+  const ForwardOutput& o;
+  i64 rows, width, value_width, units, chunk, chunks;
+  Buffer<Acc> partials;
+  Buffer<int> arrived;
+
+  struct Scratch {
+    Acc *query, *scores, *temp, *tile, *accumulator;
+    Acc *maximum, *sum;
+  };
+
+  Scratch layout(Arena& arena) const {
+    Scratch s;
+    s.query = arena.take<Acc>(rows * width);
+    s.scores = arena.take<Acc>(rows * chunk);
+    s.temp = arena.take<Acc>(larger(chunk, larger(width, value_width)));
+    s.tile = arena.take<Acc>(kTile * larger(width, value_width));
+    s.accumulator = arena.take<Acc>(rows * value_width);
+    s.maximum = arena.take<Acc>(rows);
+    s.sum = arena.take<Acc>(rows);
+    return s;
+  }
+
+  // Of one row and chunk: the accumulator, then maximum and sum.
+  i64 partial_width() const { return value_width + kLane; }
+  Acc* partial(i64 unit, i64 index, i64 row) const {
+    return partials.data() + ((unit * chunks + index) * rows + row) * partial_width();
+  }
+
+  void run(i64 item) const {
+    const i64 unit = item / chunks, index = item % chunks;
+    const i64 b = unit / p.kv_heads, kv_head = unit % p.kv_heads;
+    Arena measure(nullptr);
+    layout(measure);
+    Arena arena(thread_scratch(measure.used()));
+    const Scratch s = layout(arena);
+    FlushScope flush;
+
+    Scorer<Acc> scorers[kMaxRows];  // of the heads of the group
+    for (i64 g = 0; g < p.group(); ++g) scorers[g] = Scorer<Acc>(p, b, kv_head * p.group() + g);
+    const BatchGeometry& geometry = scorers[0].geometry;
+    const i64 origin = index * chunk;
+    const Interval seen{larger(geometry.visible(0).low - origin, i64{0}),
+                        smaller(geometry.visible(p.query_length - 1).high - origin, chunk)};
+
+    for (i64 r = 0; r < rows; ++r) s.maximum[r] = -kInfinity<Acc>, s.sum[r] = 0;
+    std::memset(s.accumulator, 0, rows * value_width * sizeof(Acc));
+    if (!seen.empty()) {
+      const Interval keys{round_down(seen.low, kLane), seen.high};
+      load_queries(scorers, s);
+      multiply_keys(b, kv_head, origin, keys, s);
+      for (i64 r = 0; r < rows; ++r) softmax(scorers[r / p.query_length], r, origin, keys, s);
+      multiply_values(b, kv_head, origin, keys, s);
+      if (!all_finite(s.accumulator, rows * value_width)) repair(scorers, b, kv_head, origin, keys, s);
+    }
+    if (chunks == 1) return finish(scorers, s);
+
+    for (i64 r = 0; r < rows; ++r) {
+      Acc* const mine = partial(unit, index, r);
+      std::memcpy(mine, s.accumulator + r * value_width, value_width * sizeof(Acc));
+      mine[value_width] = s.maximum[r];
+      mine[value_width + 1] = s.sum[r];
+    }
+    if (__atomic_add_fetch(arrived.data() + unit, 1, __ATOMIC_ACQ_REL) < chunks) return;
+    for (i64 r = 0; r < rows; ++r) join(unit, r, scorers[r / p.query_length].factor, s);
+    finish(scorers, s);
+  }
+
+  void finish(const Scorer<Acc>* scorers, const Scratch& s) const {
+    for (i64 r = 0; r < rows; ++r)
+      finish_row(scorers[r / p.query_length], o, r % p.query_length, s.maximum[r], s.sum[r],
+                 s.accumulator + r * value_width, value_width);
+  }
+
+  void join(i64 unit, i64 r, Acc factor, const Scratch& s) const {
+    Acc top = -kInfinity<Acc>;
+    for (i64 c = 0; c < chunks; ++c) top = larger(top, partial(unit, c, r)[value_width]);
+    Acc sum = 0;
+    Acc* const acc = s.accumulator + r * value_width;
+    std::memset(acc, 0, value_width * sizeof(Acc));
+    for (i64 c = 0; c < chunks; ++c) {
+      const Acc* const part = partial(unit, c, r);
+      if (part[value_width + 1] == 0) continue;  // no visible key; a NaN goes on
+      const Acc top_of_part = part[value_width] == -kInfinity<Acc> ? Acc(0) : part[value_width];
+      const Acc shrink = top_of_part == top ? Acc(1) : exp2(splat((top_of_part - top) * factor))[0];
+      sum += part[value_width + 1] * shrink;
+      for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) + load(part + d) * shrink);
+    }
+    s.maximum[r] = top;
+    s.sum[r] = sum;
+  }
+
+  void load_queries(const Scorer<Acc>* scorers, const Scratch& s) const {
+    std::memset(s.query, 0, rows * width * sizeof(Acc));
+    for (i64 r = 0; r < rows; ++r) {
+      const Scorer<Acc>& scorer = scorers[r / p.query_length];
+      RowSource<Acc>(p.query, scorer.b, scorer.h)
+          .rotated(p.query_cos, p.query_sin, scorer.geometry.offset, p.interleaved)
+          .load(r % p.query_length, s.query + r * width);
+    }
+  }
+
+  // Rows of keys or values in whole vectors of T, `stride` apart: in place, or kTile of them as numbers in the buffer.
+  template <class T>
+  struct Rows {
+    const T* data;
+    i64 stride;
+  };
+
+  template <class Use>
+  void with_rows(const RowSource<Acc>& source, i64 first, i64 count, i64 width, Acc* buffer, const Use& use) const {
+    if (source.column_stride == 1 && !source.cosine && source.columns == width) {
+      const char* const data = source.data + first * source.row_stride * element_size(source.dtype);
+      constexpr DType own = sizeof(Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
+      if (source.dtype == own) return use(Rows<Acc>{reinterpret_cast<const Acc*>(data), source.row_stride});
+      if constexpr (sizeof(Acc) == 4) {
+        if (source.dtype == DType::kBFloat16)
+          return use(Rows<BFloat16>{reinterpret_cast<const BFloat16*>(data), source.row_stride});
+        if (kLoadsHalf && source.dtype == DType::kFloat16)
+          return use(Rows<Half>{reinterpret_cast<const Half*>(data), source.row_stride});
+      }
+    }
+    for (i64 j = 0; j < count; ++j) {
+      Acc* const row = buffer + j * width;
+      source.load(first + j, row);
+      for (i64 d = source.columns; d < width; ++d) row[d] = 0;
+    }
+    use(Rows<Acc>{buffer, width});
+  }
+
+  // All rows of queries in blocks of kRowBlock, then two, then one.
+  template <class Body>
+  FASTATTN_INLINE void in_blocks(const Body& body) const {
+    i64 r = 0;
+    for (; r + kRowBlock <= rows; r += kRowBlock) body(std::integral_constant<int, kRowBlock>{}, r);
+    if constexpr (kRowBlock > 2)
+      for (; r + 2 <= rows; r += 2) body(std::integral_constant<int, 2>{}, r);
+    for (; r < rows; ++r) body(std::integral_constant<int, 1>{}, r);
+  }
+
+  // scores[r][j] = q_r . k_j
+  void multiply_keys(i64 b, i64 kv_head, i64 origin, Interval keys, const Scratch& s) const {
+    const RowSource<Acc> source = RowSource<Acc>(p.key, b, kv_head).rotated(p.key_cos, p.key_sin, 0, p.interleaved);
+    for (i64 j = keys.low; j < keys.high; j += kTile) {
+      const i64 count = smaller(kTile, keys.high - j);
+      with_rows(source, origin + j, count, width, s.tile, [&](auto k) __attribute__((always_inline)) {
+        in_blocks([&](auto block, i64 r) __attribute__((always_inline)) { scores_of<block.value>(k, count, r, j, s); });
+      });
+    }
+  }
+
+  template <int kRows, class T>
+  FASTATTN_INLINE void scores_of(Rows<T> k, i64 count, i64 r, i64 first, const Scratch& s) const {
+    constexpr int kKeys = static_cast<int>(kLane) / kRows;
+    const Acc* const query = s.query + r * width;
+    for (i64 j = 0; j < count; j += kKeys) {
+      const T* key[kKeys];
+#pragma GCC unroll 16
+      for (int n = 0; n < kKeys; ++n) key[n] = k.data + smaller(j + n, count - 1) * k.stride;
+      Vec<Acc> sum[kLane] = {};
+      // key by key: memory in its own order, which the prefetcher follows
+#pragma GCC unroll 16
+      for (int n = 0; n < kKeys; ++n)
+        for (i64 d = 0; d < width; d += kLane) {
+          const Vec<Acc> x = load_numbers(key[n] + d);
+#pragma GCC unroll 4
+          for (int m = 0; m < kRows; ++m) sum[m * kKeys + n] += x * load(query + m * width + d);
+        }
+      Acc sums[kLane];
+      store(sums, add_lanes<Acc>(sum));
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m)
+        std::memcpy(s.scores + (r + m) * chunk + first + j, sums + m * kKeys, kKeys * sizeof(Acc));
+    }
+  }
+
+  void softmax(const Scorer<Acc>& scorer, i64 r, i64 origin, Interval keys, const Scratch& s) const {
+    const i64 i = r % p.query_length, end = round_up(keys.high, kLane);
+    Acc* const score = s.scores + r * chunk;
+    const Interval live = scorer.apply(i, origin, keys.low, end, score, s.temp, nullptr);
+    if (live.low < live.high) {
+      const Acc top = row_max(score, live.low, live.high);
+      const Acc reference = top == -kInfinity<Acc> ? Acc(0) : top;
+      s.maximum[r] = top;
+      s.sum[r] = scorer.plain ? row_exp<true, 5>(score, live.low, live.high, reference, scorer.factor)
+                              : row_exp<false, 5>(score, live.low, live.high, reference, scorer.factor);
+      if (p.dropout_p > 0) {
+        scorer.dropout_factors(i, origin, live.low, live.high, s.temp);
+        for (i64 j = live.low; j < live.high; ++j) score[j] *= s.temp[j];
+      }
+    }
+    for (i64 j = keys.low; j < live.low; ++j) score[j] = 0;
+    for (i64 j = live.high; j < end; ++j) score[j] = 0;
+  }
+
+  // accumulator[r] += weights[r] . values
+  void multiply_values(i64 b, i64 kv_head, i64 origin, Interval keys, const Scratch& s) const {
+    const RowSource<Acc> source(p.value, b, kv_head);
+    for (i64 j = keys.low; j < keys.high; j += kTile) {
+      const i64 count = smaller(kTile, keys.high - j);
+      with_rows(source, origin + j, count, value_width, s.tile, [&](auto v) __attribute__((always_inline)) {
+        in_blocks([&](auto block, i64 r) __attribute__((always_inline)) {
+          constexpr int kColumns = smaller(2 * kVectors, kSums / block.value);
+          i64 d = 0;
+          for (; d + kColumns * kLane <= value_width; d += kColumns * kLane)
+            columns_of<block.value, kColumns>(v, count, r, j, d, s);
+          for (; d + kVectors * kLane <= value_width; d += kVectors * kLane)
+            columns_of<block.value, kVectors>(v, count, r, j, d, s);
+          for (; d < value_width; d += kLane) columns_of<block.value, 1>(v, count, r, j, d, s);
+        });
+      });
+    }
+  }
+
+  template <int kRows, int kColumns, class T>
+  FASTATTN_INLINE void columns_of(Rows<T> v, i64 count, i64 r, i64 first, i64 d, const Scratch& s) const {
+    const Acc* const weights = s.scores + r * chunk + first;
+    Acc* const acc = s.accumulator + r * value_width + d;
+    Vec<Acc> sum[kRows][kColumns];
+    for (int m = 0; m < kRows; ++m)
+      for (int n = 0; n < kColumns; ++n) sum[m][n] = load(acc + m * value_width + n * kLane);
+    const T* value = v.data + d;
+    for (i64 j = 0; j < count; ++j, value += v.stride) {
+      Vec<Acc> x[kColumns];
+#pragma GCC unroll 8
+      for (int n = 0; n < kColumns; ++n) x[n] = load_numbers(value + n * kLane);
+      if (d == 0)  // the columns of the passes to come, while memory is being read in order
+        for (i64 n = kColumns * kLane; n < value_width; n += 64 / static_cast<i64>(sizeof(T)))
+          __builtin_prefetch(value + n);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const Acc weight = weights[m * chunk + j];
+#pragma GCC unroll 8
+        for (int n = 0; n < kColumns; ++n) sum[m][n] += x[n] * weight;
+      }
+    }
+    for (int m = 0; m < kRows; ++m)
+      for (int n = 0; n < kColumns; ++n) store(acc + m * value_width + n * kLane, sum[m][n]);
+  }
+
+  // The accumulators again, pair by pair, where one came out NaN or infinite: a weight of 0 times a hidden value that
+  // is not finite must not count.
+  void repair(const Scorer<Acc>* scorers, i64 b, i64 kv_head, i64 origin, Interval keys, const Scratch& s) const {
+    const RowSource<Acc> source(p.value, b, kv_head);
+    std::memset(s.accumulator, 0, rows * value_width * sizeof(Acc));
+    for (i64 j = keys.low; j < keys.high; ++j) {
+      source.load(origin + j, s.temp);
+      for (i64 r = 0; r < rows; ++r) {
+        if (!scorers[r / p.query_length].visible(r % p.query_length, origin + j)) continue;
+        const Acc weight = s.scores[r * chunk + j];
+        Acc* const acc = s.accumulator + r * value_width;
+        for (i64 d = 0; d < p.value_dim; ++d) acc[d] += weight * s.temp[d];
+      }
+    }
+  }
+};
+
+}  // namespace fastattn::cpu::FASTATTN_ISA
