@@ -76,6 +76,27 @@ def bias(problem: Problem, dtype: torch.dtype) -> Tensor | None:
     if problem.dense_bias is not None:
         dense = problem.dense_bias.to(dtype)
         total = dense if total is None else total + dense
+    if problem.row_table is not None or problem.col_table is not None:
+        read = table_terms(problem, dtype)
+        total = read if total is None else total + read
+    return total
+
+
+def table_terms(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """What row and column tables add, (B, Hq, Sq, Sk) in `dtype`."""
+    right = problem.column_entries - 1 - problem.columns_left
+    index = distances(problem).clamp(-problem.columns_left, right) + problem.columns_left
+    if problem.columns is not None:
+        index = problem.columns.long()[index]
+    index = index.expand(problem.batch_size, problem.num_heads, -1, -1)
+    total: Tensor | None = None
+    if problem.row_table is not None:
+        total = problem.row_table.to(dtype).gather(-1, index)
+    if problem.col_table is not None:
+        group = problem.num_heads // problem.num_kv_heads if problem.num_kv_heads else 1
+        read = problem.col_table.to(dtype).repeat_interleave(group, dim=1).gather(-2, index)
+        total = read if total is None else total + read
+    assert total is not None
     return total
 
 
