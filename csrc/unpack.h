@@ -52,8 +52,9 @@ inline void unpack_content(const Place& place, Problem& p, const OptionalTensor&
   if (place.type != aoti_torch_device_type_cpu()) return;
   const int32_t* const column = reinterpret_cast<const int32_t*>(p.columns.data);
   for (i64 t = 0; t < p.columns.size[0]; ++t)
-    STD_TORCH_CHECK(column[t] >= 0 && column[t] < wide, "fastattn: columns[", t, "] = ", column[t],
-                    ", expected a column of the tables, of which there are ", wide);
+    STD_TORCH_CHECK(column[t] >= (t ? column[t - 1] : 0) && column[t] < wide, "fastattn: columns[", t,
+                    "] = ", column[t], ", expected columns of the tables, of which there are ", wide,
+                    ", that never fall");
 }
 
 inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS) {

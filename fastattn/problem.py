@@ -61,7 +61,7 @@ class Problem:
     #   c(d) = columns[clamp(d, -columns_left, T-1-columns_left) + columns_left], the index itself without `columns`
     row_table: Tensor | None = None  # (B, Hq, Sq, C): query i, key j get row_table[i, c]
     col_table: Tensor | None = None  # (B, Hk, C, Sk): ... and col_table[c, j]
-    columns: Tensor | None = None  # (T,) int32 in [0, C); None: T = C, a column for each distance
+    columns: Tensor | None = None  # (T,) int32 in [0, C), rising; None: T = C, a column for each distance
     columns_left: int = 0
     sink: Tensor | None = None  # (B|1, Hq): an extra logit in the softmax denominator
     # dropout: element (b, h, i, j) is kept iff philox(seed; b, h, i, j) >= dropout_p (see fastattn/philox.py)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from features import deberta_bucket
 from scheme_oracle import DTYPES, Inputs, attend, check_scheme
 from torch import Tensor
 
@@ -222,20 +223,11 @@ def test_transformer_xl_is_shift_invariant(backend: str, device: str) -> None:
 # -- DeBERTa ----------------------------------------------------------------------------------------------------------
 
 
-def _bucket(distance: int, buckets: int | None, max_distance: int) -> int:
-    """One distance at a time."""
-    if buckets is None or abs(distance) <= buckets // 2:
-        return distance
-    middle = buckets // 2
-    far = math.log(abs(distance) / middle) / math.log((max_distance - 1) / middle) * (middle - 1)
-    return (math.ceil(far - 1e-5) + middle) * (1 if distance > 0 else -1)
-
-
 def _deberta_formula(
     t: Inputs, offset: int | Tensor | None, buckets: int | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     dtype, span = t["query"].dtype, 4
-    where = torch.tensor([_bucket(-d, buckets, 16) for d in distances(offset).flatten().tolist()])
+    where = torch.tensor([deberta_bucket(-d, buckets, 16) for d in distances(offset).flatten().tolist()])
     where = (where.view(distances(offset).shape) + span).clamp(0, 2 * span - 1)
     key = grouped(t["key"])
     scores = t["query"] @ key.mT

@@ -66,7 +66,7 @@ struct Problem {
   i64 table_left = 0;
   View dense_bias;            // (B|1, Hq|1, Sq|1, Sk|1)
   View row_table, col_table;  // (B, Hq, Sq, C), (B, Hk, C, Sk), last dimension dense
-  View columns;               // (T,) in [0, C), dense
+  View columns;               // (T,) in [0, C), rising, dense
   i64 columns_left = 0;
   View sink;  // (B|1, Hq)
   double dropout_p = 0;

@@ -34,7 +34,7 @@ class Tables:
 
     rows: Tensor | None  # (B, Hq, Sq, C)
     cols: Tensor | None  # (B, Hk, C, Sk)
-    columns: Tensor | None  # (T,) int32, or None: a column for each distance
+    columns: Tensor | None  # (T,) int32, rising, or None: a column for each distance
     left: int  # entries before distance 0
 
 

@@ -83,21 +83,24 @@ class Disentangled(ContentBias):
         return f"Disentangled({'+'.join(terms)}, span={self.span}, buckets={self.buckets}, route={self.route!r})"
 
     def tables(self, query: Tensor, key: Tensor, scale: float, reach: int) -> Tables:
-        reach = min(reach, self._reach())
-        # entry t is of the distance j - i = t - reach, and they count i - j
-        columns = self._columns(torch.arange(reach, -reach - 1, -1, device=query.device)).int()
+        # they count i - j and tables j - i: both in reverse, so that columns rise with the distance
         rows = cols = None
         if self.position_keys is not None:
-            rows = scale * (query @ self._vectors("position_keys", self.position_keys, query))
+            rows = scale * (query @ self._vectors("position_keys", self.position_keys, query).flip(-1))
         if self.position_queries is not None:
-            cols = scale * (self._vectors("position_queries", self.position_queries, key).mT @ key.mT)
-        return Tables(rows, cols, columns, reach)
+            cols = scale * (self._vectors("position_queries", self.position_queries, key).flip(-1).mT @ key.mT)
+        if self.buckets is None:
+            return Tables(rows, cols, None, self.span - 1)
+        reach = min(reach, self._reach())
+        distance = torch.arange(reach, -reach - 1, -1, device=query.device)
+        return Tables(rows, cols, (2 * self.span - 1 - self._columns(distance)).int(), reach)
 
     def _reach(self) -> int:
         """A distance from which on both ways the column is the first or the last."""
-        if self.buckets is None or self.span <= self.buckets // 2:
-            return self.span
+        assert self.buckets is not None
         middle = self.buckets // 2
+        if self.span <= middle:
+            return self.span
         # where the bucket, middle + log(d / middle) / log((max_distance - 1) / middle) * (middle - 1), passes the span
         exponent = math.log((self.max_distance - 1) / middle) * (self.span - middle) / (middle - 1)
         return math.ceil(middle * math.exp(min(exponent, 40.0))) + 2
