@@ -31,9 +31,10 @@ def content_value(content, i, j, delta, numbers, b, h, FAR: tl.constexpr):
     inside = (i < numbers.query_length) & (j < numbers.key_length)
     value = 0.0
     if content.rows is not None:
-        at = b * content.rows_sb + h * content.rows_sh + i.to(tl.int64) * content.rows_si + column
+        # 64 bits for where the row starts, 32 inside it
+        p_row = content.rows + (b * content.rows_sb + h * content.rows_sh + i.to(tl.int64) * content.rows_si)
         known = i < numbers.query_length if FAR else inside
-        value += tl.load(content.rows + at, mask=known, other=0.0).to(tl.float32)
+        value += tl.load(p_row + column, mask=known, other=0.0).to(tl.float32)
     if content.cols is not None:
         at = b * content.cols_sb + (h // content.group) * content.cols_sh + tl.cast(column, tl.int64) * content.cols_sc
         known = j < numbers.key_length if FAR else inside

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastattn.biases import Bias, add_dense
 from fastattn.lowering import Draft
+from fastattn.reference import finite_rows
 from fastattn.validation import fail
 
 Route = Literal["auto", "table", "columns", "dense"]
@@ -66,15 +67,13 @@ class ContentBias(Bias):
         if not takes_tables(self.route, draft, self.width):
             self._lower_dense(draft)
             return
-        query, key = self._operands(draft)
-        query, key = query.to(draft.parameter_dtype), key.to(draft.parameter_dtype)
+        query, key = self._finite_operands(draft)
         self._lower_tables(draft, self.tables(query, key, draft.scale, max(draft.reach())))
 
     def _lower_dense(self, draft: Draft) -> None:
-        query, key = self._operands(draft)
+        query, key = self._finite_operands(draft)
         if not query.shape[2] or not key.shape[2]:
             return
-        query, key = query.to(draft.parameter_dtype), key.to(draft.parameter_dtype)
         dense = self.dense(query, key, draft.positions(), draft.scale)
         draft.note_dense(f"{type(self).__name__} written out", dense)
         add_dense(draft, dense)
@@ -93,6 +92,14 @@ class ContentBias(Bias):
         if draft.operands is None:
             fail(NotImplementedError, type(self).__name__, "a call of fastattn.attention", "one without query and key")
         return draft.operands
+
+    def _finite_operands(self, draft: Draft) -> tuple[Tensor, Tensor]:
+        """The same in the parameter dtype, with zeros for every row that holds a NaN or infinity.
+
+        A masked one has gradient 0, and 0 times it must not get into those of the tables; one that is seen comes out in
+        q . k already.
+        """
+        return tuple(finite_rows(x.to(draft.parameter_dtype))[0] for x in self._operands(draft))  # type: ignore[return-value]
 
     def materialize(self, query_length: int, key_length: int, query_offset: int | Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} depends on queries and keys: use its `dense`")

@@ -128,11 +128,11 @@ class TransformerXL(ContentBias):
             self._lower_dense(draft)
             return
         self._check(query)
-        dtype = draft.parameter_dtype
         if tables:
             self._shift_query(draft, query)
-            self._lower_tables(draft, self.tables(query.to(dtype), key, draft.scale, self.clamp))
+            super().lower(draft)
             return
+        dtype = draft.parameter_dtype
         a, b = self._position_query(query.to(dtype)).chunk(2, dim=-1)
         sin, cos = self._sinusoid(draft.positions(), dtype)[:, None].chunk(2, dim=-1)
         key_sin, key_cos = self._sinusoid(torch.arange(key.shape[2], device=key.device), dtype).chunk(2, dim=-1)
