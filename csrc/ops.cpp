@@ -45,11 +45,8 @@ std::tuple<Tensor, Tensor, Tensor> cpu_forward(FASTATTN_PROBLEM_PARAMETERS) {
   return results.take();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cpu_backward(const Tensor& grad_out,
-                                                                                const OptionalTensor& grad_lse,
-                                                                                const Tensor& out,
-                                                                                const Tensor& statistics, i64 needs,
-                                                                                FASTATTN_PROBLEM_PARAMETERS) {
+Gradients cpu_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
+                       const Tensor& statistics, i64 needs, FASTATTN_PROBLEM_PARAMETERS) {
   const Problem p = unpack(kCpu, FASTATTN_PROBLEM_ARGUMENTS);
   const BackwardInput in = unpack_backward(kCpu, p, grad_out, grad_lse, out, statistics);
   const BackwardResults results(kCpu, p, needs, query, key, value);
@@ -82,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_softmax_backward(const Tensor& gr
 View weight_view(const char* name, const Tensor& weight, const Problem& p) {
   const View view = view_of(kCpu, name, weight, {-p.batch, p.query_heads, p.head_dim});
   require_dtype(name, view, parameter_dtype(p.query.dtype));
+  STD_TORCH_CHECK(!p.row_table && !p.col_table, "fastattn: additive attention takes no row_table and no col_table");
   return view;
 }
 
@@ -141,7 +139,7 @@ std::string cpu_info() { return cpu::describe(); }
 // What one core does at best in the arithmetic of the tensor's dtype, as JSON.
 std::string cpu_roofline(const Tensor& like, double seconds) {
   const auto dtype = dtype_of(like);
-  STD_TORCH_CHECK(dtype && *dtype != DType::kBool && *dtype != DType::kInt64, "fastattn: like must be floating point");
+  STD_TORCH_CHECK(dtype && is_floating(*dtype), "fastattn: like must be floating point");
   const cpu::Roofline r = cpu::kernels().roofline(*dtype, seconds);
   const std::pair<const char*, double> entries[] = {{"peak_flops", r.peak},
                                                     {"scores_flops_64", r.scores[0]},

@@ -45,6 +45,8 @@ inline std::optional<DType> dtype_of(const Tensor& tensor) {
       return DType::kFloat16;
     case ScalarType::Bool:
       return DType::kBool;
+    case ScalarType::Int:
+      return DType::kInt32;
     case ScalarType::Long:
       return DType::kInt64;
     default:

@@ -18,12 +18,44 @@ inline DType parameter_dtype(DType dtype) { return dtype == DType::kFloat64 ? DT
       i64 window_left, i64 window_right, const OptionalTensor &key_lengths, const OptionalTensor &prefix_lengths,  \
       const OptionalTensor &query_ids, const OptionalTensor &key_ids, const OptionalTensor &dense_mask,            \
       const OptionalTensor &slopes, const OptionalTensor &table, i64 table_left, const OptionalTensor &dense_bias, \
-      const OptionalTensor &sink, double dropout_p, const OptionalTensor &dropout_seed
+      const OptionalTensor &row_table, const OptionalTensor &col_table, const OptionalTensor &columns,             \
+      i64 columns_left, const OptionalTensor &sink, double dropout_p, const OptionalTensor &dropout_seed
 #define FASTATTN_PROBLEM_FEATURES                                                                                \
   scale, softcap, query_cos, query_sin, key_cos, key_sin, interleaved, query_offset, query_offsets, window_left, \
       window_right, key_lengths, prefix_lengths, query_ids, key_ids, dense_mask, slopes, table, table_left,      \
-      dense_bias, sink, dropout_p, dropout_seed
+      dense_bias, row_table, col_table, columns, columns_left, sink, dropout_p, dropout_seed
 #define FASTATTN_PROBLEM_ARGUMENTS query, key, value, FASTATTN_PROBLEM_FEATURES
+
+inline bool is_floating(DType dtype) {
+  return dtype != DType::kBool && dtype != DType::kInt32 && dtype != DType::kInt64;
+}
+
+// Row and column tables, and the columns they are read at.
+inline void unpack_content(const Place& place, Problem& p, const OptionalTensor& row_table,
+                           const OptionalTensor& col_table, const OptionalTensor& columns, i64 columns_left) {
+  const DType parameter = parameter_dtype(p.query.dtype);
+  const i64 wide = size_or(row_table, 3, size_or(col_table, 2, 0));
+  p.row_table = optional_view(place, "row_table", row_table, {p.batch, p.query_heads, p.query_length, wide});
+  p.col_table = optional_view(place, "col_table", col_table, {p.batch, p.kv_heads, wide, p.key_length});
+  for (const auto& [name, view] : {std::pair{"row_table", &p.row_table}, std::pair{"col_table", &p.col_table}}) {
+    if (!*view) continue;
+    require_dtype(name, *view, parameter);
+    require_dense_rows(name, *view);
+  }
+  STD_TORCH_CHECK(wide > 0 || !(p.row_table || p.col_table), "fastattn: row_table and col_table must not be empty");
+  p.columns_left = columns_left;
+  if (!(p.row_table || p.col_table) || !columns) return;
+  p.columns = view_of(place, "columns", *columns, {size_or(columns, 0, 0)});
+  require_dtype("columns", p.columns, DType::kInt32);
+  STD_TORCH_CHECK(p.columns.size[0] > 0 && (p.columns.size[0] == 1 || p.columns.stride[0] == 1),
+                  "fastattn: columns must be dense and not empty");
+  if (place.type != aoti_torch_device_type_cpu()) return;
+  const int32_t* const column = reinterpret_cast<const int32_t*>(p.columns.data);
+  for (i64 t = 0; t < p.columns.size[0]; ++t)
+    STD_TORCH_CHECK(column[t] >= (t ? column[t - 1] : 0) && column[t] < wide, "fastattn: columns[", t,
+                    "] = ", column[t], ", expected columns of the tables, of which there are ", wide,
+                    ", that never fall");
+}
 
 inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS) {
   Problem p;
@@ -40,7 +72,7 @@ inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS) {
   require_dense_rows("key", p.key);
   require_dense_rows("value", p.value);
   const DType dtype = p.query.dtype;
-  STD_TORCH_CHECK(dtype != DType::kBool && dtype != DType::kInt64, "fastattn: query must be floating point");
+  STD_TORCH_CHECK(is_floating(dtype), "fastattn: query must be floating point");
   require_dtype("key", p.key, dtype);
   require_dtype("value", p.value, dtype);
   p.scale = scale;
@@ -86,8 +118,8 @@ inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS) {
   STD_TORCH_CHECK(!p.table || p.table.size[2] > 0, "fastattn: table must not be empty");
   p.table_left = table_left;
   p.dense_bias = optional_view(place, "dense_bias", dense_bias, {-b, -hq, -sq, -sk});
-  STD_TORCH_CHECK(!p.dense_bias || (p.dense_bias.dtype != DType::kBool && p.dense_bias.dtype != DType::kInt64),
-                  "fastattn: dense_bias must be floating point");
+  STD_TORCH_CHECK(!p.dense_bias || is_floating(p.dense_bias.dtype), "fastattn: dense_bias must be floating point");
+  unpack_content(place, p, row_table, col_table, columns, columns_left);
   p.sink = optional_view(place, "sink", sink, {-b, hq});
   require_dtype("sink", p.sink, parameter);
 
@@ -141,8 +173,10 @@ inline BackwardInput unpack_backward(const Place& place, const Problem& p, const
 
 // Results of the backward operator: those that `needs` asks for, and empty tensors.  Every one is a tensor of its own:
 // operators must not return aliases.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 struct BackwardResults {
-  Tensor query, key, value, slopes, table, bias, sink;
+  Tensor query, key, value, slopes, table, bias, sink, row_table, col_table;
   BackwardOutput views;
 
   BackwardResults(const Place& place, const Problem& p, i64 needs, const Tensor& like_query, const Tensor& like_key,
@@ -153,7 +187,9 @@ struct BackwardResults {
         slopes(nothing(place, parameter_dtype(p.query.dtype))),
         table(nothing(place, parameter_dtype(p.query.dtype))),
         bias(nothing(place, p.query.dtype)),
-        sink(nothing(place, parameter_dtype(p.query.dtype))) {
+        sink(nothing(place, parameter_dtype(p.query.dtype))),
+        row_table(nothing(place, parameter_dtype(p.query.dtype))),
+        col_table(nothing(place, parameter_dtype(p.query.dtype))) {
     const i64 b = p.batch, hq = p.query_heads, sq = p.query_length, hk = p.kv_heads, sk = p.key_length;
     const auto wanted = [&](int bit, const View& of) { return (needs >> bit & 1) && of; };
     if (wanted(0, p.query)) {
@@ -172,11 +208,11 @@ struct BackwardResults {
     if (wanted(4, p.table)) table = like(place, "dtable", p.table, 3, views.dtable);
     if (wanted(5, p.dense_bias)) bias = like(place, "ddense_bias", p.dense_bias, 4, views.ddense_bias);
     if (wanted(6, p.sink)) sink = like(place, "dsink", p.sink, 2, views.dsink);
+    if (wanted(7, p.row_table)) row_table = like(place, "drow_table", p.row_table, 4, views.drow_table);
+    if (wanted(8, p.col_table)) col_table = like(place, "dcol_table", p.col_table, 4, views.dcol_table);
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> take() const {
-    return {query, key, value, slopes, table, bias, sink};
-  }
+  Gradients take() const { return {query, key, value, slopes, table, bias, sink, row_table, col_table}; }
 
   // A contiguous gradient in its parameter's shape.
   static Tensor like(const Place& place, const char* name, const View& parameter, i64 axes, View& view) {

@@ -23,14 +23,13 @@ namespace fastattn {
 inline Problem unpack_softmax(const Place& place, const Tensor& scores, FASTATTN_SOFTMAX_PARAMETERS) {
   STD_TORCH_CHECK(scores.dim() == 4, "fastattn: scores must have 4 dimensions");
   const auto dtype = dtype_of(scores);
-  STD_TORCH_CHECK(dtype && *dtype != DType::kBool && *dtype != DType::kInt64,
-                  "fastattn: scores must be floating point");
+  STD_TORCH_CHECK(dtype && is_floating(*dtype), "fastattn: scores must be floating point");
   const i64 b = scores.size(0), h = scores.size(1);
   const Tensor queries = empty_strided(place, {b, h, scores.size(2), 0}, {1, 1, 1, 1}, *dtype);
   const Tensor keys = empty_strided(place, {b, h, scores.size(3), 0}, {1, 1, 1, 1}, *dtype);
   return unpack(place, queries, keys, keys, scale, 0.0, {}, {}, {}, {}, false, query_offset, query_offsets, window_left,
                 window_right, key_lengths, prefix_lengths, query_ids, key_ids, dense_mask, slopes, table, table_left,
-                dense_bias, {}, 0.0, {});
+                dense_bias, {}, {}, {}, 0, {}, 0.0, {});
 }
 
 inline View scores_view(const Place& place, const char* name, const Tensor& tensor, const Problem& p) {
@@ -82,7 +81,7 @@ inline Rotation unpack_rotation(const Place& place, const Tensor& query_out, con
   r.to[0] = view_of(place, "query", query_out, {b, query.size(1), s, d});
   r.to[1] = view_of(place, "key", key_out, {b, key.size(1), s, d});
   const DType dtype = r.from[0].dtype, parameter = parameter_dtype(dtype);
-  STD_TORCH_CHECK(dtype != DType::kBool && dtype != DType::kInt64, "fastattn: query must be floating point");
+  STD_TORCH_CHECK(is_floating(dtype), "fastattn: query must be floating point");
   require_dtype("key", r.from[1], dtype);
   require_dense_rows("query", r.to[0]);
   require_dense_rows("key", r.to[1]);

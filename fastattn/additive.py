@@ -108,8 +108,9 @@ def additive_attention(
     check_floating("weight", weight)
     scale = check_number("scale", scale)  # `lower` would take None for attention's default
     problem = lower(
-        query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, query_offset=query_offset
-    )
+        query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, query_offset=query_offset,
+        takes_tables=False,
+    )  # fmt: skip
     heads, dim = problem.num_heads, problem.query.shape[3]
     check_device("weight", weight, problem.device)
     check_shape("weight", weight, (dim,), (heads, dim))

@@ -14,7 +14,7 @@ _IS_TENSOR = tuple(name in TENSOR_FIELDS for name in FIELD_NAMES)
 # For each gradient, the place of its field among the arguments.
 _GRADIENT_PLACES = tuple(FIELD_NAMES.index(name) for name in GRADIENT_FIELDS)
 # Fields without a batch dimension.
-_UNBATCHED = frozenset({"dropout_seed"})
+_UNBATCHED = frozenset({"columns", "dropout_seed"})
 
 
 def fused_attention(backend: str, problem: Problem) -> tuple[Tensor, Tensor]:

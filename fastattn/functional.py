@@ -133,7 +133,7 @@ def attention(
     """
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
-        dropout_p=dropout_p, query_offset=query_offset,
+        dropout_p=dropout_p, query_offset=query_offset, takes_tables=dispatch.takes_tables(backend),
     )  # fmt: skip
     out, lse = dispatch.run(problem, backend)
     if dropout_p == 1.0:
@@ -166,6 +166,7 @@ def explain(
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
         dropout_p=dropout_p, query_offset=query_offset, draw_seed=False, notes=notes,
+        takes_tables=dispatch.takes_tables(backend),
     )  # fmt: skip
     return dispatch.explain(problem, backend, notes)
 
@@ -194,8 +195,12 @@ def lower(
     query_offset: int | Tensor | None = None,
     draw_seed: bool = True,
     notes: list[str] | None = None,
+    takes_tables: bool = True,
 ) -> Problem:
-    """Check the arguments of `attention` and lower them to a `Problem`; `notes` receives those of `explain`."""
+    """Check the arguments of `attention` and lower them to a `Problem`.
+
+    `notes` receives those of `explain`; without `takes_tables` no bias chooses row or column tables by itself.
+    """
     query, key, value = cast_for_autocast(
         check_floating("query", query), check_floating("key", key), check_floating("value", value)
     )
@@ -209,7 +214,7 @@ def lower(
     if mask is not None or bias is not None or rotary is not None:
         draft = Draft(
             batch, heads, query_length, key_length, head_dim, query.device, parameter_dtype, offset, fields,
-            query, key, scale, rotary is not None, (query, key),
+            query, key, scale, rotary is not None, softcap is not None, takes_tables, (query, key),
         )  # fmt: skip
         query, key = _lower_objects(draft, mask, bias, rotary)
         if notes is not None:

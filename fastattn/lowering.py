@@ -25,11 +25,15 @@ class Draft:
     query_offset: int | Tensor
     fields: dict[str, object] = field(default_factory=dict)
     # What the kernel will get, for objects to replace; None where a call has only scores.  `scale` multiplies their
-    # product, `rotates` says whether they will be rotated after all biases are lowered.
+    # product, `rotates` says whether they will be rotated after all biases are lowered, `caps` whether a softcap stands
+    # between product and biases.
     query: Tensor | None = None
     key: Tensor | None = None
     scale: float = 1.0
     rotates: bool = False
+    caps: bool = False
+    # Whether the kernels that may run read row and column tables.
+    takes_tables: bool = True
     # Query and key as they came, for biases that depend on the contents.
     operands: tuple[Tensor, Tensor] | None = None
     # What was done to fit the call to the kernels, and in which memory: shown by `explain`.
@@ -63,6 +67,13 @@ class Draft:
         """A note for `explain` that `what` became a dense tensor of the scores' size."""
         megabytes = dense.numel() * dense.element_size() / 1e6
         self.notes.append(f"{what}, as a dense bias {tuple(dense.shape)} of {megabytes:.3g} MB")
+
+    def note_tables(self, what: str, rows: Tensor | None, cols: Tensor | None) -> None:
+        """A note for `explain` that `what` became tables of the queries' and of the keys' own."""
+        parts = [(side, x) for side, x in (("row", rows), ("column", cols)) if x is not None]
+        megabytes = sum(x.numel() * x.element_size() for _, x in parts) / 1e6
+        names = " and ".join(f"a {side} table {tuple(x.shape)}" for side, x in parts)
+        self.notes.append(f"{what} as {names} of {megabytes:.3g} MB")
 
     def append_columns(self, query_columns: Tensor, key_columns: Tensor) -> None:
         """Add scale * query_columns . key_columns to the scores, by appending them to the head dimension.

@@ -76,9 +76,13 @@ def empty_like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty(shape)
 
 
+# Fields, and the weight of additive attention, whose gradients have the dtype of the statistics.
+_IN_PARAMETER_DTYPE = frozenset({"slopes", "table", "sink", "row_table", "col_table", "weight"})
+
+
 def absent_gradient(name: str, grad_out: Tensor, statistics: Tensor) -> Tensor:
     """What stands in the place of a gradient that is not needed: empty, in the dtype the gradient would have."""
-    return (statistics if name in ("slopes", "table", "sink", "weight") else grad_out).new_empty(0)
+    return (statistics if name in _IN_PARAMETER_DTYPE else grad_out).new_empty(0)
 
 
 def _fake_forward(*args: object) -> tuple[Tensor, Tensor, Tensor]:

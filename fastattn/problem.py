@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Problem:
-    """One attention call.  Every tensor but `dropout_seed` has a leading batch dimension of B or 1.
+    """One attention call.  Every tensor but `columns` and `dropout_seed` has a leading batch dimension of B or 1.
 
     Field order is the argument order of the native operators (`fastattn.ops`) and of the C++ struct in
     ``csrc/common/problem.h``: change all three together.
@@ -57,6 +57,12 @@ class Problem:
     table: Tensor | None = None  # (B|1, Hq, T): table[clamp(distance, -table_left, T-1-table_left) + table_left]
     table_left: int = 0
     dense_bias: Tensor | None = None  # floating (B|1, Hq|1, Sq|1, Sk|1)
+    # tables of each query's and of each key's own, read at column c(distance):
+    #   c(d) = columns[clamp(d, -columns_left, T-1-columns_left) + columns_left], the index itself without `columns`
+    row_table: Tensor | None = None  # (B, Hq, Sq, C): query i, key j get row_table[i, c]
+    col_table: Tensor | None = None  # (B, Hk, C, Sk): ... and col_table[c, j]
+    columns: Tensor | None = None  # (T,) int32 in [0, C), rising; None: T = C, a column for each distance
+    columns_left: int = 0
     sink: Tensor | None = None  # (B|1, Hq): an extra logit in the softmax denominator
     # dropout: element (b, h, i, j) is kept iff philox(seed; b, h, i, j) >= dropout_p (see fastattn/philox.py)
     dropout_p: float = 0.0
@@ -95,6 +101,15 @@ class Problem:
         """Dtype of tables, slopes, sinks, rotary tables and lse: float64 for float64 problems, else float32."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
+    @property
+    def column_entries(self) -> int:
+        """T, the clamped distances that row and column tables tell apart."""
+        if self.columns is not None:
+            return self.columns.shape[0]
+        if self.row_table is not None:
+            return self.row_table.shape[3]
+        return 0 if self.col_table is None else self.col_table.shape[2]
+
     def arguments(self) -> tuple[object, ...]:
         """All fields, in order: the argument tuple of the operators."""
         return tuple([getattr(self, name) for name in FIELD_NAMES])
@@ -116,6 +131,8 @@ class Problem:
             "slopes",
             "table",
             "dense_bias",
+            "row_table",
+            "col_table",
             "sink",
         ):
             if getattr(self, name) is not None:
@@ -128,7 +145,17 @@ class Problem:
 FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Problem))
 TENSOR_FIELDS: frozenset[str] = frozenset(f.name for f in fields(Problem) if "Tensor" in str(f.type))
 # Fields a backend returns a gradient for, in the order of the backward operator's outputs.
-GRADIENT_FIELDS: tuple[str, ...] = ("query", "key", "value", "slopes", "table", "dense_bias", "sink")
+GRADIENT_FIELDS: tuple[str, ...] = (
+    "query",
+    "key",
+    "value",
+    "slopes",
+    "table",
+    "dense_bias",
+    "sink",
+    "row_table",
+    "col_table",
+)
 
 
 def default_scale(head_dim: int) -> float:

@@ -76,6 +76,27 @@ def bias(problem: Problem, dtype: torch.dtype) -> Tensor | None:
     if problem.dense_bias is not None:
         dense = problem.dense_bias.to(dtype)
         total = dense if total is None else total + dense
+    if problem.row_table is not None or problem.col_table is not None:
+        read = table_terms(problem, dtype)
+        total = read if total is None else total + read
+    return total
+
+
+def table_terms(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """What row and column tables add, (B, Hq, Sq, Sk) in `dtype`."""
+    right = problem.column_entries - 1 - problem.columns_left
+    index = distances(problem).clamp(-problem.columns_left, right) + problem.columns_left
+    if problem.columns is not None:
+        index = problem.columns.long()[index]
+    index = index.expand(problem.batch_size, problem.num_heads, -1, -1)
+    total: Tensor | None = None
+    if problem.row_table is not None:
+        total = problem.row_table.to(dtype).gather(-1, index)
+    if problem.col_table is not None:
+        group = problem.num_heads // problem.num_kv_heads if problem.num_kv_heads else 1
+        read = problem.col_table.to(dtype).repeat_interleave(group, dim=1).gather(-2, index)
+        total = read if total is None else total + read
+    assert total is not None
     return total
 
 
@@ -100,7 +121,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, interleaved: bool)
     return torch.cat((y, rest), dim=-1)
 
 
-def _finite_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def finite_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x with every row that holds a NaN or infinity zeroed, and the (..., S) flags of the rows kept as they were."""
     finite = x.isfinite().all(dim=-1)
     return torch.where(finite[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device)), finite
@@ -113,8 +134,8 @@ def products(problem: Problem, dtype: torch.dtype) -> Tensor:
     0 * NaN cannot leak through a masked place, forward or backward.
     """
     query, key = problem.query.to(dtype), problem.key.to(dtype)
-    query, finite_query = _finite_rows(query)
-    key, finite_key = _finite_rows(key)
+    query, finite_query = finite_rows(query)
+    key, finite_key = finite_rows(key)
     if problem.query_cos is not None:
         assert problem.query_sin is not None and problem.key_cos is not None and problem.key_sin is not None
         cols = torch.arange(problem.key_length, device=key.device)[None]
@@ -201,7 +222,7 @@ def _forward(problem: Problem, s: Tensor) -> tuple[Tensor, Tensor]:
         p = torch.where(
             kept.view(p.shape), p / (1.0 - problem.dropout_p), torch.zeros((), dtype=dtype, device=p.device)
         )
-    value, finite_value = _finite_rows(problem.value.to(dtype))
+    value, finite_value = finite_rows(problem.value.to(dtype))
     group = problem.num_heads // problem.num_kv_heads if problem.num_kv_heads else 1
     if group != 1:
         value, finite_value = value.repeat_interleave(group, dim=1), finite_value.repeat_interleave(group, dim=1)

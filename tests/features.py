@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.positional.deberta import Disentangled
 from fastattn.positional.relative import KERPLE, Sandwich
+from fastattn.positional.shaw import ShawKeys
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Scene:
     dtype: torch.dtype
     offset: int | Tensor
     generator: torch.Generator
+    scale: float = 1.0
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -83,6 +86,7 @@ class Feature:
     public: Callable[[Tensors], dict[str, object]] = lambda leaves: {}
     mask: Tensor | None = None
     bias: Callable[[Tensors], Tensor] | None = None
+    of_content: bool = False  # the bias is a product with query or key, linear in each and in every leaf
     rotate: Callable[[Tensors, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     softcap: float | None = None
 
@@ -386,6 +390,74 @@ _t5("t5_encoder", bidirectional=True)
 _t5("t5_decoder", bidirectional=False)
 
 
+def _read_rows(products: Tensor, index: Tensor) -> Tensor:
+    """products (B, H, Sq, C) at index (B|1, 1, Sq, Sk), column by column."""
+    total = products.new_zeros(())
+    for column in range(products.shape[-1]):
+        total = total + products[..., column, None] * (index == column)
+    return total
+
+
+@_feature
+def shaw(scene: Scene) -> Feature:
+    """A vector per clipped distance, shared by the heads."""
+    vectors = scene.randn(7, scene.shape.head_dim, dtype=scene.parameter_dtype)
+
+    def bias(leaves: Tensors) -> Tensor:
+        products = leaves["query"].to(leaves["shaw"].dtype) @ leaves["shaw"].mT
+        return _read_rows(products, scene.distance.clamp(-3, 3) + 3) * scene.scale
+
+    return Feature(
+        leaves={"shaw": vectors}, public=lambda leaves: {"bias": ShawKeys(leaves["shaw"])}, bias=bias, of_content=True
+    )
+
+
+def deberta_bucket(distance: int, buckets: int | None, max_distance: int) -> int:
+    """The published bucket of a distance i - j, one at a time."""
+    if buckets is None or abs(distance) <= buckets // 2:
+        return distance
+    middle = buckets // 2
+    far = math.log(abs(distance) / middle) / math.log((max_distance - 1) / middle) * (middle - 1)
+    return (math.ceil(far - 1e-5) + middle) * (1 if distance > 0 else -1)
+
+
+def _deberta(name: str, terms: tuple[str, ...], buckets: int | None) -> None:
+    def make(scene: Scene) -> Feature:
+        s, span = scene.shape, 6
+        sizes = {"c2p": s.heads, "p2c": s.kv_heads}
+        leaves = {
+            f"{name}.{n}": scene.randn(sizes[n], 2 * span, s.head_dim, dtype=scene.parameter_dtype) for n in terms
+        }
+
+        def public(leaves: Tensors) -> dict[str, object]:
+            both = (leaves.get(f"{name}.{n}") for n in ("c2p", "p2c"))
+            return {"bias": Disentangled(*both, max_distance=16, buckets=buckets)}
+
+        def bias(leaves: Tensors) -> Tensor:
+            where = [deberta_bucket(-d, buckets, 16) for d in scene.distance.flatten().tolist()]
+            index = torch.tensor(where, dtype=torch.int64).view(scene.distance.shape) + span
+            index = index.clamp(0, 2 * span - 1)
+            total = torch.zeros(())
+            if "c2p" in terms:
+                vectors = leaves[f"{name}.c2p"]
+                total = total + _read_rows(leaves["query"].to(vectors.dtype) @ vectors.mT, index)
+            if "p2c" in terms:
+                vectors = leaves[f"{name}.p2c"]
+                products = (leaves["key"].to(vectors.dtype) @ vectors.mT).repeat_interleave(s.heads // s.kv_heads, 1)
+                total = total + _read_rows(products, index.mT).mT
+            return total * scene.scale
+
+        return Feature(leaves=leaves, public=public, bias=bias, of_content=True)
+
+    FEATURES[name] = make
+
+
+_deberta("deberta", ("c2p", "p2c"), buckets=8)
+_deberta("deberta_c2p", ("c2p",), buckets=8)
+_deberta("deberta_v1", ("c2p", "p2c"), buckets=None)
+_deberta("deberta_v1_p2c", ("p2c",), buckets=None)
+
+
 def _spin(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
     """x (B, H, S, D) with its leading 2 * angle.shape[-1] dimensions turned by a complex factor (B|1, S, R/2)."""
     half = angle.shape[-1]
@@ -482,4 +554,5 @@ ROTARY = tuple(name for name in FEATURES if name.startswith("rotary"))
 SINKS = ("sink", "sink_batch")
 MASKS = tuple(n for n in FEATURES if n.startswith(("causal", "window", "key_l", "prefix", "doc", "bool")))
 BIASES = tuple(n for n in FEATURES if n.startswith(("dense", "alibi", "table", "t5", "kerple", "sandwich")))
-assert {*ROTARY, *SINKS, *MASKS, *BIASES, "softcap"} == set(FEATURES)
+CONTENT = tuple(n for n in FEATURES if n.startswith(("shaw", "deberta")))  # biases that need query or key
+assert {*ROTARY, *SINKS, *MASKS, *BIASES, *CONTENT, "softcap"} == set(FEATURES)

@@ -51,7 +51,7 @@ class Call:
         self.dropout_p = dropout_p
         generator = torch.Generator().manual_seed(seed)
         resolved = s.key_length - s.query_length if offset is None else offset
-        scene = self.scene = Scene(s, dtype, resolved, generator)
+        scene = self.scene = Scene(s, dtype, resolved, generator, self.factor)
         self.features: list[Feature] = [FEATURES[name](scene) for name in features]
         self.leaves: Tensors = {
             "query": scene.randn(s.batch, s.heads, s.query_length, s.head_dim),
@@ -213,7 +213,17 @@ class Call:
                     mass = share * delta[..., 0]
                     result.mass[name] = mass.sum(-1) if name == "sink_batch" else mass.sum((0, -1))
         for feature in self.features:
-            if feature.bias is not None:
+            if feature.bias is not None and feature.of_content:
+                sizes = {name: t.detach().abs().requires_grad_() for name, t in leaves.items()}
+                names = [*feature.leaves, "query", "key"]
+                total = feature.bias(sizes)
+                masses = torch.autograd.grad(
+                    total, [sizes[n] for n in names], score.sum_to_size(total.shape), allow_unused=True
+                )
+                for name, mass in zip(names, masses, strict=True):
+                    if mass is not None:
+                        result.mass[name] = mass.abs() + result.mass.get(name, 0.0)
+            elif feature.bias is not None:
                 for name in feature.leaves:
                     total = feature.bias(leaves)
                     (mass,) = torch.autograd.grad(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from additive_oracle import AdditiveCall
-from features import BIASES, MASKS, Shape
+from features import BIASES, CONTENT, MASKS, Shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import check
@@ -38,7 +38,7 @@ TINY = Shape(batch=2, heads=2, kv_heads=1, query_length=3, key_length=5, head_di
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("feature", [None, *MASKS, *BIASES])
+@pytest.mark.parametrize("feature", [None, *MASKS, *BIASES, *CONTENT])
 def test_feature(feature: str | None, dtype: torch.dtype, backend: str, device: str) -> None:
     check(AdditiveCall(() if feature is None else (feature,), SMALL, dtype), backend, device)
 
@@ -63,7 +63,7 @@ def test_head_dims(dims: tuple[int, int], backend: str, device: str) -> None:
 def test_composition(data: st.DataObject) -> None:
     """Any masks and biases together, at any shape, offset and scale."""
     names = (*data.draw(st.permutations(MASKS), "masks")[: data.draw(st.integers(0, 3))],)
-    names += (*data.draw(st.permutations(BIASES), "biases")[: data.draw(st.integers(0, 3))],)
+    names += (*data.draw(st.permutations([*BIASES, *CONTENT]), "biases")[: data.draw(st.integers(0, 3))],)
     kv_heads = data.draw(st.integers(1, 2))
     shape = Shape(
         batch=data.draw(st.integers(1, 3)),

@@ -198,12 +198,26 @@ def test_training_step_under_autocast_and_compile(backend: str, device: str) -> 
         torch.testing.assert_close(got, want, atol=1e-2, rtol=5e-2)
 
 
+class _Disentangled(nn.Module):
+    """With relative embeddings of its own, as row and column tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = nn.Parameter(torch.randn(12, 32))
+        self.bias = fastattn.nn.DisentangledBias(32, 4, max_distance=16, buckets=8)
+
+    def forward(self) -> fastattn.Bias:
+        return self.bias(self.embeddings)
+
+
 ENCODINGS: dict[str, Callable[[], nn.Module]] = {
     "ALiBi": lambda: fastattn.nn.ALiBi(4, sides="asymmetric", learned=True),
     "KERPLE": lambda: fastattn.nn.KERPLE(4),
     "FIRE": lambda: fastattn.nn.FIRE(4),
     "TransformerXL-columns": lambda: fastattn.nn.TransformerXLBias(4, 8, 6, route="columns"),
     "TransformerXL-dense": lambda: fastattn.nn.TransformerXLBias(4, 8, 6, route="dense"),
+    "TransformerXL-table": lambda: fastattn.nn.TransformerXLBias(4, 8, 6, clamp=3),
+    "Disentangled": _Disentangled,
     "Decomposed": lambda: fastattn.nn.DecomposedBias(8, (3, 4)),
     "SwinV2": lambda: fastattn.nn.SwinV2Bias(4, (3, 4)),
 }

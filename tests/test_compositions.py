@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from features import BIASES, MASKS, ROTARY, SINKS, Shape
+from features import BIASES, CONTENT, MASKS, ROTARY, SINKS, Shape
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Call, check
@@ -26,7 +26,7 @@ def calls(draw: st.DrawFn, dtype: torch.dtype) -> Call:
     )
     some = [
         *draw(st.lists(st.sampled_from(MASKS), max_size=3, unique=True)),
-        *draw(st.lists(st.sampled_from(BIASES), max_size=3, unique=True)),
+        *draw(st.lists(st.sampled_from([*BIASES, *CONTENT]), max_size=3, unique=True)),
     ]
     if draw(st.booleans()):
         some.append("softcap")

@@ -6,14 +6,19 @@ import math
 
 import pytest
 import torch
+from features import deberta_bucket
 from scheme_oracle import DTYPES, Inputs, attend, check_scheme
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import nn as fnn
+from fastattn.backends.cuda import CudaBackend
+from fastattn.positional.content import Route
 from fastattn.positional.deberta import Disentangled, deberta_buckets
 from fastattn.positional.shaw import ShawKeys, shaw_attention
 from fastattn.positional.transformer_xl import TransformerXL
+from fastattn.problem import Problem
 
 QUERIES, KEYS, HEADS, DIM = 13, 19, 4, 8
 OFFSETS = [None, 0, -3, torch.tensor([2, 9])]
@@ -75,10 +80,11 @@ def test_shaw(dtype: torch.dtype, offset: int | Tensor | None, values: bool, bac
     check_scheme(ours, lambda t: _shaw_formula(t, offset, mask), inputs, dtype)
 
 
-def test_shaw_with_vectors_of_each_head(backend: str, device: str) -> None:
+@pytest.mark.parametrize("route", ["table", "dense"])
+def test_shaw_with_vectors_of_each_head(route: Route, backend: str, device: str) -> None:
     inputs = draw(a=(HEADS, 7, DIM))
     check_scheme(
-        lambda t: fast(t, bias=ShawKeys(t["a"]), backend=backend),
+        lambda t: fast(t, bias=ShawKeys(t["a"], route=route), backend=backend),
         lambda t: _shaw_formula(t, None, None), inputs, torch.float64,
     )  # fmt: skip
 
@@ -105,6 +111,8 @@ def test_shaw_module_dropout_and_other_terms(backend: str, device: str) -> None:
     q = torch.randn(1, HEADS, 5, DIM)
     notes = fastattn.explain(q, q, q, bias=ShawKeys(torch.randn(7, DIM))).notes
     assert notes == ["ShawKeys written out, as a dense bias (1, 4, 5, 5) of 0.0004 MB"]
+    notes = fastattn.explain(q, q, q, bias=ShawKeys(torch.randn(5, DIM))).notes
+    assert notes == ["ShawKeys as a row table (1, 4, 5, 5) of 0.0004 MB"]
 
 
 def test_shaw_of_wav2vec2_bert() -> None:
@@ -149,7 +157,7 @@ def _xl_formula(t: Inputs, offset: int | Tensor | None, mask: Tensor | None, cla
     return attend(scores, grouped(t["value"]), mask), scores
 
 
-@pytest.mark.parametrize("route", ["columns", "dense", "clamped"])
+@pytest.mark.parametrize("route", ["columns", "dense", "clamped table", "clamped dense"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("offset", OFFSETS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,7 +166,7 @@ def test_transformer_xl(
 ) -> None:
     inputs = draw(weight=(HEADS, DIM, WIDTH), u=(HEADS, DIM), v=(HEADS, DIM))
     mask = (distances(offset) <= 0)[:, None] if causal else None
-    how = {"clamp": 5} if route == "clamped" else {"route": route}
+    how = {"clamp": 5, "route": route.split()[1]} if route.startswith("clamped") else {"route": route}
 
     def ours(t: Inputs) -> Tensor:
         return fast(
@@ -179,8 +187,14 @@ def test_transformer_xl_routes() -> None:
     assert "dense_bias" not in explained.features
     rotary = fnn.RotaryEmbedding(DIM, width=4, trailing=True)(KEYS)
     assert "written out" in fastattn.explain(t["query"], t["key"], t["value"], bias=xl, rotary=rotary).notes[0]
-    with pytest.raises(ValueError, match="route"):
-        fast(t, bias=TransformerXL(t["weight"], t["u"], t["v"], route="columns"), rotary=rotary)
+    for beside in ({"rotary": rotary}, {"softcap": 3.0}):
+        assert "written out" in fastattn.explain(t["query"], t["key"], t["value"], bias=xl, **beside).notes[0]
+        for how in ({"route": "columns"}, {"route": "table", "clamp": 5}):
+            with pytest.raises(ValueError, match="route"):
+                fast(t, bias=TransformerXL(t["weight"], t["u"], t["v"], **how), **beside)
+    clamped = TransformerXL(t["weight"], t["u"], t["v"], clamp=5)
+    notes = fastattn.explain(t["query"], t["key"], t["value"], bias=clamped).notes
+    assert notes == ["TransformerXL as a row table (2, 4, 13, 11) of 0.00915 MB"]
     other = ShawKeys(torch.randn(5, DIM, dtype=torch.float64))
     dense = TransformerXL(t["weight"], t["u"], t["v"], route="dense")
     want = fast(t, bias=other + dense)
@@ -222,20 +236,11 @@ def test_transformer_xl_is_shift_invariant(backend: str, device: str) -> None:
 # -- DeBERTa ----------------------------------------------------------------------------------------------------------
 
 
-def _bucket(distance: int, buckets: int | None, max_distance: int) -> int:
-    """One distance at a time."""
-    if buckets is None or abs(distance) <= buckets // 2:
-        return distance
-    middle = buckets // 2
-    far = math.log(abs(distance) / middle) / math.log((max_distance - 1) / middle) * (middle - 1)
-    return (math.ceil(far - 1e-5) + middle) * (1 if distance > 0 else -1)
-
-
 def _deberta_formula(
     t: Inputs, offset: int | Tensor | None, buckets: int | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     dtype, span = t["query"].dtype, 4
-    where = torch.tensor([_bucket(-d, buckets, 16) for d in distances(offset).flatten().tolist()])
+    where = torch.tensor([deberta_bucket(-d, buckets, 16) for d in distances(offset).flatten().tolist()])
     where = (where.view(distances(offset).shape) + span).clamp(0, 2 * span - 1)
     key = grouped(t["key"])
     scores = t["query"] @ key.mT
@@ -249,20 +254,22 @@ def _deberta_formula(
     return attend(scores, grouped(t["value"]), mask), scores
 
 
+@pytest.mark.parametrize("route", ["table", "dense"])
 @pytest.mark.parametrize("terms", ["c2p", "p2c", "both"])
 @pytest.mark.parametrize("buckets", [None, 8])
 @pytest.mark.parametrize("offset", OFFSETS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deberta(
-    dtype: torch.dtype, offset: int | Tensor | None, buckets: int | None, terms: str, backend: str, device: str
-) -> None:
+    dtype: torch.dtype, offset: int | Tensor | None, buckets: int | None, terms: str, route: Route, backend: str,
+    device: str,
+) -> None:  # fmt: skip
     tables = {"kr": (HEADS, 8, DIM), "qr": (2, 8, DIM)}
     inputs = draw(**{n: s for n, s in tables.items() if terms in ("both", {"kr": "c2p", "qr": "p2c"}[n])})
     lengths = torch.tensor([KEYS, 7])
     mask = (torch.arange(KEYS) < lengths[:, None])[:, None, None]
 
     def ours(t: Inputs) -> Tensor:
-        bias = Disentangled(t.get("kr"), t.get("qr"), max_distance=16, buckets=buckets)
+        bias = Disentangled(t.get("kr"), t.get("qr"), max_distance=16, buckets=buckets, route=route)
         return fast(
             t, bias=bias, scale=0.2, mask=fastattn.KeyLengths(lengths), query_offset=offset, backend=backend
         )  # fmt: skip
@@ -278,8 +285,9 @@ def test_deberta_buckets_are_those_of_transformers(buckets: int, max_distance: i
     assert torch.equal(deberta_buckets(distance, buckets, max_distance), theirs)
 
 
+@pytest.mark.parametrize("route", ["table", "dense"])
 @pytest.mark.parametrize("buckets", [-1, 16])
-def test_deberta_layer_of_transformers(buckets: int, backend: str, device: str) -> None:
+def test_deberta_layer_of_transformers(buckets: int, route: Route, backend: str, device: str) -> None:
     """A whole attention layer with its parameters in the module, forward and gradient of the embeddings."""
     deberta = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2", reason="transformers")
     config = deberta.DebertaV2Config(
@@ -292,7 +300,9 @@ def test_deberta_layer_of_transformers(buckets: int, backend: str, device: str) 
     x = torch.randn(2, 21, 16, dtype=torch.float64)
     embeddings = torch.randn(2 * span, 16, dtype=torch.float64, requires_grad=True)
     want, _ = layer(x, torch.ones(2, 1, 21, 21, dtype=torch.bool), rel_embeddings=embeddings)
-    module = fnn.DisentangledBias(16, 2, max_distance=24, buckets=None if buckets < 0 else buckets).double()
+    module = fnn.DisentangledBias(
+        16, 2, max_distance=24, buckets=None if buckets < 0 else buckets, route=route
+    ).double()  # fmt: skip
     module.key_projection, module.query_projection = layer.pos_key_proj, layer.pos_query_proj
     q, k, v = (
         f(x).view(2, 21, 2, 8).transpose(1, 2) for f in (layer.query_proj, layer.key_proj, layer.value_proj)
@@ -305,6 +315,102 @@ def test_deberta_layer_of_transformers(buckets: int, backend: str, device: str) 
 
 
 # -- what they share --------------------------------------------------------------------------------------------------
+
+
+def _deberta_of(t: Inputs, route: Route = "auto") -> Disentangled:
+    return Disentangled(t["kr"], t["qr"], max_distance=16, buckets=8, route=route)
+
+
+def test_tables_where_they_are_narrow() -> None:
+    """Not wider than there are keys, one bias at a time, and not for kernels that read none."""
+    t = draw(kr=(HEADS, 8, DIM), qr=(2, 8, DIM))
+    shaw, deberta = ShawKeys(torch.randn(KEYS, DIM)), _deberta_of(t)
+
+    def notes(bias: fastattn.Bias, **keywords: object) -> str:
+        return " | ".join(fastattn.explain(t["query"], t["key"], t["value"], bias=bias, **keywords).notes)
+
+    assert notes(shaw) == "ShawKeys as a row table (2, 4, 13, 19) of 0.0158 MB"
+    assert notes(deberta) == ("Disentangled as a row table (2, 4, 13, 8) and a column table (2, 2, 8, 19) of 0.0115 MB")
+    assert "written out" in notes(ShawKeys(torch.randn(KEYS + 2, DIM)))
+    assert notes(deberta + shaw).count("written out") == 1
+    assert "written out" in notes(shaw + deberta).split(" | ")[1]
+    explained = fastattn.explain(t["query"], t["key"], t["value"], bias=deberta)
+    assert explained.features == ["row_table", "col_table"]
+    problem = fastattn.functional.lower(t["query"], t["key"], t["value"], bias=deberta)
+    assert any("row and column tables" in why for why in CudaBackend().unsupported_reasons(problem))
+    problem = fastattn.functional.lower(t["query"], t["key"], t["value"], bias=deberta, takes_tables=False)
+    assert problem.row_table is None
+    with pytest.raises(fastattn.UnsupportedError, match="additive"):
+        fastattn.additive_attention(
+            t["query"], t["key"], t["value"], torch.ones(DIM), bias=_deberta_of(t, "table"), backend="cpu"
+        )
+
+
+@pytest.mark.parametrize("offset", [-40, 0, 300, torch.tensor([-40, 300])], ids=str)
+def test_tables_far_from_the_diagonal(offset: int | Tensor, backend: str, device: str) -> None:
+    """Every pair beyond the reach on one side: each column of a table but one has gradient 0."""
+    inputs = draw(kr=(HEADS, 8, DIM), qr=(2, 8, DIM))
+    check_scheme(
+        lambda t: fast(t, bias=_deberta_of(t, "table"), scale=0.2, query_offset=offset, backend=backend),
+        lambda t: _deberta_formula(t, offset, 8, None), inputs, torch.float64,
+    )  # fmt: skip
+
+
+class _Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        result = function(*args, **(kwargs or {}))  # type: ignore[operator]
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("route", ["table", "dense"])
+def test_nothing_of_the_scores_size_beside_tables(route: Route) -> None:
+    length = 160
+    q, k, v = (torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(3))
+    kr, qr = (torch.randn(2, 8, 8, requires_grad=True) for _ in range(2))
+    with _Largest() as largest:
+        bias = Disentangled(kr, qr, max_distance=16, buckets=8, route=route)
+        out = fastattn.attention(q, k, v, bias=bias, backend="cpu")
+        torch.autograd.grad(out, [q, k, v, kr, qr], torch.ones_like(out))
+    assert (largest.elements >= length * length) == (route == "dense")
+
+
+@pytest.mark.parametrize("route", ["table", "dense"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_masked_keys_do_not_leak(bad: float, route: Route, backend: str, device: str) -> None:
+    """What stands behind the lengths changes no bit, of the gradients of the tables either."""
+    t = draw(kr=(HEADS, 8, DIM), qr=(2, 8, DIM))
+    results = []
+    for filling in (0.0, bad):
+        for name in ("key", "value"):
+            t[name][:, :, 11:] = filling
+        leaves = {name: x.clone().requires_grad_() for name, x in t.items()}
+        out = fast(
+            leaves, bias=_deberta_of(leaves, route), mask=fastattn.KeyLengths(torch.tensor([11, 11])), backend=backend
+        )
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))])
+    for clean, spoiled in zip(*results, strict=True):
+        assert clean.isfinite().all()
+        assert torch.equal(clean, spoiled)
+
+
+def test_columns_are_checked() -> None:
+    q = torch.zeros(1, 1, 2, 4)
+    table = torch.zeros(1, 1, 2, 3)
+    for columns in ([0, 3], [-1, 0], [1, 0]):
+        problem = Problem(
+            query=q, key=q, value=q, scale=1.0, row_table=table, columns=torch.tensor(columns, dtype=torch.int32)
+        )
+        with pytest.raises(RuntimeError, match="columns"):
+            torch.ops.fastattn.cpu_forward(*problem.arguments())
 
 
 def test_they_need_an_attention_call() -> None:
@@ -353,6 +459,16 @@ def test_empty_and_single_lengths(queries: int, keys: int, backend: str, device:
         (lambda: Disentangled(torch.randn(8, 4), torch.randn(6, 4)), "position_queries"),
         (lambda: Disentangled(torch.randn(8, 4), None, buckets=8, max_distance=5), "max_distance"),
         (lambda: fnn.DisentangledBias(7, 2), "num_heads"),
+        (lambda: ShawKeys(torch.randn(3, 4), route="columns"), "ShawKeys.route"),
+        (lambda: Disentangled(torch.randn(8, 4), None, route="columns"), "Disentangled.route"),
+        (lambda: TransformerXL(torch.randn(2, 4, 6), *[torch.randn(2, 4)] * 2, route="table"), "clamp"),
+        (
+            lambda: fastattn.attention(
+                *[torch.randn(1, 2, 3, 4)] * 3,
+                bias=ShawKeys(torch.randn(3, 4)) + ShawKeys(torch.randn(3, 4), route="table"),
+            ),
+            "ShawKeys.route",
+        ),
     ],
 )
 def test_bad_input(make: object, words: str) -> None:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from features import BIASES, FEATURES, MASKS, ROTARY, Shape
+from features import BIASES, CONTENT, FEATURES, MASKS, ROTARY, Shape
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Call, check
@@ -150,8 +150,8 @@ def test_scale(features: tuple[str, ...], scale: float) -> None:
     features=st.tuples(
         st.sampled_from([None, *MASKS]),
         st.sampled_from([None, *MASKS]),
-        st.sampled_from([None, *BIASES]),
-        st.sampled_from([None, *BIASES]),
+        st.sampled_from([None, *BIASES, *CONTENT]),
+        st.sampled_from([None, *BIASES, *CONTENT]),
         st.sampled_from([None, *ROTARY]),
         st.sampled_from([None, "softcap", "sink"]),
     ),

@@ -15,6 +15,8 @@ COMBINATIONS = [
     ("dense_keys", "rotary"),
     ("dense_scalar", "t5_encoder"),
     ("dense_rows", "documents_sorted"),
+    ("shaw", "causal"),
+    ("deberta", "key_lengths"),
 ]
 
 

@@ -49,6 +49,25 @@ class Mask(NamedTuple):
 
 
 @remembers
+class Content(NamedTuple):
+    """Tables of each query's and of each key's own, and the columns that distances within [-left, right] read."""
+
+    rows: Any
+    rows_sb: Any
+    rows_sh: Any
+    rows_si: Any
+    cols: Any
+    cols_sb: Any
+    cols_sh: Any
+    cols_sc: Any
+    columns: Any  # int32, None = a column for each distance
+    left: Any
+    right: Any
+    last: Any  # the last column
+    group: Any  # query heads of a key head
+
+
+@remembers
 class Bias(NamedTuple):
     """What is added to the scores."""
 
@@ -62,6 +81,7 @@ class Bias(NamedTuple):
     dense_sh: Any
     dense_si: Any
     dense_sj: Any
+    content: Any  # Content or None
 
 
 @remembers
@@ -92,4 +112,4 @@ class Numbers(NamedTuple):
 
 NO_INTERVAL = Interval(*[None, 0] * 3)
 NO_MASK = Mask(None, 0, None, 0, None, 0, 0, 0, 0)
-NO_BIAS = Bias(None, 0, None, 0, 0, None, 0, 0, 0, 0)
+NO_BIAS = Bias(None, 0, None, 0, 0, None, 0, 0, 0, 0, None)

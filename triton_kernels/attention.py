@@ -31,7 +31,8 @@ class Call(Features):
 
     def tile(self, kernel: str) -> tiles.Tile:
         device = target(self.q.device)
-        return tiles.tile(kernel, max(self.dim, self.value_dim), self.q.element_size(), *device)
+        has_tables = self.bias.content is not None
+        return tiles.tile(kernel, max(self.dim, self.value_dim), self.q.element_size(), *device, has_tables)
 
     def constants(self, tile: tiles.Tile) -> Constants:
         """Compile-time arguments and launch options of a kernel with this tile."""

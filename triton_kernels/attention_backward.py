@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .content_tables import store_ends, store_near
 from .ranges import split
 from .scores import (
     FAR_LEFT,
@@ -25,6 +26,7 @@ from .scores import (
     queries_of_keys,
     query_offset,
     scores,
+    table_reach,
 )
 
 
@@ -89,8 +91,26 @@ def weights_and_gradient(
 
 
 @triton.jit
+def _beyond(ds, distance, left_sum, right_sum, content, SIDE: tl.constexpr):
+    """Row sums of dS at distances beyond the reach of row and column tables, and which pairs lie within it."""
+    near = True
+    if SIDE == FAR_LEFT:
+        left_sum += tl.sum(ds, axis=1)
+    elif SIDE == FAR_RIGHT:
+        right_sum += tl.sum(ds, axis=1)
+    else:
+        beyond_left = distance <= -content.left
+        beyond_right = (distance >= content.right) & ~beyond_left
+        left_sum += tl.sum(tl.where(beyond_left, ds, 0.0), axis=1)
+        right_sum += tl.sum(tl.where(beyond_right, ds, 0.0), axis=1)
+        near = ~(beyond_left | beyond_right)
+    return left_sum, right_sum, near
+
+
+@triton.jit
 def _query_tiles(
-    b_dk, b_dv, b_k, b_v, lo, hi, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_statistics, p_delta,
+    b_dk, b_dv, left_sum, right_sum, b_k, b_v, lo, hi, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_statistics,
+    p_delta, p_dcols,
     mask, bias, extra, interval, numbers,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -101,7 +121,8 @@ def _query_tiles(
     o_m = tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     o_dv = tl.arange(0, BDV)
-    STAGES: tl.constexpr = 1 if GENERAL and bias.table is not None and BD <= 64 else None  # as in the forward
+    HAS_TABLE: tl.constexpr = bias.table is not None or bias.content is not None
+    STAGES: tl.constexpr = 1 if GENERAL and HAS_TABLE and BD <= 64 else None  # as in the forward
     for m0 in tl.range(lo, hi, BM, num_stages=STAGES):
         i = m0 + o_m
         row = tl.cast(m0, tl.int64)
@@ -131,19 +152,25 @@ def _query_tiles(
         keep = None
         if HAS_DROPOUT:
             keep = tl.trans(keep_tile(m0, n0, bh, extra.seed, numbers, BM, BN))
-        dropped, _, ds = weights_and_gradient(
+        dropped, ds_bias, ds = weights_and_gradient(
             product, dw, largest[None, :], log_sum[None, :], delta[None, :], keep,
             i[None, :], j[:, None], (i + offset)[None, :],
             mask, bias, interval, numbers, b, h, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, GENERAL, SIDE,
         )  # fmt: skip
+        if p_dcols is not None:
+            distance = j[:, None] - (i + offset)[None, :]
+            left_sum, right_sum, near = _beyond(ds_bias, distance, left_sum, right_sum, bias.content, SIDE)
+            if SIDE == NEAR:
+                near = near & (j < numbers.key_length)[:, None] & (i < numbers.query_length)[None, :]
+                store_near(p_dcols, distance + bias.content.left, j[:, None], ds_bias, near, numbers.key_length, 1)
         b_dv = tl.dot(dropped.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    return b_dk, b_dv
+    return b_dk, b_dv, left_sum, right_sum
 
 
 @triton.jit
 def attention_backward_kv_kernel(
-    q, k, v, do, dk, dv, p_statistics, p_delta, mask, bias, extra, interval, numbers, HEADS, GROUP, TILES,
+    q, k, v, do, dk, dv, p_statistics, p_delta, p_dcols, mask, bias, extra, interval, numbers, HEADS, GROUP, TILES,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -169,8 +196,10 @@ def attention_backward_kv_kernel(
     b_v = finite_or_zero(b_v)
     b_dk = tl.zeros([BN, BD], dtype=tl.float32)
     b_dv = tl.zeros([BN, BDV], dtype=tl.float32)
+    left_sum = tl.zeros([BN], dtype=tl.float32)
+    right_sum = tl.zeros([BN], dtype=tl.float32)
 
-    HAS_TABLE: tl.constexpr = bias.table is not None
+    HAS_TABLE: tl.constexpr = bias.table is not None or bias.content is not None
     ALWAYS_GENERAL: tl.constexpr = mask.query_ids is not None or mask.dense is not None
     STARTS_GENERAL: tl.constexpr = HAS_RIGHT or interval.prefix_lengths is not None
     offset = query_offset(interval, numbers, b)
@@ -180,12 +209,16 @@ def attention_backward_kv_kernel(
     full = tl.maximum((tl.maximum(full_lo, 0) + BM - 1) // BM * BM, start)
     full_end = tl.maximum(tl.maximum(full_hi, 0) // BM * BM, full)
     if HAS_TABLE:
+        reach_left, reach_right = table_reach(bias, numbers)
         # rows from `left` on have the whole tile beyond the table's left reach; rows before `right` beyond its right
-        left = (tl.maximum(last + numbers.table_left - offset, 0) + BM - 1) // BM * BM
+        left = (tl.maximum(last + reach_left - offset, 0) + BM - 1) // BM * BM
         left = tl.minimum(tl.maximum(left, full), full_end)
-        right = tl.maximum(n0 - numbers.table_right - offset + 1, 0) // BM * BM
+        right = tl.maximum(n0 - reach_right - offset + 1, 0) // BM * BM
         right = tl.minimum(tl.maximum(right, full), left)
 
+    entries = 0
+    if p_dcols is not None:
+        entries = bias.content.left + bias.content.right + 1
     for g in range(GROUP):
         h = h_kv * GROUP + g
         bh = b * HEADS + h
@@ -193,9 +226,13 @@ def attention_backward_kv_kernel(
         p_do = do.ptr + b * do.sb + h * do.sh
         p_rows = p_statistics + 2 * bh * numbers.query_length
         p_deltas = p_delta + bh * numbers.query_length
+        p_dcol = None
+        if p_dcols is not None:
+            p_dcol = p_dcols + bh * (tl.cast(entries, tl.int64) * numbers.key_length)
         if ALWAYS_GENERAL:
-            b_dk, b_dv = _query_tiles(
-                b_dk, b_dv, b_k, b_v, start, hi, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas,
+            b_dk, b_dv, left_sum, right_sum = _query_tiles(
+                b_dk, b_dv, left_sum, right_sum, b_k, b_v, start, hi,
+                j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas, p_dcol,
                 mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True, NEAR,
             )  # fmt: skip
@@ -204,29 +241,37 @@ def attention_backward_kv_kernel(
             if HAS_TABLE:
                 near = left
             if HAS_TABLE and not STARTS_GENERAL:
-                b_dk, b_dv = _query_tiles(
-                    b_dk, b_dv, b_k, b_v, full, right, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas,
+                b_dk, b_dv, left_sum, right_sum = _query_tiles(
+                    b_dk, b_dv, left_sum, right_sum, b_k, b_v, full, right,
+                    j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas, p_dcol,
                     mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                     HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False, FAR_RIGHT,
                 )  # fmt: skip
             if HAS_TABLE or STARTS_GENERAL:
-                b_dk, b_dv = _query_tiles(
-                    b_dk, b_dv, b_k, b_v, right if HAS_TABLE and not STARTS_GENERAL else start, tl.minimum(near, hi),
-                    j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas,
+                b_dk, b_dv, left_sum, right_sum = _query_tiles(
+                    b_dk, b_dv, left_sum, right_sum, b_k, b_v,
+                    right if HAS_TABLE and not STARTS_GENERAL else start, tl.minimum(near, hi),
+                    j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas, p_dcol,
                     mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                     HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True, NEAR,
                 )  # fmt: skip
-            b_dk, b_dv = _query_tiles(
-                b_dk, b_dv, b_k, b_v, near, full_end, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas,
+            b_dk, b_dv, left_sum, right_sum = _query_tiles(
+                b_dk, b_dv, left_sum, right_sum, b_k, b_v, near, full_end,
+                j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas, p_dcol,
                 mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False, FAR_LEFT if HAS_TABLE else NEAR,
             )  # fmt: skip
-            b_dk, b_dv = _query_tiles(
-                b_dk, b_dv, b_k, b_v, full_end, hi, j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas,
+            b_dk, b_dv, left_sum, right_sum = _query_tiles(
+                b_dk, b_dv, left_sum, right_sum, b_k, b_v, full_end, hi,
+                j, n0, offset, bh, h, b, q, do, p_q, p_do, p_rows, p_deltas, p_dcol,
                 mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True, NEAR,
             )  # fmt: skip
 
+    if p_dcols is not None:
+        # of all heads of the group, at the first
+        p_dcol = p_dcols + (b * HEADS + h_kv * GROUP) * (tl.cast(entries, tl.int64) * numbers.key_length)
+        store_ends(p_dcol, j, left_sum, right_sum, j < numbers.key_length, entries - 1, numbers.key_length, 1)
     at_dk = dk.ptr + b * dk.sb + h_kv * dk.sh + row[:, None] * dk.si + o_d[None, :]
     at_dv = dv.ptr + b * dv.sb + h_kv * dv.sh + row[:, None] * dv.si + o_dv[None, :]
     tl.store(at_dk, (b_dk * numbers.scale).to(dk.ptr.dtype.element_ty), mask=in_k)
@@ -235,8 +280,9 @@ def attention_backward_kv_kernel(
 
 @triton.jit
 def _key_tiles(
-    b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, lo, hi,
-    i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers,
+    b_dq, slope_sum, left_sum, right_sum, row_left, row_right, b_q, b_do, largest, log_sum, delta,
+    lo, hi,
+    i, p, m0, bh, h, b, k, v, p_k, p_v, p_drows, mask, bias, extra, interval, numbers,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, NEEDS_SLOPES: tl.constexpr, NEEDS_TABLE: tl.constexpr,
@@ -246,7 +292,8 @@ def _key_tiles(
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     o_dv = tl.arange(0, BDV)
-    STAGES: tl.constexpr = 1 if GENERAL and bias.table is not None and BD <= 64 else None
+    HAS_TABLE: tl.constexpr = bias.table is not None or bias.content is not None
+    STAGES: tl.constexpr = 1 if GENERAL and HAS_TABLE and BD <= 64 else None
     for n0 in tl.range(lo, hi, BN, num_stages=STAGES):
         j = n0 + o_n
         row = tl.cast(n0, tl.int64)
@@ -283,14 +330,20 @@ def _key_tiles(
                 beyond_left = distance <= -numbers.table_left
                 left_sum += tl.sum(tl.where(beyond_left, ds, 0.0), axis=1)
                 right_sum += tl.sum(tl.where((distance >= numbers.table_right) & ~beyond_left, ds, 0.0), axis=1)
+        if p_drows is not None:
+            row_left, row_right, near = _beyond(ds, distance, row_left, row_right, bias.content, SIDE)
+            if SIDE == NEAR:
+                near = near & (i < numbers.query_length)[:, None] & (j < numbers.key_length)[None, :]
+                entries = bias.content.left + bias.content.right + 1
+                store_near(p_drows, distance + bias.content.left, i[:, None], ds, near, 1, entries)
         # [BM, BD]
         b_dq = tl.dot(ds_product.to(b_k.dtype), tl.trans(b_k), b_dq, input_precision=PRECISION)
-    return b_dq, slope_sum, left_sum, right_sum
+    return b_dq, slope_sum, left_sum, right_sum, row_left, row_right
 
 
 @triton.jit
 def attention_backward_q_kernel(
-    q, k, v, do, dq, p_statistics, p_delta, p_dslopes, p_dtable_ends, mask, bias, extra, interval, numbers,
+    q, k, v, do, dq, p_statistics, p_delta, p_dslopes, p_dtable_ends, p_drows, mask, bias, extra, interval, numbers,
     HEADS, GROUP, TILES,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -314,12 +367,13 @@ def attention_backward_q_kernel(
     first = m0 + offset
     last = tl.minimum(m0 + BM, numbers.query_length) - 1 + offset
     lo, hi, full_lo, full_hi = keys_of_queries(first, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
-    HAS_TABLE: tl.constexpr = bias.table is not None
+    HAS_TABLE: tl.constexpr = bias.table is not None or bias.content is not None
     ALWAYS_GENERAL: tl.constexpr = mask.query_ids is not None or mask.dense is not None
     NEEDS_SLOPES: tl.constexpr = p_dslopes is not None
     NEEDS_TABLE: tl.constexpr = p_dtable_ends is not None
+    reach_left, reach_right = table_reach(bias, numbers)
     start, full, near, far, full_end = split(
-        first, last, lo, hi, full_lo, full_hi, numbers, BN, ALWAYS_GENERAL, HAS_TABLE, HAS_RIGHT
+        first, last, lo, hi, full_lo, full_hi, reach_left, reach_right, BN, ALWAYS_GENERAL, HAS_TABLE, HAS_RIGHT
     )
 
     in_q = (i < numbers.query_length)[:, None] & (o_d < D)[None, :]
@@ -337,17 +391,28 @@ def attention_backward_q_kernel(
     slope_sum = tl.zeros([BM], dtype=tl.float32)
     left_sum = tl.zeros([BM], dtype=tl.float32)
     right_sum = tl.zeros([BM], dtype=tl.float32)
+    row_left = tl.zeros([BM], dtype=tl.float32)
+    row_right = tl.zeros([BM], dtype=tl.float32)
+    p_drow = None
+    entries = 0
+    if p_drows is not None:
+        entries = bias.content.left + bias.content.right + 1
+        p_drow = p_drows + bh.to(tl.int64) * numbers.query_length * entries
 
     if HAS_LEFT or ALWAYS_GENERAL:
-        b_dq, slope_sum, left_sum, right_sum = _key_tiles(
-            b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, start, tl.minimum(full, hi),
-            i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
+        b_dq, slope_sum, left_sum, right_sum, row_left, row_right = _key_tiles(
+            b_dq, slope_sum, left_sum, right_sum, row_left, row_right, b_q, b_do, largest, log_sum, delta,
+            start, tl.minimum(full, hi),
+            i, p, m0, bh, h, b, k, v, p_k, p_v, p_drow, mask, bias, extra, interval, numbers,
+            D, DV, BM, BN, BD, BDV,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, NEEDS_SLOPES, NEEDS_TABLE, True, NEAR,
         )  # fmt: skip
     if not ALWAYS_GENERAL:
-        b_dq, slope_sum, left_sum, right_sum = _key_tiles(
-            b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, full, near,
-            i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
+        b_dq, slope_sum, left_sum, right_sum, row_left, row_right = _key_tiles(
+            b_dq, slope_sum, left_sum, right_sum, row_left, row_right, b_q, b_do, largest, log_sum, delta,
+            full, near,
+            i, p, m0, bh, h, b, k, v, p_k, p_v, p_drow, mask, bias, extra, interval, numbers,
+            D, DV, BM, BN, BD, BDV,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, NEEDS_SLOPES, NEEDS_TABLE,
             False, FAR_LEFT if HAS_TABLE else NEAR,
         )  # fmt: skip
@@ -356,20 +421,26 @@ def attention_backward_q_kernel(
             if HAS_RIGHT:
                 tail = near
             else:
-                b_dq, slope_sum, left_sum, right_sum = _key_tiles(
-                    b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, near, far,
-                    i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
+                b_dq, slope_sum, left_sum, right_sum, row_left, row_right = _key_tiles(
+                    b_dq, slope_sum, left_sum, right_sum, row_left, row_right, b_q, b_do, largest, log_sum, delta,
+                    near, far,
+                    i, p, m0, bh, h, b, k, v, p_k, p_v, p_drow, mask, bias, extra, interval, numbers,
+                    D, DV, BM, BN, BD, BDV,
                     HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, NEEDS_SLOPES, NEEDS_TABLE, True, NEAR,
                 )  # fmt: skip
-                b_dq, slope_sum, left_sum, right_sum = _key_tiles(
-                    b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, far, full_end,
-                    i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
+                b_dq, slope_sum, left_sum, right_sum, row_left, row_right = _key_tiles(
+                    b_dq, slope_sum, left_sum, right_sum, row_left, row_right, b_q, b_do, largest, log_sum, delta,
+                    far, full_end,
+                    i, p, m0, bh, h, b, k, v, p_k, p_v, p_drow, mask, bias, extra, interval, numbers,
+                    D, DV, BM, BN, BD, BDV,
                     HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, NEEDS_SLOPES, NEEDS_TABLE,
                     False, FAR_RIGHT,
                 )  # fmt: skip
-        b_dq, slope_sum, left_sum, right_sum = _key_tiles(
-            b_dq, slope_sum, left_sum, right_sum, b_q, b_do, largest, log_sum, delta, tail, hi,
-            i, p, m0, bh, h, b, k, v, p_k, p_v, mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,
+        b_dq, slope_sum, left_sum, right_sum, row_left, row_right = _key_tiles(
+            b_dq, slope_sum, left_sum, right_sum, row_left, row_right, b_q, b_do, largest, log_sum, delta,
+            tail, hi,
+            i, p, m0, bh, h, b, k, v, p_k, p_v, p_drow, mask, bias, extra, interval, numbers,
+            D, DV, BM, BN, BD, BDV,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, NEEDS_SLOPES, NEEDS_TABLE, True, NEAR,
         )  # fmt: skip
 
@@ -378,5 +449,7 @@ def attention_backward_q_kernel(
     if NEEDS_TABLE:
         tl.store(p_dtable_ends + 2 * pid, tl.sum(left_sum, axis=0))
         tl.store(p_dtable_ends + 2 * pid + 1, tl.sum(right_sum, axis=0))
+    if p_drows is not None:
+        store_ends(p_drow, i, row_left, row_right, i < numbers.query_length, entries - 1, 1, entries)
     at_dq = dq.ptr + b * dq.sb + h * dq.sh + row[:, None] * dq.si + o_d[None, :]
     tl.store(at_dq, (b_dq * numbers.scale).to(dq.ptr.dtype.element_ty), mask=in_q)

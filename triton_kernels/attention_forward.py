@@ -6,7 +6,19 @@ import triton
 import triton.language as tl
 
 from .ranges import split
-from .scores import FAR_LEFT, FAR_RIGHT, LN2, LOG2E, NEAR, NEG_INF, keep_tile, keys_of_queries, query_offset, scores
+from .scores import (
+    FAR_LEFT,
+    FAR_RIGHT,
+    LN2,
+    LOG2E,
+    NEAR,
+    NEG_INF,
+    keep_tile,
+    keys_of_queries,
+    query_offset,
+    scores,
+    table_reach,
+)
 
 
 @triton.jit
@@ -21,7 +33,8 @@ def _tiles(
     o_d = tl.arange(0, BD)
     o_dv = tl.arange(0, BDV)
     # Table look-ups of near tiles are not worth staging in shared memory, where they would take more than K and V.
-    STAGES: tl.constexpr = 1 if GENERAL and bias.table is not None and BD <= 64 else None
+    HAS_TABLE: tl.constexpr = bias.table is not None or bias.content is not None
+    STAGES: tl.constexpr = 1 if GENERAL and HAS_TABLE and BD <= 64 else None
     for n0 in tl.range(lo, hi, BN, num_stages=STAGES):
         j = n0 + o_n
         # 64 bits for where the tile starts, the stride's own width inside it (half the address registers)
@@ -94,10 +107,11 @@ def attention_forward_kernel(
     first = m0 + offset
     last = tl.minimum(m0 + BM, numbers.query_length) - 1 + offset
     lo, hi, full_lo, full_hi = keys_of_queries(first, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
-    HAS_TABLE: tl.constexpr = bias.table is not None
+    HAS_TABLE: tl.constexpr = bias.table is not None or bias.content is not None
     ALWAYS_GENERAL: tl.constexpr = mask.query_ids is not None or mask.dense is not None
+    reach_left, reach_right = table_reach(bias, numbers)
     start, full, near, far, full_end = split(
-        first, last, lo, hi, full_lo, full_hi, numbers, BN, ALWAYS_GENERAL, HAS_TABLE, HAS_RIGHT
+        first, last, lo, hi, full_lo, full_hi, reach_left, reach_right, BN, ALWAYS_GENERAL, HAS_TABLE, HAS_RIGHT
     )
 
     # [BM, BD]

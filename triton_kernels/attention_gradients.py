@@ -12,6 +12,7 @@ from fastattn.problem import GRADIENT_FIELDS, Problem
 from .attention import Call, rotated
 from .attention_backward import attention_backward_kv_kernel, attention_backward_q_kernel, attention_delta_kernel
 from .bias_gradient import dense_bias_gradient_kernel, table_gradient_kernel
+from .content_tables import table_gradient_fold_kernel
 from .features import operand
 from .launcher import constants, launch
 from .layout import dense, empty_like_layout
@@ -20,6 +21,8 @@ from .tiles import Tile, cdiv, launch_options
 
 # Programs the table kernel aims for: enough for every GPU of today; each costs one tile of float32.
 _TABLE_PROGRAMS = 1024
+# Rows (keys) and columns of a program that folds the gradient of a row (column) table.
+_FOLD = 32
 
 
 def attention_backward(
@@ -60,9 +63,9 @@ def attention_backward(
     tensors = (operand(call.q), operand(call.k), operand(call.v), operand(grad_out))
     features = (call.mask, call.bias, call.extra, call.interval, call.numbers)
 
-    if "key" in needs or "value" in needs:
+    if needs & {"key", "value", "col_table"}:
         _launch_kv(call, tensors, features, statistics, delta, grads)
-    if needs & {"query", "slopes", "table"}:
+    if needs & {"query", "slopes", "table", "row_table"}:
         _launch_q(call, tensors, features, statistics, delta, grads)
     if "dense_bias" in needs:
         _launch_dense_bias(call, tensors, features, statistics, delta, grads["dense_bias"])
@@ -111,11 +114,14 @@ def _launch_kv(
     dv = _empty_gradient(problem, "value") if dv is None else dv
     if not num_tiles:
         return
+    wide = _wide_gradient(problem, grads, "col_table", (problem.column_entries, problem.key_length))
     launch(
         attention_backward_kv_kernel, num_tiles * problem.batch_size * problem.num_kv_heads,
-        (*tensors, operand(dk), operand(dv), statistics, delta, *features), call.constants(tile),
+        (*tensors, operand(dk), operand(dv), statistics, delta, wide, *features), call.constants(tile),
         HEADS=problem.num_heads, GROUP=call.group, TILES=num_tiles,
     )  # fmt: skip
+    if wide is not None:
+        _fold(problem, wide, grads["col_table"])
 
 
 def _launch_q(
@@ -129,11 +135,14 @@ def _launch_q(
     partial_ends = delta.new_empty(batch, heads, num_tiles, 2) if "table" in grads else None
     dq = grads.get("query")
     dq = _empty_gradient(problem, "query") if dq is None else dq
+    wide = _wide_gradient(problem, grads, "row_table", (length, problem.column_entries))
     launch(
         attention_backward_q_kernel, num_tiles * batch * heads,
-        (*tensors, operand(dq), statistics, delta, partial_slopes, partial_ends, *features), call.constants(tile),
+        (*tensors, operand(dq), statistics, delta, partial_slopes, partial_ends, wide, *features), call.constants(tile),
         HEADS=heads, GROUP=call.group, TILES=num_tiles,
     )  # fmt: skip
+    if wide is not None:
+        _fold(problem, wide.mT, grads["row_table"].mT)
     if partial_slopes is not None:
         grads["slopes"] = reduce_batch(partial_slopes.sum(-1), problem.slopes)
     if partial_ends is not None:
@@ -142,6 +151,37 @@ def _launch_q(
         # a table of one entry has both ends in it
         table[..., 0] += ends[..., 0]
         table[..., -1] += ends[..., 1]
+
+
+def _wide_gradient(
+    problem: Problem, grads: dict[str, Tensor], name: str, size: tuple[int, int]
+) -> Tensor | None:  # fmt: skip
+    """Zeros for the gradient of a row or column table by query head and distance, (B, Hq, *size): the gradient itself
+    where that is what it is by."""
+    if name not in grads:
+        return None
+    grad = grads[name]
+    shape = (problem.batch_size, problem.num_heads, *size)
+    return grad.zero_() if grad.shape == shape and problem.columns is None else grad.new_zeros(shape)
+
+
+def _fold(problem: Problem, wide: Tensor, grad: Tensor) -> None:
+    """grad (B, H, C, X) as the sum of wide (B, Hq, T, X) over the entries of a column and the heads of a group."""
+    if wide.data_ptr() == grad.data_ptr() or not grad.numel():
+        return
+    heads, columns, length = grad.shape[1:]
+    begin = None
+    if problem.columns is not None:
+        wanted = torch.arange(columns + 1, dtype=torch.int32, device=grad.device)
+        begin = torch.searchsorted(problem.columns, wanted, out_int32=True)
+    tiles_c, tiles_x = cdiv(columns, _FOLD), cdiv(length, _FOLD)
+    launch(
+        table_gradient_fold_kernel, tiles_c * tiles_x * problem.batch_size * heads, (wide, grad, begin),
+        constants(BX=_FOLD, BC=_FOLD, num_warps=4),
+        GROUP=problem.num_heads // heads, ENTRIES=wide.shape[2], COLUMNS=columns, LENGTH=length,
+        TILES_C=tiles_c, TILES_X=tiles_x,
+        wide_st=wide.stride(2), wide_sx=wide.stride(3), grad_sc=grad.stride(2), grad_sx=grad.stride(3),
+    )  # fmt: skip
 
 
 def _launch_dense_bias(call: Call, tensors: tuple, features: tuple, lse: Tensor, delta: Tensor, grad: Tensor) -> None:

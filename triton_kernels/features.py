@@ -6,7 +6,7 @@ from torch import Tensor, uint8
 
 from fastattn.problem import Problem
 
-from .arguments import NO_BIAS, NO_INTERVAL, NO_MASK, Bias, Extra, Interval, Mask, Numbers, Operand
+from .arguments import NO_BIAS, NO_INTERVAL, NO_MASK, Bias, Content, Extra, Interval, Mask, Numbers, Operand
 from .layout import dense
 
 
@@ -47,7 +47,8 @@ def _mask(problem: Problem) -> Mask:
 
 
 def _bias(problem: Problem) -> Bias:
-    if problem.slopes is None and problem.table is None and problem.dense_bias is None:
+    content = _content(problem)
+    if content is None and problem.slopes is None and problem.table is None and problem.dense_bias is None:
         return NO_BIAS
     table = None if problem.table is None else dense(problem.table)
     slopes = None if problem.slopes is None else dense(problem.slopes)
@@ -57,6 +58,23 @@ def _bias(problem: Problem) -> Bias:
         0 if table is None or table.shape[0] == 1 else table.stride(0),
         0 if table is None else table.stride(1),
         *_dense4(problem.dense_bias),
+        content,
+    )
+
+
+def _content(problem: Problem) -> Content | None:
+    rows, cols = problem.row_table, problem.col_table
+    if rows is None and cols is None:
+        return None
+    width = rows.shape[3] if rows is not None else cols.shape[2]  # type: ignore[union-attr]
+    return Content(
+        *((None, 0, 0, 0) if rows is None else operand(dense(rows))),
+        *((None, 0, 0, 0) if cols is None else operand(dense(cols))),
+        problem.columns,
+        problem.columns_left,
+        problem.column_entries - 1 - problem.columns_left,
+        width - 1,
+        problem.num_heads // problem.num_kv_heads if problem.num_kv_heads else 1,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .content_tables import content_value
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
@@ -131,6 +133,17 @@ def table_value(bias, b, h, index):
 
 
 @triton.jit
+def table_reach(bias, numbers):
+    """Distances to the left and to the right from which on the tables have one value each."""
+    left = numbers.table_left
+    right = numbers.table_right
+    if bias.content is not None:
+        left = tl.maximum(left, bias.content.left)
+        right = tl.maximum(right, bias.content.right)
+    return left, right
+
+
+@triton.jit
 def add_bias(s, i, j, p, bias, numbers, b, h, SIDE: tl.constexpr):
     """s + bias, in the log2 domain.  SIDE says that the whole tile lies beyond the table's reach on one side."""
     delta = j - p
@@ -145,6 +158,8 @@ def add_bias(s, i, j, p, bias, numbers, b, h, SIDE: tl.constexpr):
         else:
             clamped = tl.minimum(tl.maximum(delta, -numbers.table_left), numbers.table_right)
             s += table_value(bias, b, h, clamped + numbers.table_left) * LOG2E
+    if bias.content is not None:
+        s += content_value(bias.content, i, j, delta, numbers, b, h, SIDE) * LOG2E
     if bias.dense is not None:
         at = b * bias.dense_sb + h * bias.dense_sh + i.to(tl.int64) * bias.dense_si + j.to(tl.int64) * bias.dense_sj
         inside = (i < numbers.query_length) & (j < numbers.key_length)

@@ -109,6 +109,18 @@ _SINGLE = {
     "bias_gradient": ((64, Tile(32, 32, 8, 1)), (128, Tile(32, 32, 8, 1)), (256, Tile(16, 16, 8, 1))),
 }
 
+# Calls with row or column tables, 2-byte elements: every near pair has addresses of its own to read and, backward, to
+# write, so that small tiles with one stage are what the registers hold.  One set for every device.  Stack of tiles that
+# were turned down, D = 64, sm_90 and sm_80: forward 64 x 64 0 and 16; kv 64 x 64 976 and 5512, 32 x 64 24 and 304; q
+# 64 x 64 with 8 warps 88 and 688, 64 x 32 104 and 392.  D = 256: q 32 x 32 72 and 64; 32 x 16 has 0 and 16.
+_TABLES = {
+    "forward": ((64, Tile(64, 32, 4, 2)), (128, Tile(64, 32, 8, 2)), (256, Tile(32, 32, 8, 1))),
+    "backward_kv": ((64, Tile(32, 32, 4, 1)), (256, Tile(32, 32, 8, 1))),
+    "backward_q": ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 8, 1)), (256, Tile(32, 16, 8, 1))),
+}
+# 4-byte elements: the tiles of calls without tables have a stack of 0 but forward, of 400 at D = 64.
+_SINGLE_TABLES = {"forward": ((256, Tile(32, 16, 8, 1)),)}
+
 _override: dict[str, Tile] = {}
 
 
@@ -128,7 +140,12 @@ def launch_options(tile: Tile) -> dict[str, object]:
 
 
 def tile(
-    kernel: str, head_dim: int, itemsize: int, capability: tuple[int, int] = (9, 0), shared_memory: int = LARGE
+    kernel: str,
+    head_dim: int,
+    itemsize: int,
+    capability: tuple[int, int] = (9, 0),
+    shared_memory: int = LARGE,
+    has_tables: bool = False,
 ) -> Tile:
     """The tile of a kernel ("forward", "backward_kv", "backward_q", "bias_gradient").
 
@@ -137,9 +154,13 @@ def tile(
         itemsize: bytes per element of q.
         capability: compute capability of the device.
         shared_memory: bytes a block may use on the device.
+        has_tables: whether the call has row or column tables.
     """
     if kernel in _override:
         return _override[kernel]
+    own = _TABLES if itemsize == 2 else _SINGLE_TABLES
+    if has_tables and kernel in own:
+        return next(row for limit, row in own[kernel] if head_dim <= limit)
     return _tile(kernel, head_dim, itemsize, capability, shared_memory, os.environ.get("FASTATTN_TILES"))
 
 

@@ -13,7 +13,7 @@ using i64 = int64_t;
 // Inlined everywhere: an out-of-line copy compiled with wide instructions could be the one the linker keeps.
 #define FASTATTN_INLINE __attribute__((always_inline)) inline
 
-enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt64 };
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt32, kInt64 };
 
 FASTATTN_INLINE i64 element_size(DType type) {
   switch (type) {
@@ -21,6 +21,7 @@ FASTATTN_INLINE i64 element_size(DType type) {
     case DType::kInt64:
       return 8;
     case DType::kFloat32:
+    case DType::kInt32:
       return 4;
     case DType::kBFloat16:
     case DType::kFloat16:
@@ -63,14 +64,21 @@ struct Problem {
   View slopes;                              // (B|1, Hq)
   View table;                               // (B|1, Hq, T)
   i64 table_left = 0;
-  View dense_bias;  // (B|1, Hq|1, Sq|1, Sk|1)
-  View sink;        // (B|1, Hq)
+  View dense_bias;            // (B|1, Hq|1, Sq|1, Sk|1)
+  View row_table, col_table;  // (B, Hq, Sq, C), (B, Hk, C, Sk), last dimension dense
+  View columns;               // (T,) in [0, C), rising, dense
+  i64 columns_left = 0;
+  View sink;  // (B|1, Hq)
   double dropout_p = 0;
   uint64_t dropout_seed = 0;    // Philox key
   uint32_t dropout_offset = 0;  // last word of the Philox counter
   View seed;                    // (2,): the same two numbers in the tensors' own memory; CUDA kernels read them there
 
   FASTATTN_INLINE i64 group() const { return kv_heads ? query_heads / kv_heads : 1; }
+  FASTATTN_INLINE i64 table_columns() const {
+    return row_table ? row_table.size[3] : col_table ? col_table.size[2] : 0;
+  }
+  FASTATTN_INLINE i64 column_entries() const { return columns ? columns.size[0] : table_columns(); }
 };
 
 struct ForwardOutput {
@@ -84,7 +92,7 @@ struct ForwardOutput {
 
 // Null views are gradients nobody asked for.  Parameter gradients have the shape of their parameter.
 struct BackwardOutput {
-  View dquery, dkey, dvalue, dslopes, dtable, ddense_bias, dsink;
+  View dquery, dkey, dvalue, dslopes, dtable, ddense_bias, dsink, drow_table, dcol_table;
 };
 
 struct BackwardInput {

@@ -35,14 +35,17 @@ class Backward {
     const i64 tiles = larger(ceil_div(p.key_length, engine.tile), i64{1});
     chunks = smaller(tiles, ceil_div(kItems, units));
     // Each chunk has its own dQ: as many as fit into so much memory, and one costs nothing.
-    const i64 dq_bytes = larger(p.batch * p.query_heads * p.query_length * p.head_dim * i64{sizeof(Acc)}, i64{1});
+    const i64 dq_bytes =
+        larger(p.batch * p.query_heads * p.query_length * (p.head_dim + row_columns()) * i64{sizeof(Acc)}, i64{1});
     chunks = larger(smaller(chunks, kPartialBytes / dq_bytes), smaller(chunks, ceil_div(kLeastItems, units)));
     chunk_keys = ceil_div(tiles, chunks) * engine.tile;
     chunks = larger(ceil_div(p.key_length, chunk_keys), i64{1});
     dq_width = round_up(larger(p.head_dim, i64{1}), Mode::kPanel);
     dq_rows = round_up(p.query_length, Mode::kRowMultiple);
-    products = out.dquery || out.dkey || out.dvalue || out.dslopes || out.dtable || writes_bias();
+    products = out.dquery || out.dkey || out.dvalue || out.dslopes || out.dtable || writes_bias() || out.drow_table ||
+               out.dcol_table;
     if (out.dquery && chunks > 1) partial_dq = Buffer<Acc>(chunks * p.batch * p.query_heads * dq_rows * dq_width);
+    if (chunks > 1) partial_rows = Buffer<Acc>((chunks - 1) * p.batch * p.query_heads * p.query_length * row_columns());
     if (out.dslopes) partial_slopes = Buffer<double>(chunks * p.batch * p.query_heads);
     if (out.dtable) partial_table = Buffer<double>(chunks * p.batch * p.query_heads * p.table.size[2]);
     if (out.dsink) partial_sink = Buffer<double>(p.batch * p.query_heads);
@@ -57,6 +60,8 @@ class Backward {
     if (out.dquery && chunks > 1)
       each(p.batch * p.query_heads * ceil_div(p.query_length, kReduceRows),
            [](void* self, i64 i) { static_cast<Backward*>(self)->reduce_item(i); });
+    if (out.drow_table && chunks > 1)
+      each(p.batch * p.query_heads, [](void* self, i64 i) { static_cast<Backward*>(self)->reduce_rows_item(i); });
     reduce_parameters();
     if (out.ddense_bias && !writes_bias()) bias_gradient<Mode>(engine, out.ddense_bias, parallel);
   }
@@ -77,7 +82,8 @@ class Backward {
   Tile engine;
   i64 chunks = 1, chunk_keys = 1, dq_rows = 1, dq_width = 1;
   bool products = false;
-  Buffer<Acc> partial_dq;                                      // (B * Hq, chunks, dq_rows, dq_width)
+  Buffer<Acc> partial_dq;    // (B * Hq, chunks, dq_rows, dq_width)
+  Buffer<Acc> partial_rows;  // (chunks - 1, B * Hq, Sq, C): the first chunk's are the gradient itself
   Buffer<double> partial_slopes, partial_table, partial_sink;  // (B * Hq, chunks, ...)
 
   // A bias with every dimension its own: each element of its gradient is one dS.
@@ -85,6 +91,16 @@ class Backward {
     const i64* n = p.dense_bias.size;
     return out.ddense_bias && n[0] == p.batch && n[1] == p.query_heads && n[2] == p.query_length &&
            n[3] == p.key_length;
+  }
+
+  i64 row_columns() const { return out.drow_table ? p.row_table.size[3] : 0; }
+
+  // The gradient of row_table as chunk `chunk` of head h sums it up, (Sq, C).
+  Acc* row_gradient(i64 b, i64 h, i64 chunk) {
+    if (!out.drow_table) return nullptr;
+    if (chunk == 0) return reinterpret_cast<Acc*>(out.drow_table.mutable_at(b, h));
+    const i64 size = p.query_length * row_columns();
+    return partial_rows.data() + (((chunk - 1) * p.batch + b) * p.query_heads + h) * size;
   }
 
   static void clear(const View& view) {
@@ -186,9 +202,14 @@ class Backward {
       if (out.dquery) std::memset(dq_of(h), 0, p.query_length * dq_width * sizeof(Acc));
       const i64 at = (b * p.query_heads + h) * chunks + chunk;
       if (out.dslopes) partial_slopes.data()[at] = 0;
+      if (out.drow_table) std::memset(row_gradient(b, h, chunk), 0, p.query_length * row_columns() * sizeof(Acc));
       if (out.dtable) std::memset(partial_table.data() + at * p.table.size[2], 0, p.table.size[2] * sizeof(double));
     }
     const i64 last = smaller((chunk + 1) * chunk_keys, p.key_length);
+    if (out.dcol_table)
+      for (i64 c = 0; c < p.col_table.size[2]; ++c)
+        std::memset(out.dcol_table.mutable_at(b, kv_head, c, chunk * chunk_keys), 0,
+                    (last - chunk * chunk_keys) * sizeof(Acc));
     for (i64 origin = chunk * chunk_keys; origin < last; origin += engine.tile) {
       const auto keys = engine.pack_keys(s.tile, b, kv_head, origin, smaller(engine.tile, last - origin));
       if (out.dquery)
@@ -196,8 +217,7 @@ class Backward {
                          s.key_rows, s.ignored);
       std::memset(s.dkey, 0, padded_dim(p.head_dim) * engine.tile * sizeof(Acc));
       std::memset(s.dvalue, 0, padded_dim(p.value_dim) * engine.tile * sizeof(Acc));
-      for (i64 h = head; h < head + group; ++h)
-        head_tile(s, keys, h, dq_of(h), (b * p.query_heads + h) * chunks + chunk);
+      for (i64 h = head; h < head + group; ++h) head_tile(s, keys, h, dq_of(h), chunk);
       if (out.dkey) write_columns(s, s.dkey, p.head_dim, keys, out.dkey, true);
       if (out.dvalue) write_columns(s, s.dvalue, p.value_dim, keys, out.dvalue, false);
     }
@@ -207,7 +227,11 @@ class Backward {
   }
 
   // All queries of one head against one tile of keys.
-  void head_tile(const Scratch& s, const typename Tile::Keys& keys, i64 h, Acc* dq, i64 partial) {
+  void head_tile(const Scratch& s, const typename Tile::Keys& keys, i64 h, Acc* dq, i64 chunk) {
+    const i64 partial = (keys.b * p.query_heads + h) * chunks + chunk;
+    Acc* const drow = row_gradient(keys.b, h, chunk);
+    Acc* const dcol =
+        out.dcol_table ? reinterpret_cast<Acc*>(out.dcol_table.mutable_at(keys.b, keys.kv_head)) : nullptr;
     const Scorer<Acc> scorer(p, keys.b, h);
     ParameterSums sums;
     if (out.dtable) std::memset(s.table, 0, p.table.size[2] * sizeof(Acc));
@@ -219,6 +243,9 @@ class Backward {
         const Interval seen = scorer.clip(i, keys.origin, q.begin, q.end);
         if (out.dslopes) add_slope(scorer, i, keys.origin, seen, ds, &sums);
         if (out.dtable) add_table(scorer, i, keys.origin, seen, ds, s.table, &sums);
+        if (drow || dcol)
+          scorer.content.add_gradient(keys.origin - scorer.geometry.position(i), keys.origin, seen, ds,
+                                      drow ? drow + i * row_columns() : nullptr, dcol, p.key_length);
         if (writes_bias() && seen.low < seen.high)
           store_row(out.ddense_bias.dtype, ds + seen.low, seen.high - seen.low,
                     out.ddense_bias.mutable_at(keys.b, h, i, keys.origin + seen.low));
@@ -329,15 +356,6 @@ class Backward {
     double slope = 0, before = 0, after = 0;
   };
 
-  static Acc sum_of(const Acc* x, i64 low, i64 high) {
-    Vec<Acc> sum = {};
-    i64 j = low;
-    for (; j + kLane <= high; j += kLane) sum += load(x + j);
-    Acc total = reduce_add<Acc>(sum);
-    for (; j < high; ++j) total += x[j];
-    return total;
-  }
-
   static void add_slope(const Scorer<Acc>& scorer, i64 i, i64 origin, Interval seen, const Acc* ds,
                         ParameterSums* sums) {
     // Split at the diagonal: sum |d| dS = sum over the right of d dS - sum over the left of d dS.
@@ -408,6 +426,16 @@ class Backward {
       for (i64 c = 1; c < chunks; ++c)
         for (i64 d = 0; d < dq_width; d += kLane) store(row + d, load(row + d) + load(row + c * size + d));
       write_query(unit / p.query_heads, unit % p.query_heads, i, row);
+    }
+  }
+
+  void reduce_rows_item(i64 index) {
+    const i64 b = index / p.query_heads, h = index % p.query_heads, size = p.query_length * row_columns();
+    Acc* const total = row_gradient(b, h, 0);
+    FlushScope flush;
+    for (i64 c = 1; c < chunks; ++c) {
+      const Acc* const part = row_gradient(b, h, c);
+      for (i64 t = 0; t < size; ++t) total[t] += part[t];
     }
   }
 

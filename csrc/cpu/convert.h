@@ -103,6 +103,7 @@ inline void load_row(DType type, const char* source, i64 stride, i64 n, T* out) 
       return;
     }
     case DType::kBool:
+    case DType::kInt32:
     case DType::kInt64:
       return;
   }
@@ -154,6 +155,7 @@ inline void store_row(DType type, const T* in, i64 n, char* target) {
       return;
     }
     case DType::kBool:
+    case DType::kInt32:
     case DType::kInt64:
       return;
   }

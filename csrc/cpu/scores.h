@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../common/philox.h"
+#include "content_tables.h"
 #include "geometry.h"
 #include "math.h"
 #include "pack.h"
@@ -22,11 +23,15 @@ struct Scorer {
   T factor = 1;  // p = 2^(factor * (s - reference))
   const T* table = nullptr;
   i64 table_stride = 1, table_size = 0, table_left = 0;
+  ContentTables<T> content;
 
-  static bool is_plain(const Problem& p) { return !(p.softcap || p.slopes || p.table || p.dense_bias) && p.scale > 0; }
+  static bool is_plain(const Problem& p) {
+    return !(p.softcap || p.slopes || p.table || p.dense_bias || p.row_table || p.col_table) && p.scale > 0;
+  }
 
   Scorer() = default;
-  Scorer(const Problem& p, i64 batch, i64 head) : problem(&p), geometry(p, batch), b(batch), h(head) {
+  Scorer(const Problem& p, i64 batch, i64 head)
+      : problem(&p), geometry(p, batch), b(batch), h(head), content(p, batch, head) {
     scale = static_cast<T>(p.scale);
     cap = static_cast<T>(p.softcap);
     plain = is_plain(p);
@@ -77,6 +82,7 @@ struct Scorer {
       }
       if (problem->slopes) add_slope(i, origin, live, s, by), by = 1;
       if (table) add_table(i, origin, seen, s, by), by = 1;
+      if (content) content.add(i, origin - geometry.position(i), origin, seen, s, by), by = 1;
       if (problem->dense_bias) add_dense(i, origin, seen, s, temp, by), by = 1;
       if (by != 1)
         for (i64 j = live.low; j < live.high; j += kLanes<T>) store(s + j, load(s + j) * by);

@@ -28,11 +28,22 @@ def what_runs(problem: AnyProblem) -> str:
     return "masked softmax" if isinstance(problem, SoftmaxProblem) else "attention"
 
 
+def tables_of_additive(problem: AnyProblem) -> list[str]:
+    """The refusal of row and column tables in additive attention, which has no gradient for them."""
+    if isinstance(problem, AdditiveProblem):
+        attention = problem.attention
+        if attention.row_table is not None or attention.col_table is not None:
+            return ["row and column tables in additive attention"]
+    return []
+
+
 class Backend(ABC):
     """A way to run a `Problem`, and the softmax and the rotation by themselves.  It knows nothing of modules or of the
     other backends."""
 
     name: str
+    # Whether its attention reads row and column tables.
+    takes_tables = True
 
     @property
     def available(self) -> bool:

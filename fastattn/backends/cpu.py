@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn import native
 from fastattn.additive_autograd import fused_additive
 from fastattn.additive_problem import AdditiveProblem
-from fastattn.backends.base import AnyProblem, FusedBackend, what_runs
+from fastattn.backends.base import AnyProblem, FusedBackend, tables_of_additive, what_runs
 from fastattn.problem import Problem
 
 
@@ -24,7 +24,7 @@ class CpuBackend(FusedBackend):
     def unsupported_reasons(self, problem: AnyProblem) -> list[str]:
         if problem.device.type != "cpu":
             return [f"the tensors are on {problem.device}; this backend runs on cpu"]
-        return []
+        return tables_of_additive(problem)
 
     def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
         return fused_additive(self.name, problem)

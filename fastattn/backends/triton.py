@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.additive_autograd import fused_additive
 from fastattn.additive_problem import ADDITIVE_GRADIENT_FIELDS, AdditiveProblem, additive_problem
-from fastattn.backends.base import AnyProblem, GpuBackend
+from fastattn.backends.base import AnyProblem, GpuBackend, tables_of_additive
 from fastattn.ops import absent_gradient, implement
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
 from fastattn.rotation import ROTATION_FIELDS, Rotation
@@ -49,7 +49,7 @@ class TritonBackend(GpuBackend):
         return interpreted()
 
     def unsupported_reasons(self, problem: AnyProblem) -> list[str]:
-        reasons = self.device_reasons(problem.device)
+        reasons = self.device_reasons(problem.device) + tables_of_additive(problem)
         if problem.device.type == "cpu" and interpreted() and problem.dtype == torch.bfloat16:
             reasons.append("Triton's interpreter computes bfloat16 wrongly")
         if problem.dtype == torch.float64:

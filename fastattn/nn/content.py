@@ -99,7 +99,7 @@ class DisentangledBias(nn.Module):
     Args:
         embed_dim: E, of the relative embeddings.
         num_heads: H; must divide E.
-        max_distance, buckets: as in `Disentangled`.
+        max_distance, buckets, route: as in `Disentangled`.
         c2p, p2c: which terms there are.
 
     Attributes:
@@ -117,6 +117,7 @@ class DisentangledBias(nn.Module):
         buckets: int | None = 256,
         c2p: bool = True,
         p2c: bool = True,
+        route: Route = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -126,13 +127,16 @@ class DisentangledBias(nn.Module):
         if not (c2p or p2c):
             fail(ValueError, "c2p", "True, or p2c", c2p)
         where = {"device": device, "dtype": dtype}
-        self.num_heads, self.max_distance, self.buckets = num_heads, max_distance, buckets
+        self.num_heads, self.max_distance, self.buckets, self.route = num_heads, max_distance, buckets, route
         self.key_projection = nn.Linear(embed_dim, embed_dim, **where) if c2p else None
         self.query_projection = nn.Linear(embed_dim, embed_dim, **where) if p2c else None
         self.scale = (embed_dim // num_heads * (1 + c2p + p2c)) ** -0.5
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, max_distance={self.max_distance}, buckets={self.buckets}"
+        return (
+            f"num_heads={self.num_heads}, max_distance={self.max_distance}, buckets={self.buckets}, "
+            f"route={self.route!r}"
+        )
 
     def forward(self, relative_embeddings: Tensor) -> Disentangled:
         """The bias of relative embeddings (2 span, E), as the model hands them to its layers."""
@@ -142,4 +146,4 @@ class DisentangledBias(nn.Module):
             else projection(relative_embeddings).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
             for projection in (self.key_projection, self.query_projection)
         ]
-        return Disentangled(*projected, max_distance=self.max_distance, buckets=self.buckets)
+        return Disentangled(*projected, max_distance=self.max_distance, buckets=self.buckets, route=self.route)

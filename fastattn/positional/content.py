@@ -1,14 +1,17 @@
 """What biases that depend on the contents share: the operands they read, and tables by row or column.
 
-No kernel has row or column tables yet.  The routes there are now: the bias written out, as a dense bias of
-(B, Hq, Sq, Sk) in float32 (float64 for float64 queries); or, where the bias is a product of low rank, columns appended
-to the head dimension of queries and keys, in memory that grows with the length only.  `fastattn.explain` names the one
-taken; objects and gradients are the same either way.
+There are three routes into the kernel.  Where the bias depends on a query (or a key) and on few clamped distances,
+tables of each query's (each key's) own, read inside the kernel: (B, Hq, Sq, C) and (B, Hk, C, Sk) numbers.  Where it is
+a product of low rank, columns appended to the head dimension of queries and keys.  Both take memory that grows with the
+length only.  Everything else is written out, as a dense bias of (B, Hq, Sq, Sk).  Tables and dense biases are float32
+(float64 for float64 queries).  `fastattn.explain` names the route taken, with its memory; objects and gradients are the
+same either way.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,11 +19,24 @@ from torch import Tensor
 
 from fastattn.biases import Bias, add_dense
 from fastattn.lowering import Draft
+from fastattn.reference import finite_rows
 from fastattn.validation import fail
 
-Route = Literal["auto", "columns", "dense"]
+Route = Literal["auto", "table", "columns", "dense"]
 # The widest head dimension that the C++ and Triton kernels take, a multiple of 8.
 WIDEST_HEAD = 256
+# Tables are narrow when this many times their columns are not more than the keys.
+NARROW = 1
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A bias as tables: rows[i, c] + cols[c, j] at the column c of the clamped distance j - i (`Problem.columns`)."""
+
+    rows: Tensor | None  # (B, Hq, Sq, C)
+    cols: Tensor | None  # (B, Hk, C, Sk)
+    columns: Tensor | None  # (T,) int32, rising, or None: a column for each distance
+    left: int  # entries before distance 0
 
 
 class ContentBias(Bias):
@@ -28,6 +44,14 @@ class ContentBias(Bias):
 
     For `fastattn.attention` only; added after the softcap, like every bias.
     """
+
+    route: Route = "dense"
+    # Columns of its tables, 0 where it has none.
+    width: int = 0
+
+    def tables(self, query: Tensor, key: Tensor, scale: float, reach: int) -> Tables:
+        """The bias as tables, of operands as in `dense`; no distance of the call is beyond `reach` either way."""
+        raise NotImplementedError
 
     @abstractmethod
     def dense(self, query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
@@ -40,20 +64,42 @@ class ContentBias(Bias):
         """
 
     def lower(self, draft: Draft) -> None:
-        query, key = self._operands(draft)
+        if not takes_tables(self.route, draft, self.width):
+            self._lower_dense(draft)
+            return
+        query, key = self._finite_operands(draft)
+        self._lower_tables(draft, self.tables(query, key, draft.scale, max(draft.reach())))
+
+    def _lower_dense(self, draft: Draft) -> None:
+        query, key = self._finite_operands(draft)
         if not query.shape[2] or not key.shape[2]:
             return
-        dense = self.dense(
-            query.to(draft.parameter_dtype), key.to(draft.parameter_dtype), draft.positions(), draft.scale
-        )  # fmt: skip
+        dense = self.dense(query, key, draft.positions(), draft.scale)
         draft.note_dense(f"{type(self).__name__} written out", dense)
         add_dense(draft, dense)
+
+    def _lower_tables(self, draft: Draft, tables: Tables) -> None:
+        name = type(self).__name__
+        if "columns_left" in draft.fields:
+            fail(ValueError, f"{name}.route", "'auto' or 'dense' beside another bias that is a table", "'table'")
+        draft.fields.update(
+            row_table=tables.rows, col_table=tables.cols, columns=tables.columns, columns_left=tables.left
+        )
+        draft.note_tables(name, tables.rows, tables.cols)
 
     def _operands(self, draft: Draft) -> tuple[Tensor, Tensor]:
         """The query and key of the call, as they came."""
         if draft.operands is None:
             fail(NotImplementedError, type(self).__name__, "a call of fastattn.attention", "one without query and key")
         return draft.operands
+
+    def _finite_operands(self, draft: Draft) -> tuple[Tensor, Tensor]:
+        """The same in the parameter dtype, with zeros for every row that holds a NaN or infinity.
+
+        A masked one has gradient 0, and 0 times it must not get into those of the tables; one that is seen comes out in
+        q . k already.
+        """
+        return tuple(finite_rows(x.to(draft.parameter_dtype))[0] for x in self._operands(draft))  # type: ignore[return-value]
 
     def materialize(self, query_length: int, key_length: int, query_offset: int | Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} depends on queries and keys: use its `dense`")
@@ -65,17 +111,30 @@ class ContentBias(Bias):
         raise NotImplementedError
 
 
-def takes_columns(route: Route, draft: Draft, columns: int) -> bool:
-    """Whether `columns` more are appended to the head dimension, which "auto" does as long as the kernels take it."""
+def takes_columns(name: str, route: Route, draft: Draft, columns: int) -> bool:
+    """Whether `columns` more are appended to the head dimension, which "auto" does as long as the kernels take it and
+    there is no softcap, which biases are not subject to."""
     if route == "auto":
         assert draft.query is not None
-        return draft.query.shape[-1] + columns <= WIDEST_HEAD
+        return draft.query.shape[-1] + columns <= WIDEST_HEAD and not draft.caps
+    if route == "columns" and draft.caps:
+        fail(ValueError, f"{name}.route", "'auto' or 'dense' with a softcap", "'columns'")
     return route == "columns"
 
 
-def check_route(name: str, route: object) -> None:
-    if route not in ("auto", "columns", "dense"):
-        fail(ValueError, f"{name}.route", "'auto', 'columns' or 'dense'", repr(route))
+def takes_tables(route: Route, draft: Draft, width: int) -> bool:
+    """Whether a bias with tables of `width` columns becomes tables, which "auto" does where they are narrow, the
+    kernels take them, and no other bias has taken their place."""
+    if route == "auto":
+        narrow = 0 < width * NARROW <= draft.key_length
+        return narrow and draft.takes_tables and "columns_left" not in draft.fields
+    return route == "table"
+
+
+def check_route(name: str, route: object, allowed: tuple[str, ...]) -> None:
+    if route not in allowed:
+        *most, last = map(repr, allowed)
+        fail(ValueError, f"{name}.route", f"{', '.join(most)} or {last}", repr(route))
 
 
 def per_head(x: Tensor) -> Tensor:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastattn.positional.content import ContentBias, per_head, pick_columns, pick_rows, repeat_heads
+from fastattn.positional.content import (
+    ContentBias,
+    Route,
+    Tables,
+    check_route,
+    per_head,
+    pick_columns,
+    pick_rows,
+    repeat_heads,
+)
 from fastattn.validation import check_device, check_floating, check_index, fail
 
 __all__ = ["Disentangled", "deberta_buckets"]
@@ -17,14 +28,17 @@ class Disentangled(ContentBias):
         S[i, j] = scale * (q_i . k_j + q_i . kr[d(i, j)] + k_j . qr[d(i, j)])
         d(i, j) = clamp(bucket(i - j) + span, 0, 2 span - 1)
 
-    DeBERTa's scale is 1 / sqrt(D n), n the number of terms: pass it to `attention`.  Lowers to the products q . kr and
-    k . qr, (B, Hq, Sq, 2 span) and (B, Hk, Sk, 2 span), and from them to a dense bias of (B, Hq, Sq, Sk).
+    DeBERTa's scale is 1 / sqrt(D n), n the number of terms: pass it to `attention`.  Route "table" hands the products
+    q . kr and k . qr to the kernel, (B, Hq, Sq, 2 span) and (B, Hk, 2 span, Sk) numbers.  Route "dense" writes their
+    sum out, (B, Hq, Sq, Sk).  "auto" takes the tables unless they are wider than there are keys, another bias has
+    tables already, or the backend asked for reads none (cuda).
 
     Args:
         position_keys: kr, (2 span, D), or (Hq, 2 span, D) when projected by head; None without c2p.
         position_queries: qr, likewise, (Hk, 2 span, D); None without p2c.
         max_distance: positions the buckets cover (`max_relative_positions`).
         buckets: `position_buckets`; None for DeBERTa v1, where the distance itself is the bucket.
+        route: "auto", "table" or "dense".
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device; neither term; tables of different span.
@@ -37,6 +51,7 @@ class Disentangled(ContentBias):
         *,
         max_distance: int = 512,
         buckets: int | None = 256,
+        route: Route = "auto",
     ) -> None:
         name = "Disentangled"
         tables = {"position_keys": position_keys, "position_queries": position_queries}
@@ -51,7 +66,10 @@ class Disentangled(ContentBias):
         if len(spans) > 1:
             fail(ValueError, f"{name}.position_queries", "as many rows as position_keys", str(sorted(spans)))
         self.position_keys, self.position_queries = position_keys, position_queries
-        self.span = spans.pop() // 2
+        self.width = spans.pop()
+        self.span = self.width // 2
+        check_route(name, route, ("auto", "table", "dense"))
+        self.route = route
         self.max_distance = check_index(f"{name}.max_distance", max_distance, least=2)
         self.buckets = None if buckets is None else check_index(f"{name}.buckets", buckets, least=4)
         if self.buckets is not None and self.max_distance <= self.buckets // 2 + 1:
@@ -62,14 +80,41 @@ class Disentangled(ContentBias):
         terms = [
             n for n, x in (("c2p", self.position_keys), ("p2c", self.position_queries)) if x is not None
         ]  # fmt: skip
-        return f"Disentangled({'+'.join(terms)}, span={self.span}, buckets={self.buckets})"
+        return f"Disentangled({'+'.join(terms)}, span={self.span}, buckets={self.buckets}, route={self.route!r})"
+
+    def tables(self, query: Tensor, key: Tensor, scale: float, reach: int) -> Tables:
+        # they count i - j and tables j - i: both in reverse, so that columns rise with the distance
+        rows = cols = None
+        if self.position_keys is not None:
+            rows = scale * (query @ self._vectors("position_keys", self.position_keys, query).flip(-1))
+        if self.position_queries is not None:
+            cols = scale * (self._vectors("position_queries", self.position_queries, key).flip(-1).mT @ key.mT)
+        if self.buckets is None:
+            return Tables(rows, cols, None, self.span - 1)
+        reach = min(reach, self._reach())
+        distance = torch.arange(reach, -reach - 1, -1, device=query.device)
+        return Tables(rows, cols, (2 * self.span - 1 - self._columns(distance)).int(), reach)
+
+    def _reach(self) -> int:
+        """A distance from which on both ways the column is the first or the last."""
+        assert self.buckets is not None
+        middle = self.buckets // 2
+        if self.span <= middle:
+            return self.span
+        # where the bucket, middle + log(d / middle) / log((max_distance - 1) / middle) * (middle - 1), passes the span
+        exponent = math.log((self.max_distance - 1) / middle) * (self.span - middle) / (middle - 1)
+        return math.ceil(middle * math.exp(min(exponent, 40.0))) + 2
+
+    def _columns(self, distance: Tensor) -> Tensor:
+        """The columns of distances i - j."""
+        bucket = deberta_buckets(distance, self.buckets, self.max_distance)
+        return bucket.add_(self.span).clamp_(0, 2 * self.span - 1)
 
     def dense(self, query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
         queries, keys = query.shape[2], key.shape[2]
         # of the first query, and of all before it; row i of the index starts Sq - 1 - i columns on
         distance = positions[:, :1] - torch.arange(1 - queries, keys, device=key.device)
-        bucket = deberta_buckets(distance, self.buckets, self.max_distance).add_(self.span).clamp_(0, 2 * self.span - 1)
-        index = bucket.unfold(-1, keys, 1).flip(-2)
+        index = self._columns(distance).unfold(-1, keys, 1).flip(-2)
         total = None
         if self.position_keys is not None:
             table = query @ self._vectors("position_keys", self.position_keys, query)

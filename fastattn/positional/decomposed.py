@@ -20,7 +20,7 @@ class Decomposed(ContentBias):
     with the query as it is, not scaled.  With A_h[i, :] = q_i . Rh, (B, Hq, Sq, Kh), and A_w likewise, this is a
     product of rank Kh + Kw: route "columns" appends (A_h, A_w) / scale to the queries and the indicators of a key's
     row and column to the keys.  Exact, and memory grows with the length only.  Route "dense" writes
-    (B, Hq, Sq, Sk) out.  "auto" appends while D + Kh + Kw is at most 256.
+    (B, Hq, Sq, Sk) out.  "auto" appends while D + Kh + Kw is at most 256 and there is no softcap.
 
     Args:
         rows, columns: Rh (L, D) and Rw (L, D) floating, `rel_pos_h` and `rel_pos_w`; L other than 2 max(Q, K) - 1 is
@@ -52,7 +52,7 @@ class Decomposed(ContentBias):
         self.query_size = _size(f"{name}.query_size", query_size)
         self.key_size = self.query_size if key_size is None else _size(f"{name}.key_size", key_size)
         self.prefix = check_index(f"{name}.prefix", prefix, least=0)
-        check_route(name, route)
+        check_route(name, route, ("auto", "columns", "dense"))
         self.route = route
 
     def __repr__(self) -> str:
@@ -93,7 +93,7 @@ class Decomposed(ContentBias):
         query, key = self._operands(draft)
         width = sum(self.key_size)
         # the kernel multiplies the columns by the scale, which they must not see
-        if not takes_columns(self.route, draft, width) or draft.scale == 0.0:
+        if not takes_columns("Decomposed", self.route, draft, width) or draft.scale == 0.0:
             super().lower(draft)
             return
         self._check_lengths(query.shape[2], key.shape[2])

@@ -9,7 +9,7 @@ from fastattn.biases import Bias
 from fastattn.functional import attention, cast_for_autocast, lower_offset
 from fastattn.lowering import standalone
 from fastattn.masks import Mask
-from fastattn.positional.content import ContentBias, per_head, pick_rows, repeat_heads
+from fastattn.positional.content import ContentBias, Route, Tables, check_route, per_head, pick_rows, repeat_heads
 from fastattn.problem import default_scale
 from fastattn.softmax import masked_softmax
 from fastattn.validation import check_device, check_floating, check_number, fail
@@ -24,26 +24,36 @@ class ShawKeys(ContentBias):
         S[i, j] += scale * q_i . e[clip(j - i, -k, k) + k]
 
     with e (2k + 1, D).  Gradients: de_r = scale * sum of dS[i, j] q_i over the pairs at distance r, and
-    dq_i += scale * sum_j dS[i, j] e_r.  Lowers to the products q . e, (B, Hq, Sq, 2k + 1), and from them to a dense
-    bias of (B, Hq, Sq, Sk).
+    dq_i += scale * sum_j dS[i, j] e_r.  Route "table" hands the products q . e to the kernel, (B, Hq, Sq, 2k + 1)
+    numbers.  Route "dense" writes them out, (B, Hq, Sq, Sk).  "auto" takes the table unless it is wider than there are
+    keys, another bias has tables already, or the backend asked for reads none (cuda).
 
     Args:
         embeddings: (2k + 1, D), or (Hq, 2k + 1, D) for vectors of each head's own; floating.
+        route: "auto", "table" or "dense".
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device; an even number of vectors.
     """
 
-    def __init__(self, embeddings: Tensor) -> None:
+    def __init__(self, embeddings: Tensor, *, route: Route = "auto") -> None:
         self.embeddings = _check_vectors("ShawKeys.embeddings", embeddings)
+        check_route("ShawKeys", route, ("auto", "table", "dense"))
+        self.route, self.width = route, embeddings.shape[-2]
 
     def __repr__(self) -> str:
-        return f"ShawKeys(max_distance={self.embeddings.shape[-2] // 2})"
+        return f"ShawKeys(max_distance={self.width // 2}, route={self.route!r})"
+
+    def _products(self, query: Tensor, scale: float) -> Tensor:
+        """scale * q . e, (B, Hq, Sq, 2k + 1)."""
+        _check_fit("ShawKeys.embeddings", self.embeddings, query, query.shape[-1])
+        return scale * (query @ per_head(self.embeddings.to(query.dtype)).mT)
+
+    def tables(self, query: Tensor, key: Tensor, scale: float, reach: int) -> Tables:
+        return Tables(self._products(query, scale), None, None, self.width // 2)
 
     def dense(self, query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
-        _check_fit("ShawKeys.embeddings", self.embeddings, query, query.shape[-1])
-        table = scale * (query @ per_head(self.embeddings.to(query.dtype)).mT)
-        return pick_rows(table, clipped_index(positions, key.shape[2], self.embeddings.shape[-2] // 2))
+        return pick_rows(self._products(query, scale), clipped_index(positions, key.shape[2], self.width // 2))
 
 
 def clipped_index(positions: Tensor, key_length: int, reach: int) -> Tensor:

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from fastattn.lowering import Draft
-from fastattn.positional.content import ContentBias, Route, check_route, repeat_heads, takes_columns
+from fastattn.positional.content import (
+    ContentBias,
+    Route,
+    Tables,
+    check_route,
+    repeat_heads,
+    takes_columns,
+    takes_tables,
+)
 from fastattn.positional.sinusoid import sinusoidal_embedding
 from fastattn.validation import check_device, check_floating, check_index, check_shape, fail
 
@@ -26,18 +34,23 @@ class TransformerXL(ContentBias):
     Route "columns" appends these E columns to queries and keys: exact, and memory grows with the length only; an E
     of the model's width is more work than the scores themselves.  Route "dense" multiplies A by all Sq + Sk - 1
     vectors R, (B, Hq, Sq, Sq + Sk - 1) numbers, and reads the diagonals into a bias of (B, Hq, Sq, Sk).  "auto"
-    appends while D + E is at most 256 and nothing rotates.  Distances of both signs are computed, so that attention
-    need not be causal.
+    appends while D + E is at most 256, nothing rotates and there is no softcap.  Distances of both signs are computed,
+    so that attention need not be causal.
+
+    With a clamp there are 2 clamp + 1 vectors R: route "table" hands their products with A to the kernel,
+    (B, Hq, Sq, 2 clamp + 1) numbers, and "auto" takes it unless that is wider than there are keys, something rotates,
+    there is a softcap, another bias has tables already, or the backend asked for reads none (cuda); then it is "dense".
 
     Args:
         weight: W, (Hq, D, E) floating, E even: `r_net.weight` viewed by head.
         u, v: (Hq, D) floating: `r_w_bias` and `r_r_bias`.
         base: of the wavelengths.
-        clamp: distances are clamped to [-clamp, clamp] (`clamp_len`); takes the dense route.
-        route: "auto", "columns" or "dense".
+        clamp: distances are clamped to [-clamp, clamp] (`clamp_len`).
+        route: "auto", "table" (with a clamp), "columns" (without one) or "dense".
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; route "columns" with a clamp.
+        TypeError, ValueError: wrong dtype, shape or device; route "columns" with a clamp, "table" without one, either
+            beside a rotation or a softcap.
     """
 
     def __init__(
@@ -57,11 +70,13 @@ class TransformerXL(ContentBias):
         self.u, self.v = check_floating(f"{name}.u", u), check_floating(f"{name}.v", v)
         for letter, x in (("u", u), ("v", v)):
             check_shape(f"{name}.{letter}", x, tuple(weight.shape[:2]))
-        check_route(name, route)
+        check_route(name, route, ("auto", "table", "columns", "dense"))
         self.clamp = None if clamp is None else check_index(f"{name}.clamp", clamp, least=1)
         if clamp is not None and route == "columns":
-            fail(ValueError, f"{name}.route", "'auto' or 'dense' with a clamp", "'columns'")
-        self.base, self.route = base, "dense" if clamp is not None else route
+            fail(ValueError, f"{name}.route", "'auto', 'table' or 'dense' with a clamp", "'columns'")
+        if clamp is None and route == "table":
+            fail(ValueError, f"{name}.route", "'auto', 'columns' or 'dense' without a clamp", "'table'")
+        self.base, self.route, self.width = base, route, 0 if clamp is None else 2 * clamp + 1
 
     def __repr__(self) -> str:
         heads, dim, width = self.weight.shape
@@ -93,32 +108,45 @@ class TransformerXL(ContentBias):
         content = repeat_heads(key, query.shape[1]) @ self.u.to(query.dtype)[..., None]
         return scale * (shift_rows(table, keys) + content.mT)
 
+    def tables(self, query: Tensor, key: Tensor, scale: float, reach: int) -> Tables:
+        """Of the position term alone."""
+        assert self.clamp is not None
+        # entry t is of the distance j - i = t - clamp, and R is of i - j
+        distance = torch.arange(self.clamp, -self.clamp - 1, -1, device=query.device)
+        rows = scale * (self._position_query(query) @ self._sinusoid(distance, query.dtype).mT)
+        return Tables(rows, None, None, self.clamp)
+
     def lower(self, draft: Draft) -> None:
         query, key = self._operands(draft)
         width = self.weight.shape[-1]
-        if draft.rotates and self.route == "columns":
-            fail(
-                ValueError,
-                "TransformerXL.route",
-                "'auto' or 'dense' beside a rotation, which u must not see",
-                "'columns'",
-            )
-        if draft.rotates or not takes_columns(self.route, draft, width):
-            super().lower(draft)
+        if (draft.rotates or draft.caps) and self.route in ("table", "columns"):
+            expected = "'auto' or 'dense' beside a rotation or a softcap, which u must not see"
+            fail(ValueError, "TransformerXL.route", expected, repr(self.route))
+        tables = self.clamp is not None and takes_tables(self.route, draft, self.width)
+        columns = self.clamp is None and takes_columns("TransformerXL", self.route, draft, width)
+        if draft.rotates or draft.caps or not (tables or columns):
+            self._lower_dense(draft)
             return
         self._check(query)
+        if tables:
+            self._shift_query(draft, query)
+            super().lower(draft)
+            return
         dtype = draft.parameter_dtype
         a, b = self._position_query(query.to(dtype)).chunk(2, dim=-1)
         sin, cos = self._sinusoid(draft.positions(), dtype)[:, None].chunk(2, dim=-1)
         key_sin, key_cos = self._sinusoid(torch.arange(key.shape[2], device=key.device), dtype).chunk(2, dim=-1)
-        assert draft.query is not None
-        # u only beside the contents; other columns keep their zeros
-        shift = torch.nn.functional.pad(self.u.to(query.dtype), (0, draft.query.shape[-1] - query.shape[-1]))
-        draft.query = draft.query + shift[:, None]
+        self._shift_query(draft, query)
         draft.append_columns(
             torch.cat((a * sin + b * cos, b * sin - a * cos), dim=-1), torch.cat((key_cos, key_sin), dim=-1)[None, None]
         )
         draft.notes.append(f"TransformerXL as {width} columns appended to the {draft.head_dim} of query and key")
+
+    def _shift_query(self, draft: Draft, query: Tensor) -> None:
+        """Add u to the draft's query, in the columns of the contents alone."""
+        assert draft.query is not None
+        shift = torch.nn.functional.pad(self.u.to(query.dtype), (0, draft.query.shape[-1] - query.shape[-1]))
+        draft.query = draft.query + shift[:, None]
 
 
 def shift_rows(table: Tensor, keys: int) -> Tensor:

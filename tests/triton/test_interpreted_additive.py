@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from additive_oracle import AdditiveCall
-from features import BIASES, MASKS, Shape
+from features import BIASES, CONTENT, MASKS, Shape
 from oracle import check
 
 import fastattn
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float16)
 TILE = Tile(16, 16, 4, 1)
 
 
-@pytest.mark.parametrize("feature", [None, *MASKS, *BIASES])
+@pytest.mark.parametrize("feature", [None, *MASKS, *BIASES, *CONTENT])
 def test_feature(feature: str | None) -> None:
     """Tiles are small, so that the shape has full and partial ones."""
     with tiles.override(additive=TILE):

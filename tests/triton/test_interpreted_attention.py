@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import bodies
 import pytest
 import torch
-from features import BIASES, FEATURES, MASKS, ROTARY, Shape
+from features import BIASES, CONTENT, FEATURES, MASKS, ROTARY, Shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Call, check
@@ -83,8 +83,8 @@ def test_every_alignment_of_mask_and_tiles(feature: str) -> None:
     features=st.tuples(
         st.sampled_from([None, *MASKS]),
         st.sampled_from([None, *MASKS]),
-        st.sampled_from([None, *BIASES]),
-        st.sampled_from([None, *BIASES]),
+        st.sampled_from([None, *BIASES, *CONTENT]),
+        st.sampled_from([None, *BIASES, *CONTENT]),
         st.sampled_from([None, *ROTARY]),
         st.sampled_from([None, "softcap", "sink"]),
     ),

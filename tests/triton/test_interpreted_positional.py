@@ -10,7 +10,16 @@ from torch import Tensor
 
 import fastattn
 from fastattn import nn as fnn
-from fastattn.positional import FIRE, KERPLE, Decomposed, ShawKeys, TransformerXL, shifted_window_ids, window_bias
+from fastattn.positional import (
+    FIRE,
+    KERPLE,
+    Decomposed,
+    Disentangled,
+    ShawKeys,
+    TransformerXL,
+    shifted_window_ids,
+    window_bias,
+)
 from fastattn.triton_kernels import tiles
 from fastattn.triton_kernels.tiles import Tile
 
@@ -32,7 +41,20 @@ def _cases() -> dict[str, object]:
             [(2,)],
             lambda a: {"bias": fastattn.ALiBi(a.abs(), after=torch.full_like(a, float("inf")))},
         ),
-        "a row table written out": ([(7, 16)], lambda e: {"bias": ShawKeys(e)}),
+        "a row table": ([(7, 16)], lambda e: {"bias": ShawKeys(e)}),
+        "a row table written out": ([(7, 16)], lambda e: {"bias": ShawKeys(e, route="dense")}),
+        "a row table beside a distance table": (
+            [(7, 16), (2, 13)],
+            lambda e, t: {"bias": ShawKeys(e) + fastattn.DistanceTable(t, left=9), "mask": fastattn.Causal()},
+        ),
+        "row and column tables": (
+            [(2, 12, 16), (2, 12, 16)],
+            lambda k, q: {"bias": Disentangled(k, q, max_distance=16, buckets=8)},
+        ),
+        "a row table of clamped sinusoids": (
+            [(2, 16, 8), (2, 16), (2, 16)],
+            lambda w, u, v: {"bias": TransformerXL(w, u, v, clamp=4)},
+        ),
         "appended columns": (
             [(2, 16, 8), (2, 16), (2, 16)],
             lambda w, u, v: {"bias": TransformerXL(w, u, v), "mask": fastattn.Causal()},
