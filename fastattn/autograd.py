@@ -28,11 +28,18 @@ def call(function: type[torch.autograd.Function], *args: Any) -> Any:
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._functorch.peek_interpreter_stack() is None:
         # Where nothing is to be differentiated or mapped the Function only costs time, and Dynamo cannot trace it.
-        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        if not torch.is_grad_enabled() or not _any_requires_grad(args):
             return function.forward(*args)
         if compiling:
             args = tuple(_distinct(args))
     return function.apply(*args)
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    for x in args:  # most are None
+        if x is not None and isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
 
 
 def _distinct(args: tuple[Any, ...]) -> list[Any]:

@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class Problem:
     """One attention call.  Every tensor but `columns` and `dropout_seed` has a leading batch dimension of B or 1.
+
+    Nobody changes one that exists; it is not declared frozen because that triples the time to make one, microseconds
+    of every call.
 
     Field order is the argument order of the native operators (`fastattn.ops`) and of the C++ struct in
     ``csrc/common/problem.h``: change all three together.
@@ -112,7 +116,7 @@ class Problem:
 
     def arguments(self) -> tuple[object, ...]:
         """All fields, in order: the argument tuple of the operators."""
-        return tuple([getattr(self, name) for name in FIELD_NAMES])
+        return _all_fields(self)
 
     def features(self) -> list[str]:
         """Names of the optional stages this problem uses, for `explain` and for refusals."""
@@ -143,6 +147,7 @@ class Problem:
 
 
 FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Problem))
+_all_fields = attrgetter(*FIELD_NAMES)
 TENSOR_FIELDS: frozenset[str] = frozenset(f.name for f in fields(Problem) if "Tensor" in str(f.type))
 # Fields a backend returns a gradient for, in the order of the backward operator's outputs.
 GRADIENT_FIELDS: tuple[str, ...] = (
