@@ -124,8 +124,8 @@ def takes_tables(route: Route, draft: Draft, width: int) -> bool:
     """Whether a bias with tables of `width` columns becomes tables, which "auto" does where they are narrow, the
     kernels take them, and no other bias has taken their place."""
     if route == "auto":
-        # DeBERTa on a CPU, forward and backward, in times of the dense bias: 0.34 where the columns are a quarter of the
-        # keys, 0.59 half, 0.74 where they are as many, 1.25 where they are twice as many
+        # DeBERTa on a CPU, forward and backward, in times of the dense bias: 0.34 with a quarter as many columns as
+        # keys, 0.59 with half, 0.74 with as many, 1.25 with twice as many
         narrow = 0 < width <= draft.key_length
         return narrow and draft.takes_tables and "columns_left" not in draft.fields
     return route == "table"
