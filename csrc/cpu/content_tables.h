@@ -86,6 +86,7 @@ class ContentTables {
     const T before = row[column(0)], after = row[column(entries - 1)];
     for (i64 j = seen.low; j < near.low; ++j) s[j] = s[j] * by + before;
     if (columns)
+#pragma GCC ivdep  // s is scratch: without being told so, no gather
       for (i64 j = near.low; j < near.high; ++j) s[j] = s[j] * by + row[columns[j + shift]];
     else
       for (i64 j = near.low; j < near.high; ++j) s[j] = s[j] * by + row[j + shift];
@@ -97,8 +98,10 @@ class ContentTables {
     const T *const before = col + column(0) * width, *const after = col + column(entries - 1) * width;
     for (i64 j = seen.low; j < near.low; ++j) s[j] = s[j] * by + before[j];
     if (columns)
+#pragma GCC ivdep
       for (i64 j = near.low; j < near.high; ++j) s[j] = s[j] * by + col[columns[j + shift] * width + j];
     else
+#pragma GCC ivdep
       for (i64 j = near.low; j < near.high; ++j) s[j] = s[j] * by + col[(j + shift) * width + j];
     for (i64 j = near.high; j < seen.high; ++j) s[j] = s[j] * by + after[j];
   }
