@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,14 +40,28 @@ class Prepared:
     forward: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor]
     grad_out: Tensor | tuple[Tensor, ...]
-    last_call: str = field(default="", compare=False)  # which kernel ran, where the peer can tell
+    threads: int | None = None  # of the CPU, where they are not those of the run
 
     def step(self) -> tuple[Tensor, ...]:
         """One training step's share: forward and the gradient of every leaf."""
         return self.gradients(self.forward())
 
     def gradients(self, out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
+        if self.threads is None:
+            return torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
+        with on_threads(self.threads):
+            return torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """torch's CPU threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,8 @@ class Peer:
     name: str
     title: str
     prepare: Callable[[Inputs], Callable[[], Tensor]]
+    threads: int | None = None  # of the CPU, where they are not those of the run
+    without: bool = False  # computes the scenario that is left without the case's feature
 
 
 def _fastattn(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor]:
@@ -68,7 +84,7 @@ def _fastattn(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor
     return forward
 
 
-def _sdpa_terms(inputs: Inputs) -> tuple[Callable[[], Tensor | None], bool]:
+def _sdpa_terms(inputs: Inputs, built_once: bool = False) -> tuple[Callable[[], Tensor | None], bool]:
     """How SDPA is told mask and bias: a closure for attn_mask, and the is_causal flag."""
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
     if scenario.softcap or scenario.sink:
@@ -89,20 +105,27 @@ def _sdpa_terms(inputs: Inputs) -> tuple[Callable[[], Tensor | None], bool]:
             bias = bias.detach()  # SDPA goes by requires_grad even without a graph, and would take the math backend
         return bias[None] if bias.dim() == 3 else bias  # a 3-D mask would take the math backend as well
 
-    if scenario.dense_bias and scenario.parameters:
+    if scenario.dense_bias and scenario.parameters and not built_once:
         return build, False  # the bias changes with its parameters: gathered anew in every step
     with torch.no_grad():
         constant = build()
-    return lambda: constant, False
+
+    def built() -> Tensor | None:
+        if built_once and torch.is_grad_enabled():
+            raise CannotError("a bias that is built once is for inference: its parameters would get no gradient")
+        return constant
+
+    return built, False
 
 
 def _sdpa(
     inputs: Inputs,
     backend: SDPBackend | None = None,
     function: Callable[..., Tensor] = F.scaled_dot_product_attention,
+    built_once: bool = False,
 ) -> Callable[[], Tensor]:
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
-    attn_mask, is_causal = _sdpa_terms(inputs)
+    attn_mask, is_causal = _sdpa_terms(inputs, built_once)
 
     def forward() -> Tensor:
         query, key = inputs.query, inputs.key
@@ -232,12 +255,15 @@ PEERS: dict[str, Peer] = {
         Peer("fastattn", "fastattn.attention, its own choice", _fastattn),
         Peer("fastattn-cuda", "fastattn.attention, backend cuda", functools.partial(_fastattn, backend="cuda")),
         Peer("fastattn-triton", "fastattn.attention, backend triton", functools.partial(_fastattn, backend="triton")),
+        Peer("fastattn-without", "fastattn.attention without the feature of the case", _fastattn, without=True),
+        Peer("fastattn-1-thread", "fastattn.attention on one thread", _fastattn, threads=1),
         Peer(
             "fastattn-sdpa",
             "fastattn.scaled_dot_product_attention",
             functools.partial(_sdpa, function=fastattn.scaled_dot_product_attention),
         ),
         Peer("sdpa", "torch SDPA, its own choice", _sdpa),
+        Peer("sdpa-built", "torch SDPA, dense bias built once", functools.partial(_sdpa, built_once=True)),
         Peer("sdpa-flash", "torch SDPA, flash", functools.partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION)),
         Peer(
             "sdpa-efficient",
@@ -266,4 +292,12 @@ def prepare(peer: str, inputs: AnyInputs) -> Prepared:
         return Prepared(prepare_additive(peer, inputs), inputs.leaves, inputs.grad_out)
     if isinstance(inputs, RowInputs):
         return Prepared(prepare_rows(peer, inputs), inputs.leaves, inputs.grad_out)
-    return Prepared(PEERS[peer].prepare(inputs), inputs.leaves(), inputs.grad_out)
+    forward, threads = PEERS[peer].prepare(inputs), PEERS[peer].threads
+    if threads is None:
+        return Prepared(forward, inputs.leaves(), inputs.grad_out)
+
+    def limited() -> Tensor:
+        with on_threads(threads):
+            return forward()
+
+    return Prepared(limited, inputs.leaves(), inputs.grad_out, threads)

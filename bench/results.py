@@ -70,7 +70,9 @@ class Row:
     ratio: float | None = None  # baseline's time over this one's: above 1 is faster than the baseline
     baseline: str = ""
     tflops: float | None = None  # by forward_flops in scenarios.py, times 1, 2.5, 3.5
-    gb_per_s: float | None = None  # 1e9 bytes, by moved_bytes in rows.py
+    gb_per_s: float | None = None  # 1e9 bytes, by attention_bytes in scenarios.py and moved_bytes in rows.py
+    fraction: float | None = None  # of what the ceilings of the same run allow, see roofline.py
+    ceiling: str = ""  # the ceiling that is lower for this case
     peak_gb: float | None = None  # 1e9 bytes above the level before the call
     error: float | None = None  # largest error over its budget, at the gate
     kernel: str = ""  # which of fastattn's kernels ran

@@ -105,19 +105,22 @@ def training_sample(prepared: Prepared, clock: Clock, calls: int = 1) -> Sample:
 
 
 def interleave(
-    samples: Mapping[str, Sample], *, budget: float, least: int = 3, most: int = 60
+    samples: Mapping[str, Sample], *, budget: float, least: int = 3, most: int = 60, warm: bool = False
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds per variant and direction, one sample of each variant per round.
 
     Rounds are as many as fit into `budget` seconds, between `least` and `most`; the order is reversed every other
-    round, so that no variant always runs in the cache that another one left.
+    round, so that no variant always runs in the cache that another one left.  The first round warms up and counts for
+    nothing, unless the variants are `warm`, as they are behind the gate, and it takes the whole budget.
     """
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in samples}
     began = time.perf_counter()
-    for sample in samples.values():
-        sample()  # warm-up: caches, thread pools, compilation
+    first = {name: sample() for name, sample in samples.items()}
     once = max(time.perf_counter() - began, 1e-9)
     rounds = max(least, min(most, int(budget / once)))
+    if warm and budget < once:
+        seconds = {name: {d: [value] for d, value in found.items()} for name, found in first.items()}
+        rounds -= 1
     order = list(samples)
     for turn in range(rounds):
         for name in order if turn % 2 == 0 else reversed(order):

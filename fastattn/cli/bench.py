@@ -37,7 +37,7 @@ def default_folder() -> Path:
 
 
 def main(options: argparse.Namespace) -> int:
-    from fastattn.bench import report, results, runner
+    from fastattn.bench import goal_report, goals, report, results, runner
     from fastattn.bench.peers import PEERS
     from fastattn.bench.suites import GROUPS, SUITES, resolve
 
@@ -45,6 +45,7 @@ def main(options: argparse.Namespace) -> int:
     if options.redraw is not None:
         rows = results.read(options.redraw)
         report.print_report(rows, console)
+        goal_report.print_goals(goals.evaluate(rows), console)
         draw(rows, options.out or options.redraw.parent, console)
         return 0 if rows else 2
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,6 +91,12 @@ def main(options: argparse.Namespace) -> int:
             )
         )
     report.print_report(rows, console)
+    outcomes = goals.evaluate(rows)
+    if outcomes:
+        judged = folder / ("quick-goals.csv" if options.quick else "goals.csv")
+        goals.write_outcomes(judged, outcomes)
+        goal_report.print_goals(outcomes, console)
+        console.print(f"\n{len(outcomes)} outcomes in {judged}")
     console.print(f"\n{len(rows)} rows in {path}")
     if not options.no_plots:
         draw(rows, folder, console)
