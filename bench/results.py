@@ -67,6 +67,7 @@ class Row:
     p20_s: float | None = None
     p80_s: float | None = None
     samples: int = 0
+    host_s: float | None = None  # median until the host was free again, where the device has a queue of its own
     ratio: float | None = None  # baseline's time over this one's: above 1 is faster than the baseline
     baseline: str = ""
     tflops: float | None = None  # by forward_flops in scenarios.py, times 1, 2.5, 3.5

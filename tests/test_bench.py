@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.bench import launches, peers, readme, results, runner, suites
+from fastattn.bench import launches, measure, peers, readme, results, runner, suites
 from fastattn.bench.additive import ADDITIVE_SCENARIOS, make_additive_inputs
 from fastattn.bench.gate import WrongResultError, expect, gate
 from fastattn.bench.memory import peak_bytes
@@ -292,7 +292,7 @@ def test_a_run_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     monkeypatch.setitem(suites.SUITES, "tiny", tiny)
     kept: list[Row] = []
-    rows = runner.run(runner.Options(suites=["tiny"], quick=True, budget=0.01, sink=kept.extend, ceilings=False))
+    rows = runner.run(measure.Options(suites=["tiny"], quick=True, budget=0.01, sink=kept.extend, ceilings=False))
     assert kept == rows
     measured = [row for row in rows if row.status == "ok"]
     assert {(r.case, r.variant, r.direction) for r in measured} == {
@@ -329,7 +329,7 @@ def test_a_wrong_variant_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(peers.PEERS, "sdpa", peers.Peer("sdpa", "", lying))
     case = small("plain")
     suite = suites.Suite("test", "", (case,), ("fastattn", "sdpa"))
-    rows = runner.run_case(suite, case, runner.Options(suites=[], budget=0.0), results.environment("cpu"))
+    rows = measure.run_case(suite, case, measure.Options(suites=[], budget=0.0), results.environment("cpu"))
     lies = [row for row in rows if row.variant == "sdpa"]
     assert {row.status for row in lies} == {"wrong"}
     assert all(row.median_s is None for row in lies)
@@ -337,7 +337,7 @@ def test_a_wrong_variant_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_past_the_deadline_cases_are_skipped_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = runner.run(runner.Options(suites=["overhead"], quick=True, deadline=-1.0, ceilings=False))
+    rows = runner.run(measure.Options(suites=["overhead"], quick=True, deadline=-1.0, ceilings=False))
     assert {row.status for row in rows} == {"skipped"}
     assert all(row.note for row in rows)
 
