@@ -104,7 +104,6 @@ class Goal:
 
 WITHOUT = ("fastattn-without",)
 F32, BF16, F16 = ("float32",), ("bfloat16",), ("float16",)
-BIASES = ("t5", "alibi-learned", "table")
 # Everything that a kernel does in proportion to the pairs that are visible, with room for the edges of its tiles.
 PROPORTIONAL = 1.25
 
@@ -131,12 +130,13 @@ CPU_GOALS: tuple[Goal, ...] = (
          suite="cpu-sparse", against=WITHOUT),
     Goal("window of 256 at S = 8192 against SDPA's dense mask", "speedup", 5.0, suite="cpu-sparse", cases=("window",),
          shortest=8192),
-    Goal("T5, ALiBi, table: forward against our own plain", "share", most=1.08, suite="cpu-bias", against=WITHOUT),
-    Goal("... against SDPA, dense bias built once", "speedup", 2.5, suite="cpu-bias", against=("sdpa-built",)),
-    Goal("... against SDPA, counting the building", "speedup", 2.5, suite="cpu-bias", against=("sdpa",)),
-    Goal("T5, ALiBi, table: training step against our own plain", "share", most=1.15, suite="cpu-bias",
+    Goal("biases forward, against our own plain", "share", most=1.08, suite="cpu-bias", against=WITHOUT),
+    Goal("biases forward, against SDPA, dense bias built once", "speedup", 2.5, suite="cpu-bias",
+         against=("sdpa-built",)),
+    Goal("biases forward, against SDPA, counting the building", "speedup", 2.5, suite="cpu-bias", against=("sdpa",)),
+    Goal("biases training step, against our own plain", "share", most=1.15, suite="cpu-bias",
          direction="both", against=WITHOUT),
-    Goal("... against SDPA with the gathered bias", "speedup", 4.0, suite="cpu-bias", direction="both",
+    Goal("biases training step, against SDPA, bias gathered", "speedup", 4.0, suite="cpu-bias", direction="both",
          against=("sdpa",)),
     Goal("rotary against our own without it", "share", most=1.05, suite="cpu-rotary", against=WITHOUT),
     Goal("rotary against SDPA and a rotation in torch", "speedup", 1.3, suite="cpu-rotary"),

@@ -194,6 +194,17 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     partial.replace(path)  # a run that is killed leaves the old file or the new one
 
 
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The newest run of each case on each device: suites are measured again when what they measure has changed."""
+    rows = list(rows)
+    newest = {_subject(row): row.commit for row in rows}  # the last one in the file
+    return [row for row in rows if row.commit == newest[_subject(row)]]
+
+
+def _subject(row: Row) -> tuple[str, ...]:
+    return (row.device, row.isa, row.suite, row.case, row.dtype)
+
+
 def _text(value: object) -> object:
     if value is None:
         return ""

@@ -1,4 +1,4 @@
-"""``python -m fastattn bench``: who is how fast, in a table, in CSV rows and in plots."""
+"""``python -m fastattn bench``: who is how fast, in tables, in CSV rows and on a page."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", action="append", help="a suite or group, may be repeated (default: cpu or gpu)")
     parser.add_argument("--quick", action="store_true", help="small shapes, short samples: a smoke test, not a result")
-    parser.add_argument("--out", type=Path, help="folder of the CSV and the plots (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of the rows and the report (default: bench/results)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--peers", help="comma-separated: only these of each suite's peers")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing per case and kind of sample")
     parser.add_argument("--deadline", type=float, help="seconds after which no further case begins")
-    parser.add_argument("--redraw", type=Path, metavar="CSV", help="measure nothing: table and plots of these rows")
+    parser.add_argument("--redraw", type=Path, metavar="CSV", help="measure nothing: tables and report of these rows")
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar="CSV", help="measure nothing: what changed from A to B"
     )
     parser.add_argument("--against", metavar="GITREF", help="measure this checkout and that commit in turns")
     parser.add_argument("--threshold", type=float, default=0.1, help="slowdown that fails --compare and --against")
-    parser.add_argument("--no-plots", action="store_true", help="rows and table only")
+    parser.add_argument("--no-report", action="store_true", help="rows and tables only, no HTML page")
     parser.add_argument("--list", action="store_true", help="print suites, peers and cases, and run nothing")
 
 
@@ -53,7 +53,8 @@ def main(options: argparse.Namespace) -> int:
         rows = results.read(options.redraw)
         report.print_report(rows, console)
         goal_report.print_goals(goals.evaluate(rows), console)
-        draw(rows, options.out or options.redraw.parent, console)
+        if not options.no_report:
+            write_page(rows, options.out or options.redraw.parent, console)
         return 0 if rows else 2
     if options.compare is not None:
         missing = [path for path in options.compare if not path.exists()]
@@ -111,8 +112,8 @@ def main(options: argparse.Namespace) -> int:
         goal_report.print_goals(outcomes, console)
         console.print(f"\n{len(outcomes)} outcomes in {judged}")
     console.print(f"\n{len(rows)} rows in {path}")
-    if not options.no_plots:
-        draw(rows, folder, console)
+    if not options.no_report:
+        write_page(rows if options.quick else None, folder, console)
     wrong = [row for row in rows if row.status == "wrong" and row.variant.startswith("fastattn")]
     if wrong:
         console.print(f"[bold red]{len(wrong)} of fastattn's own results are wrong[/bold red]")
@@ -138,12 +139,11 @@ def against(ref: str, chosen: Options, path: Path, threshold: float, console: Co
     return 1 if wrong else code
 
 
-def draw(rows: list[Row], folder: Path, console: Console) -> None:
-    """Plots of the rows, or the command that would make them possible."""
+def write_page(rows: list[Row] | None, folder: Path, console: Console) -> None:
+    """The report of the folder's files, or of other rows; or the command that would make it possible."""
     if importlib.util.find_spec("matplotlib") is None:
-        console.print("[yellow]no plots:[/yellow] " + escape("pip install 'fastattn[bench]'"))
+        console.print("[yellow]no report:[/yellow] " + escape("pip install 'fastattn[bench]'"))
         return
-    from fastattn.bench import plots
+    from fastattn.bench import page
 
-    files = plots.draw(rows, folder / "plots")
-    console.print(f"{len(files)} plots in {folder / 'plots'}")
+    console.print(f"report: {page.write(folder, rows=rows)}")
