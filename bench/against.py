@@ -55,7 +55,10 @@ def checkout(ref: str) -> Iterator[Path]:
     Raises:
         AgainstError: not a checkout, no such commit, or it does not build.
     """
-    commit = _git("rev-parse", "--verify", "--end-of-options", f"{ref}^{{commit}}").stdout.strip()
+    found = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}", check=False)
+    if found.returncode:
+        raise AgainstError(f"{ref!r} names no commit of {ROOT}")
+    commit = found.stdout.strip()
     folder = Path(tempfile.mkdtemp(prefix="fastattn-against-"))
     tree = folder / "tree"
     try:
