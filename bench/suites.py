@@ -26,7 +26,8 @@ GPU_PEERS = (*GPU_OURS, "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "s
 GPU_SWEEP_PEERS = tuple(peer for peer in GPU_PEERS if peer not in ("sdpa-math", "naive"))
 GPU_WIDTHS = ((128, 16), (64, 32), (256, 8))  # head dim, heads: the same 2048 wide model in all
 COMPILED_PEERS = ("flex", "naive-compiled")
-LIBRARY_PEERS = ("flash-attn", "xformers")
+FLASH_PEERS = ("flash-attn", "flash-attn-3", "flash-attn-4")
+LIBRARY_PEERS = (*FLASH_PEERS, "xformers")
 
 
 def _sweep(
@@ -53,7 +54,7 @@ def _peers(device: str) -> tuple[str, ...]:
 
 
 def _sweep_peers(device: str) -> tuple[str, ...]:
-    return CPU_PEERS if device == "cpu" else (*GPU_SWEEP_PEERS, "flash-attn")
+    return CPU_PEERS if device == "cpu" else (*GPU_SWEEP_PEERS, *FLASH_PEERS)
 
 
 def _one_length(device: str, quick: bool) -> tuple[Shape, torch.dtype]:
@@ -220,7 +221,7 @@ def rotary(device: str, quick: bool) -> Suite:
         for scenario in ROTARY_SCENARIOS
         for length in lengths
     ]
-    return Suite("rotary", "rotary embedding", tuple(cases), _row_peers(device, quick), baseline="naive")
+    return Suite("rotary", "rotary embedding", tuple(cases), (*_row_peers(device, quick), "liger"), baseline="naive")
 
 
 def additive(device: str, quick: bool) -> Suite:
