@@ -200,6 +200,7 @@ def _cell(row: Row | None) -> Cell:
     if row.status != "ok":
         return Cell(time=row.status, tone="bad" if row.status == "wrong" else "", title=row.note)
     beside = [] if row.fraction is None else [f"{row.fraction:.0%} {row.ceiling}"]
+    beside += [] if row.host_s is None else [f"host {seconds(row.host_s)}"]
     beside += [] if row.peak_gb is None else [_bytes(row.peak_gb * 1e9)]
     if row.median_s is None:
         return Cell(beside=", ".join(beside), title=row.note)
