@@ -1,4 +1,4 @@
-# make demo | test | aot | lint | format | wheel | bench | gpu | clean          (variables: PYTHON, TORCH, TRITON, PIP_ARGS, PYTEST_ARGS)
+# make demo | test | aot | lint | format | wheel | bench | report | gpu | clean          (variables: PYTHON, TORCH, TRITON, PIP_ARGS, PYTEST_ARGS)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE_SOURCES := setup.py $(wildcard build_*.py) $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test aot lint format wheel bench gpu install clean
+.PHONY: demo test aot lint format wheel bench report gpu install clean
 
 demo: install
 	$(PY) -m fastattn demo
@@ -46,6 +46,10 @@ wheel: install
 
 bench: install
 	$(PY) -m fastattn bench
+
+# bench/results/report.html, one page of everything in bench/results/*.csv
+report: install
+	$(PY) -m fastattn.bench.page
 
 # the machine's own Python and torch, no virtual environment, no network: see bench/gpu.sh
 gpu:

@@ -148,7 +148,7 @@ if build_cuda.wanted():
 setup(
     packages=names,
     package_dir=directories,
-    package_data={"fastattn": ["py.typed"]},
+    package_data={"fastattn": ["py.typed"], "fastattn.bench": ["*.j2"]},
     include_package_data=False,
     ext_modules=extensions if os.environ.get("FASTATTN_SKIP_NATIVE") != "1" else [],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},

@@ -25,6 +25,7 @@ class Ceilings:
     matmul_size: int
     matmul_dtype: str
     copy_bytes: float
+    read_bytes: float  # bytes read per second, by whichever of torch's reductions is the fastest
     # by dtype, of one core: FLOP/s of independent multiply-adds and of this library's product on attention's tiles
     # (scores = Q K^T and values = P V, head dimension 64 and 128), and weights (maximum and exponential) per second
     core: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -57,11 +58,16 @@ def measure(device: str, *, seconds: float = 1.0, size: int | None = None) -> Ce
     clock = make_clock(device)
     matmul = _median(lambda: torch.mm(a, b), clock, seconds)
     copy = _median(lambda: target.copy_(source), clock, seconds)
+    square = source.view(1 << (elements.bit_length() // 2), -1)
+    vector = torch.randn(square.shape[1], device=device)
+    readers = (lambda: torch.mv(square, vector), lambda: torch.dot(source, source), lambda: source.sum())
+    read = min(_median(reader, clock, seconds / len(readers)) for reader in readers)
     return Ceilings(
         matmul_flops=2.0 * size**3 / matmul,
         matmul_size=size,
         matmul_dtype=str(dtype).removeprefix("torch."),
         copy_bytes=2.0 * source.nbytes / copy,
+        read_bytes=source.nbytes / read,
         core=core() if device == "cpu" else {},
     )
 
@@ -87,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     found = measure(options.device)
     print(f"{found.matmul_size}^3 matrix product, {found.matmul_dtype}: {found.matmul_flops / 1e12:.2f} TFLOP/s")
-    print(f"copy, read plus written: {found.copy_bytes / 1e9:.0f} GB/s")
+    print(f"copy, read plus written: {found.copy_bytes / 1e9:.1f} GB/s; read: {found.read_bytes / 1e9:.1f} GB/s")
     for dtype, numbers in found.core.items():
         rates = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in numbers.items())
         print(f"one core, {dtype}, in 1e9 per second: {rates}")

@@ -214,5 +214,5 @@ reserve=45
 deadline=$(($(left) - reserve - 15))
 ((deadline < 20)) && deadline=20
 step bench "$(left)" "$PYTHON" -m fastattn bench --device "$DEVICE" "${QUICK[@]}" --suite gpu --budget 0.25 \
-  --deadline "$deadline" --out "$OUT" --no-plots
+  --deadline "$deadline" --out "$OUT" --no-report
 finish

@@ -13,6 +13,8 @@ import fastattn
 import fastattn.nn
 from fastattn.bench.scenarios import Case
 
+MODULE_SCENARIOS = ("self", "padding", "weights", "padding-weights")
+
 
 @dataclass
 class ModuleInputs:
@@ -26,7 +28,7 @@ class ModuleInputs:
 
     @property
     def need_weights(self) -> bool:
-        return self.case.scenario == "weights"
+        return self.case.scenario.endswith("weights")
 
 
 def make_module_inputs(case: Case, device: torch.device | str, seed: int = 0) -> ModuleInputs:
@@ -37,7 +39,7 @@ def make_module_inputs(case: Case, device: torch.device | str, seed: int = 0) ->
     x = torch.randn(shape.batch, shape.query_length, width, generator=generator).to(device, case.dtype)
     grad_out = torch.randn(shape.batch, shape.query_length, width, generator=generator).to(device, case.dtype)
     padding = None
-    if case.scenario == "padding":
+    if case.scenario.startswith("padding"):
         lengths = torch.randint(shape.query_length // 4, shape.query_length + 1, (shape.batch,), generator=generator)
         lengths[0] = shape.query_length
         padding = (torch.arange(shape.query_length) >= lengths[:, None]).to(device)
@@ -66,6 +68,18 @@ def prepare_module(peer: str, inputs: ModuleInputs) -> tuple[Callable[[], Tensor
         ]
 
     return forward, {"x": inputs.x, **dict(inputs.stock.named_parameters())}
+
+
+def module_flops(inputs: ModuleInputs, direction: str) -> float:
+    """8·B·S·E² for the four projections and 4·B·S²·E for attention; backward twice the former, 2.5 times the latter.
+
+    Padding and returned weights change nothing: every variant may use them as it can.
+    """
+    if direction == "both":
+        return module_flops(inputs, "forward") + module_flops(inputs, "backward")
+    batch, length, width = inputs.x.shape
+    products, scores = 8.0 * batch * length * width**2, 4.0 * batch * length**2 * width
+    return products + scores if direction == "forward" else 2.0 * products + 2.5 * scores
 
 
 def module_oracle(inputs: ModuleInputs, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,10 +9,12 @@ message is shown in its row.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -40,14 +42,28 @@ class Prepared:
     forward: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, Tensor]
     grad_out: Tensor | tuple[Tensor, ...]
-    last_call: str = field(default="", compare=False)  # which kernel ran, where the peer can tell
+    threads: int | None = None  # of the CPU, where they are not those of the run
 
     def step(self) -> tuple[Tensor, ...]:
         """One training step's share: forward and the gradient of every leaf."""
         return self.gradients(self.forward())
 
     def gradients(self, out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
+        if self.threads is None:
+            return torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
+        with on_threads(self.threads):
+            return torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """torch's CPU threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,8 @@ class Peer:
     name: str
     title: str
     prepare: Callable[[Inputs], Callable[[], Tensor]]
+    threads: int | None = None  # of the CPU, where they are not those of the run
+    without: bool = False  # computes the scenario that is left without the case's feature
 
 
 def _fastattn(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor]:
@@ -68,7 +86,7 @@ def _fastattn(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor
     return forward
 
 
-def _sdpa_terms(inputs: Inputs) -> tuple[Callable[[], Tensor | None], bool]:
+def _sdpa_terms(inputs: Inputs, built_once: bool = False) -> tuple[Callable[[], Tensor | None], bool]:
     """How SDPA is told mask and bias: a closure for attn_mask, and the is_causal flag."""
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
     if scenario.softcap or scenario.sink:
@@ -89,20 +107,27 @@ def _sdpa_terms(inputs: Inputs) -> tuple[Callable[[], Tensor | None], bool]:
             bias = bias.detach()  # SDPA goes by requires_grad even without a graph, and would take the math backend
         return bias[None] if bias.dim() == 3 else bias  # a 3-D mask would take the math backend as well
 
-    if scenario.dense_bias and scenario.parameters:
+    if scenario.dense_bias and scenario.parameters and not built_once:
         return build, False  # the bias changes with its parameters: gathered anew in every step
     with torch.no_grad():
         constant = build()
-    return lambda: constant, False
+
+    def built() -> Tensor | None:
+        if built_once and torch.is_grad_enabled():
+            raise CannotError("a bias that is built once is for inference: its parameters would get no gradient")
+        return constant
+
+    return built, False
 
 
 def _sdpa(
     inputs: Inputs,
     backend: SDPBackend | None = None,
     function: Callable[..., Tensor] = F.scaled_dot_product_attention,
+    built_once: bool = False,
 ) -> Callable[[], Tensor]:
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
-    attn_mask, is_causal = _sdpa_terms(inputs)
+    attn_mask, is_causal = _sdpa_terms(inputs, built_once)
 
     def forward() -> Tensor:
         query, key = inputs.query, inputs.key
@@ -180,44 +205,84 @@ def _flex(inputs: Inputs) -> Callable[[], Tensor]:
     return forward
 
 
-def _flash_attn(inputs: Inputs) -> Callable[[], Tensor]:
-    if importlib.util.find_spec("flash_attn") is None:
-        raise CannotError("flash-attn is not installed")
-    from flash_attn import flash_attn_func
+# flash_attn_func by generation: module, words that are arguments of this generation beside causal and window_size, and
+# how its window says "no limit"
+FLASH_ATTN: dict[int, tuple[str, tuple[str, ...], int | None]] = {
+    2: ("flash_attn", ("softcap", "dropout_p", "alibi_slopes"), -1),
+    3: ("flash_attn_interface", ("softcap",), -1),
+    4: ("flash_attn.cute", ("softcap", "learnable_sink"), None),
+}
 
+
+def _flash_attn(inputs: Inputs, generation: int = 2) -> Callable[[], Tensor]:
+    """flash-attn takes (B, S, heads, D), half precision, and masks that end at the last key."""
+    module, words, no_limit = FLASH_ATTN[generation]
+    flash_attn_func = _imported(module).flash_attn_func
     scenario = SCENARIOS[inputs.case.scenario]
-    if scenario.name not in ("plain", "causal", *WINDOWS, "alibi", "softcap", "dropout"):
-        raise CannotError(f"flash_attn_func has no argument for {scenario.title}")
-    slopes = inputs.extras.get("slopes")
-    window = (WINDOWS[scenario.name] - 1, 0) if scenario.name in WINDOWS else (-1, -1)
+    wanted = {"softcap": scenario.softcap, "dropout_p": scenario.dropout_p}
+    if scenario.name == "alibi":
+        wanted["alibi_slopes"] = inputs.extras["slopes"]
+    if scenario.sink:
+        wanted["learnable_sink"] = inputs.extras["sink"].to(inputs.query.dtype)
+    given = {name: value for name, value in wanted.items() if isinstance(value, Tensor) or value}
+    supported = ("plain", "causal", *WINDOWS, "alibi", "softcap", "dropout", "sink")
+    if scenario.name not in supported or not set(given) <= set(words):
+        raise CannotError(f"{module}.flash_attn_func has no argument for {scenario.title}")
+    window = (WINDOWS[scenario.name] - 1, 0) if scenario.name in WINDOWS else (no_limit, no_limit)
 
     def forward() -> Tensor:
         out = flash_attn_func(
             *(t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value)),
-            dropout_p=scenario.dropout_p,
             causal=scenario.dense_mask is not None,
             window_size=window,
-            softcap=scenario.softcap,
-            alibi_slopes=slopes,
+            **given,
         )
+        out = out[0] if isinstance(out, tuple) else out  # some generations give the log-sum-exp as well
         return out.transpose(1, 2)
 
     return forward
 
 
-def _xformers(inputs: Inputs) -> Callable[[], Tensor]:
-    if importlib.util.find_spec("xformers") is None:
-        raise CannotError("xformers is not installed")
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+def _imported(module: str) -> ModuleType:
+    """The peer's module; its own words where it is here and does not import."""
+    top = module.split(".")[0]
+    if importlib.util.find_spec(top) is None:
+        raise CannotError(f"{top} is not installed")
+    return importlib.import_module(module)
 
-    scenario = SCENARIOS[inputs.case.scenario]
-    if scenario.name not in ("plain", "causal") or inputs.case.shape.kv_heads != inputs.case.shape.heads:
-        raise CannotError(f"not compared: {scenario.title}")
-    attn_bias = LowerTriangularMask() if scenario.causal else None
+
+def _xformers(inputs: Inputs) -> Callable[[], Tensor]:
+    """xformers takes (B, S, heads, D); masks as its own objects, biases as tensors of the full shape."""
+    ops = _imported("xformers.ops")
+    shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
+    if scenario.softcap or scenario.sink or scenario.value_term is not None:
+        raise CannotError("memory_efficient_attention has no softcap, no sink and no term beside the values")
+    if shape.kv_heads != shape.heads:
+        raise CannotError("memory_efficient_attention takes grouped heads in five dimensions: not compared")
+    terms, is_causal = _sdpa_terms(inputs)
+    full = (shape.batch, shape.heads, shape.query_length, shape.key_length)
+
+    def build() -> object:
+        if is_causal:
+            return ops.LowerTriangularMask()
+        dense = terms()
+        if dense is None:
+            return None
+        if dense.dtype == torch.bool:
+            dense = torch.zeros_like(dense, dtype=inputs.query.dtype).masked_fill(~dense, float("-inf"))
+        return dense.expand(full)
+
+    learned = scenario.dense_bias is not None and bool(scenario.parameters)
+    constant = None if learned else build()
 
     def forward() -> Tensor:
-        query, key, value = (t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
-        return memory_efficient_attention(query, key, value, attn_bias=attn_bias).transpose(1, 2)
+        query, key = inputs.query, inputs.key
+        if scenario.transform is not None:
+            query, key = scenario.transform(shape, inputs.extras, query, key, ALL_HEADS)
+        query, key, value = (t.to(inputs.query.dtype).transpose(1, 2) for t in (query, key, inputs.value))
+        return ops.memory_efficient_attention(
+            query, key, value, attn_bias=build() if learned else constant, p=scenario.dropout_p
+        ).transpose(1, 2)
 
     return forward
 
@@ -226,18 +291,25 @@ def _module_only(inputs: Inputs) -> Callable[[], Tensor]:
     raise CannotError("compares modules, not functions")
 
 
+def _rotary_only(inputs: Inputs) -> Callable[[], Tensor]:
+    raise CannotError("has a rotation, and no attention")
+
+
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("fastattn", "fastattn.attention, its own choice", _fastattn),
         Peer("fastattn-cuda", "fastattn.attention, backend cuda", functools.partial(_fastattn, backend="cuda")),
         Peer("fastattn-triton", "fastattn.attention, backend triton", functools.partial(_fastattn, backend="triton")),
+        Peer("fastattn-without", "fastattn.attention without the feature of the case", _fastattn, without=True),
+        Peer("fastattn-1-thread", "fastattn.attention on one thread", _fastattn, threads=1),
         Peer(
             "fastattn-sdpa",
             "fastattn.scaled_dot_product_attention",
             functools.partial(_sdpa, function=fastattn.scaled_dot_product_attention),
         ),
         Peer("sdpa", "torch SDPA, its own choice", _sdpa),
+        Peer("sdpa-built", "torch SDPA, dense bias built once", functools.partial(_sdpa, built_once=True)),
         Peer("sdpa-flash", "torch SDPA, flash", functools.partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION)),
         Peer(
             "sdpa-efficient",
@@ -249,10 +321,13 @@ PEERS: dict[str, Peer] = {
         Peer("flex", "FlexAttention, compiled", _flex),
         Peer("naive", "the naive formula", _naive),
         Peer("naive-compiled", "the naive formula under torch.compile", _naive_compiled),
-        Peer("flash-attn", "flash-attn", _flash_attn),
+        Peer("flash-attn", "flash-attn 2", _flash_attn),
+        Peer("flash-attn-3", "flash-attn 3", functools.partial(_flash_attn, generation=3)),
+        Peer("flash-attn-4", "flash-attn 4", functools.partial(_flash_attn, generation=4)),
         Peer("xformers", "xformers", _xformers),
         Peer("fastattn-mha", "fastattn.nn.MultiheadAttention", _module_only),
         Peer("nn-mha", "torch.nn.MultiheadAttention", _module_only),
+        Peer("liger", "Liger's rotary embedding, on copies: it turns its operands in place", _rotary_only),
     )
 }
 
@@ -266,4 +341,12 @@ def prepare(peer: str, inputs: AnyInputs) -> Prepared:
         return Prepared(prepare_additive(peer, inputs), inputs.leaves, inputs.grad_out)
     if isinstance(inputs, RowInputs):
         return Prepared(prepare_rows(peer, inputs), inputs.leaves, inputs.grad_out)
-    return Prepared(PEERS[peer].prepare(inputs), inputs.leaves(), inputs.grad_out)
+    forward, threads = PEERS[peer].prepare(inputs), PEERS[peer].threads
+    if threads is None:
+        return Prepared(forward, inputs.leaves(), inputs.grad_out)
+
+    def limited() -> Tensor:
+        with on_threads(threads):
+            return forward()
+
+    return Prepared(limited, inputs.leaves(), inputs.grad_out, threads)

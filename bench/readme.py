@@ -8,92 +8,94 @@ from __future__ import annotations
 from pathlib import Path
 
 import fastattn
+from fastattn.bench.goals import Summary, evaluate, summarize
 from fastattn.bench.report import case_key, seconds, size
-from fastattn.bench.results import Row, read
+from fastattn.bench.results import Row, latest, read
 
 OPENING = "<!-- performance: written by `python -m fastattn.bench.readme`, do not edit -->"
 CLOSING = "<!-- /performance -->"
 ROOT = Path(fastattn.__file__).resolve().parents[1]
-DIRECTIONS = {"forward": "inference", "both": "training"}
-# what a reader compares first: the longest length of each sweep, and every feature
-SUITES = ("attention", "sweep", "mask", "bias", "positional", "additive", "module", "overhead")
+REPORT = "bench/results/report.html"
+OURS = ("fastattn", "fastattn-mha")
+# What a reader asks first, as suite and case; each dtype at its longest length.
+SELECTED = (
+    ("attention", "plain"), ("attention", "causal"), ("mask", "window"), ("mask", "documents"),
+    ("bias", "alibi-learned"), ("bias", "t5"), ("bias", "rotary"), ("bias", "dense-bias"), ("module", "self"),
+    ("module", "weights"), ("additive", "additive"), ("overhead", "causal"),
+)  # fmt: skip
 
 
 def section(rows: list[Row]) -> str:
-    """Markdown: one table per device, of the newest run of each case there."""
+    """Markdown: for each device the goals that its rows speak of, and a few times; of the newest run of each case."""
+    rows = latest(rows)
     devices = list(dict.fromkeys((row.device, row.isa) for row in rows))
     if not devices:
         return ""
     parts = [
         "## Performance",
         "",
-        "Medians of interleaved runs. The baseline is SDPA, `nn.MultiheadAttention` for modules and the naive formula",
-        "for additive attention; the ratio is its time over fastattn's: above 1, fastattn is faster. Training is",
-        "forward and backward. Every variant passed the float64 gate first. All rows, with quantiles and the other",
-        "peers, are in `bench/results/`.",
+        "Medians of runs in which all variants take turns, each held against the float64 formula first. A ratio is the",
+        "baseline's time over fastattn's: above 1, fastattn is faster. The baseline is SDPA, `nn.MultiheadAttention`",
+        f"for modules, the formula for additive attention. Plots, memory and all peers: [the report]({REPORT}), one",
+        "file for a browser; every row: `bench/results/*.csv`.",
     ]
     for device, isa in devices:
         mine = [row for row in rows if (row.device, row.isa) == (device, isa)]
-        newest = mine[-1]
-        # the newest run of each case: suites are measured when what they measure has changed
-        latest = {(row.suite, row.case, row.dtype): row.commit for row in mine}
-        mine = [row for row in mine if row.commit == latest[row.suite, row.case, row.dtype]]
-        commits = ", ".join(dict.fromkeys(latest.values()))
-        threads = max(row.threads for row in mine)
-        versions = f"torch {newest.torch}, fastattn {newest.fastattn} ({commits})"
-        parts += [
-            "",
-            f"**{device}**, {isa}, {threads} threads, {versions}:",
-            "",
-            "| case | size | dtype | | fastattn | ratio | memory | baseline | memory | naive formula |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *lines(mine),
-        ]
+        commits = ", ".join(dict.fromkeys(row.commit for row in mine))
+        versions = f"torch {mine[-1].torch}, fastattn {mine[-1].fastattn} ({commits})"
+        parts += ["", f"**{device}**, {isa}, {max(row.threads for row in mine)} threads, {versions}"]
+        found = summarize(evaluate(mine))
+        if found:
+            held = sum(one.holds for one in found)
+            parts += [
+                "",
+                f"{held} of {len(found)} goals hold at every case of `bench --suite cpu`:",
+                "",
+                "| goal | asked | worst case | best case | cases |",
+                "|---|---|---|---|---|",
+                *(goal_line(one) for one in found),
+            ]
+        times = lines(mine)
+        if times:
+            parts += [
+                "",
+                "| case | size | dtype | inference | ratio | training step | ratio |",
+                "|---|---|---|---|---|---|---|",
+                *times,
+            ]
     return "\n".join(parts)
 
 
+def goal_line(one: Summary) -> str:
+    """A goal over all of its cases; bold where it does not hold."""
+    total = one.measured + one.unmeasured
+    cases = f"all {total}" if one.holds else f"**{one.met} of {total}**"
+    worst = f"{one.worst.text} ({one.worst.case} {one.worst.size})" if one.worst else "not measured"
+    return f"| {one.claim} | {one.threshold} | {worst} | {one.best.text if one.best else ''} | {cases} |"
+
+
 def lines(rows: list[Row]) -> list[str]:
-    """A table line per case and direction that fastattn ran."""
+    """A table line for each selected case that fastattn ran, inference beside training."""
     found = []
-    for suite in SUITES:
-        members = [row for row in rows if row.suite == suite]
-        longest: dict[tuple[str, str], int] = {}
-        for row in members:
-            longest[row.case, row.dtype] = max(longest.get((row.case, row.dtype), 0), row.key_length)
-        for row in members:
-            ours = row.variant in ("fastattn", "fastattn-mha") and row.status == "ok" and row.direction in DIRECTIONS
-            if not ours or row.key_length != longest[row.case, row.dtype]:
-                continue
-            same = {
-                other.variant: other
-                for other in members
-                if case_key(other) == case_key(row) and (other.direction, other.dtype) == (row.direction, row.dtype)
-            }
-            baseline = same.get(row.baseline or "sdpa")
-            cells = [
-                f"{suite}: {row.case}" if suite in ("module", "overhead") else row.case,
-                size(row),
-                row.dtype,
-                DIRECTIONS[row.direction],
-                seconds(row.median_s or 0.0),
-                f"{row.ratio:.2f}" if row.ratio else "",
-                _memory(row),
-                _time(baseline),
-                _memory(baseline),
-                _time(same.get("naive")),
-            ]
+    for suite, case in SELECTED:
+        members = [row for row in rows if (row.suite, row.case) == (suite, case) and row.variant in OURS]
+        members = [row for row in members if row.status == "ok"]
+        for dtype in dict.fromkeys(row.dtype for row in members):
+            longest = max((row for row in members if row.dtype == dtype), key=lambda row: row.key_length)
+            same = [row for row in members if row.dtype == dtype and case_key(row) == case_key(longest)]
+            by_direction = {row.direction: row for row in same}
+            name = f"{suite}: {case}" if suite in ("module", "overhead") else case
+            cells = [name, size(longest), dtype]
+            for direction in ("forward", "both"):
+                cells += _time(by_direction.get(direction))
             found.append("| " + " | ".join(cells) + " |")
     return found
 
 
-def _memory(row: Row | None) -> str:
-    return "" if row is None or row.peak_gb is None else f"{row.peak_gb * 1e3:.1f} MB"
-
-
-def _time(row: Row | None) -> str:
-    if row is None:
-        return ""
-    return seconds(row.median_s) if row.status == "ok" and row.median_s is not None else row.status
+def _time(row: Row | None) -> list[str]:
+    if row is None or row.median_s is None:
+        return ["", ""]
+    return [seconds(row.median_s), f"{row.ratio:.2f}" if row.ratio else ""]
 
 
 def rewritten(text: str, rows: list[Row]) -> str:

@@ -41,6 +41,8 @@ def cell(row: Row | None) -> str:
     """Time, ratio to the baseline and peak memory, or why there are none."""
     if row is None:
         return ""
+    if row.status == "ok" and row.median_s is None:
+        return "" if row.peak_gb is None else f"{row.peak_gb * 1e3:.0f} MB"
     if row.status != "ok" or row.median_s is None:
         return f"[dim]{row.status}[/dim]" if row.status == "cannot" else f"[bold red]{row.status}[/bold red]"
     text = seconds(row.median_s)
@@ -49,16 +51,30 @@ def cell(row: Row | None) -> str:
         text += f"\n[{colour}]{row.ratio:.2f}x[/{colour}]"
     else:
         text += "\n"
-    if row.gb_per_s is not None:
+    if row.fraction is not None:
+        text += f" {row.fraction:.0%} {row.ceiling}"
+    elif row.gb_per_s is not None:
         text += f" {row.gb_per_s:.1f} GB/s"
     if row.peak_gb is not None:
         text += f" {row.peak_gb * 1e3:.0f} MB"
     return text
 
 
+def print_ceilings(rows: list[Row], console: Console) -> None:
+    """What the machine itself did in this run."""
+    found = [row for row in rows if row.suite == "ceilings" and row.status == "ok"]
+    if found:
+        console.print("\nceilings: " + ", ".join(f"{row.case} {_rate(row)}" for row in found))
+
+
+def _rate(row: Row) -> str:
+    return f"{row.dtype} {row.tflops * 1e3:.0f} GFLOP/s" if row.tflops else f"{row.gb_per_s or 0.0:.1f} GB/s"
+
+
 def print_report(rows: list[Row], console: Console) -> None:
     """Every table, then the reasons of everything that could not run or was wrong."""
-    for (suite, direction, dtype), members in groups(rows).items():
+    print_ceilings(rows, console)
+    for (suite, direction, dtype), members in groups(row for row in rows if row.suite != "ceilings").items():
         variants = list(dict.fromkeys(row.variant for row in members))
         # a peer that could do nothing at all has its line in the list below, and no empty column here
         shown = [v for v in variants if any(r.variant == v and r.status in ("ok", "wrong") for r in members)]
@@ -71,7 +87,7 @@ def print_report(rows: list[Row], console: Console) -> None:
             [next(iter(found.values())).case, size(next(iter(found.values()))), *(cell(found.get(v)) for v in shown)]
             for found in lines.values()
         ]
-        title = f"{suite}, {direction}, {dtype}  (median, ratio to the baseline's time, peak memory)"
+        title = f"{suite}, {direction}, {dtype}  (median, ratio to the baseline's time, share of a ceiling, memory)"
         console.print()
         console.table(["case", "size", *shown], table, title=title, left=2)
     notes: dict[str, list[str]] = {}

@@ -67,10 +67,13 @@ class Row:
     p20_s: float | None = None
     p80_s: float | None = None
     samples: int = 0
+    host_s: float | None = None  # median until the host was free again, where the device has a queue of its own
     ratio: float | None = None  # baseline's time over this one's: above 1 is faster than the baseline
     baseline: str = ""
     tflops: float | None = None  # by forward_flops in scenarios.py, times 1, 2.5, 3.5
-    gb_per_s: float | None = None  # 1e9 bytes, by moved_bytes in rows.py
+    gb_per_s: float | None = None  # 1e9 bytes, by attention_bytes in scenarios.py and moved_bytes in rows.py
+    fraction: float | None = None  # of what the ceilings of the same run allow, see roofline.py
+    ceiling: str = ""  # the ceiling that is lower for this case
     peak_gb: float | None = None  # 1e9 bytes above the level before the call
     error: float | None = None  # largest error over its budget, at the gate
     kernel: str = ""  # which of fastattn's kernels ran
@@ -189,6 +192,17 @@ def write(path: Path, rows: Iterable[Row]) -> None:
         for row in merged.values():
             writer.writerow({name: _text(value) for name, value in asdict(row).items()})
     partial.replace(path)  # a run that is killed leaves the old file or the new one
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The newest run of each case on each device: suites are measured again when what they measure has changed."""
+    rows = list(rows)
+    newest = {_subject(row): row.commit for row in rows}  # the last one in the file
+    return [row for row in rows if row.commit == newest[_subject(row)]]
+
+
+def _subject(row: Row) -> tuple[str, ...]:
+    return (row.device, row.isa, row.suite, row.case, row.dtype)
 
 
 def _text(value: object) -> object:

@@ -11,6 +11,7 @@ A variant that makes more passes moves more and shows fewer of these.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -78,6 +79,8 @@ def prepare_rows(peer: str, inputs: RowInputs) -> Callable[[], Outputs]:
     """
     if peer in BACKENDS:
         return _fastattn(inputs, BACKENDS[peer])
+    if peer == "liger":
+        return _liger(inputs)
     if peer not in ("naive", "naive-compiled"):
         raise ValueError(f"{peer!r} has neither a masked softmax nor a rotation")
     formula = _formula(inputs)
@@ -101,6 +104,19 @@ def _fastattn(inputs: RowInputs, backend: str | None) -> Callable[[], Outputs]:
         mask = fastattn.BoolMask(extras["mask"])
     bias = fastattn.DenseBias(leaves["bias"]) if "bias" in leaves else None
     return lambda: (fastattn.masked_softmax(leaves["scores"], mask=mask, bias=bias, backend=backend),)
+
+
+def _liger(inputs: RowInputs) -> Callable[[], Outputs]:
+    """Liger's Triton kernel.  It turns what it is given, so every call gets copies, whose time is in its own."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("liger_kernel is not installed")
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    if inputs.case.scenario != "rotary-half":
+        raise ValueError("liger_rotary_pos_emb turns the halves of a head, not neighbours")
+    # (1, S, D), each half the same
+    cos, sin = (torch.cat((inputs.extras[name],) * 2, -1)[None] for name in ("cos", "sin"))
+    return lambda: liger_rotary_pos_emb(inputs.leaves["query"].clone(), inputs.leaves["key"].clone(), cos, sin)
 
 
 def _formula(inputs: RowInputs) -> Callable[..., Outputs]:

@@ -76,6 +76,7 @@ class Scenario:
     transform: Callable[[Shape, Extras, Tensor, Tensor, slice], tuple[Tensor, Tensor]] | None = None
     # what is added to weights (B, heads, Sq, Sk) times values
     value_term: Callable[[Shape, Extras, Tensor, slice], Tensor] | None = None
+    without: str = "plain"  # the scenario that is left when this one's feature is taken away
     name_of_function: str = "attention"  # of fastattn, that `arguments` are for
     # columns that fastattn appends to the head dimension for it: longer sums have larger rounding errors
     appended: Callable[[Shape], int] = lambda shape: 0

@@ -8,6 +8,7 @@ has position ``i + Sk - Sq``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,24 @@ def t5_bucket(distance: Tensor) -> Tensor:
     far = torch.log(size.clamp(min=1).float() / exact) / math.log(T5_MAX_DISTANCE / exact) * (half - exact)
     far = (exact + far.long()).clamp(max=half - 1)
     return torch.where(size < exact, size, far) + half * (distance > 0)
+
+
+# What indexes a learned table is the same in every step: computed once, outside the clock.  One at a time is kept, as
+# 32-bit numbers, for they are as large as a head's scores.
+@functools.lru_cache(maxsize=1)
+def _t5_index(shape: Shape, device: torch.device) -> Tensor:
+    return t5_bucket(distances(shape, device)).int()
+
+
+@functools.lru_cache(maxsize=1)
+def _table_index(shape: Shape, device: torch.device) -> Tensor:
+    return (distances(shape, device).clamp(-TABLE_REACH, TABLE_REACH) + TABLE_REACH).int()
+
+
+@functools.lru_cache(maxsize=1)
+def _steps(shape: Shape, device: torch.device) -> Tensor:
+    """Sizes of the distances, (Sq, Sk)."""
+    return distances(shape, device).abs().int()
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -183,20 +202,17 @@ def _build() -> dict[str, Scenario]:
             title="causal + ALiBi",
             draw=lambda shape, generator: {"slopes": fastattn.alibi_slopes(shape.heads)},
             arguments=lambda shape, t: {"mask": fastattn.Causal(), "bias": fastattn.ALiBi(t["slopes"])},
-            dense_bias=lambda shape, t, heads: (
-                -t["slopes"][heads, None, None] * distances(shape, t["slopes"].device).abs()
-            ),
+            dense_bias=lambda shape, t, heads: -t["slopes"][heads, None, None] * _steps(shape, t["slopes"].device),
             score_mod=lambda shape, t: lambda s, b, h, i, j: s - t["slopes"][h] * (i + shape.offset - j).abs(),
             causal=False,
+            without="causal",
         ),
         Scenario(
             name="alibi-learned",
             title="ALiBi with learned slopes",
             draw=lambda shape, generator: {"slopes": fastattn.alibi_slopes(shape.heads)},
             arguments=lambda shape, t: {"bias": fastattn.ALiBi(t["slopes"])},
-            dense_bias=lambda shape, t, heads: (
-                -t["slopes"][heads, None, None] * distances(shape, t["slopes"].device).abs()
-            ),
+            dense_bias=lambda shape, t, heads: -t["slopes"][heads, None, None] * _steps(shape, t["slopes"].device),
             score_mod=lambda shape, t: lambda s, b, h, i, j: s - t["slopes"][h] * (i + shape.offset - j).abs(),
             parameters={"slopes": 0},
         ),
@@ -205,7 +221,7 @@ def _build() -> dict[str, Scenario]:
             title="T5 bias, gradient of its table",
             draw=lambda shape, generator: {"weight": torch.randn(T5_BUCKETS, shape.heads, generator=generator)},
             arguments=lambda shape, t: {"bias": fastattn.T5Bias(t["weight"], max_distance=T5_MAX_DISTANCE)},
-            dense_bias=lambda shape, t, heads: t["weight"].T[heads][:, t5_bucket(distances(shape, t["weight"].device))],
+            dense_bias=lambda shape, t, heads: _look_up(t["weight"][:, heads], _t5_index(shape, t["weight"].device)),
             score_mod=lambda shape, t: lambda s, b, h, i, j: s + t["weight"][t5_bucket(j - i - shape.offset), h],
             parameters={"weight": 1},
         ),
@@ -214,10 +230,7 @@ def _build() -> dict[str, Scenario]:
             title="learned distance table",
             draw=lambda shape, generator: {"table": torch.randn(shape.heads, 2 * TABLE_REACH + 1, generator=generator)},
             arguments=lambda shape, t: {"bias": fastattn.DistanceTable(t["table"], left=TABLE_REACH)},
-            dense_bias=lambda shape, t, heads: _look_up(
-                t["table"][heads].T,
-                distances(shape, t["table"].device).clamp(-TABLE_REACH, TABLE_REACH) + TABLE_REACH,
-            ),
+            dense_bias=lambda shape, t, heads: _look_up(t["table"][heads].T, _table_index(shape, t["table"].device)),
             score_mod=lambda shape, t: (
                 lambda s, b, h, i, j: (
                     s + t["table"][h, (j - i - shape.offset).clamp(-TABLE_REACH, TABLE_REACH) + TABLE_REACH]
@@ -243,6 +256,7 @@ def _build() -> dict[str, Scenario]:
             draw=rotary_tables,
             arguments=lambda shape, t: {"mask": fastattn.Causal(), "rotary": fastattn.Rotary(t["cos"], t["sin"])},
             transform=_rotate_both,
+            without="causal",
         ),
         replace(
             causal,
@@ -252,6 +266,7 @@ def _build() -> dict[str, Scenario]:
             score_mod=lambda shape, t: lambda s, b, h, i, j: SOFTCAP * torch.tanh(s / SOFTCAP),
             softcap=SOFTCAP,
             causal=False,
+            without="causal",
         ),
         replace(
             causal,
@@ -262,6 +277,7 @@ def _build() -> dict[str, Scenario]:
             parameters={"sink": 0},
             sink=True,
             causal=False,
+            without="causal",
         ),
         Scenario(
             name="dropout",
@@ -357,6 +373,21 @@ def forward_flops(inputs: Inputs) -> float:
     shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
     pairs = shape.batch * shape.heads * shape.query_length * shape.key_length
     return 2.0 * pairs * (shape.head_dim + shape.value_dim) * scenario.visible(shape, inputs.extras)
+
+
+def attention_bytes(inputs: Inputs, direction: str) -> float:
+    """Bytes that have to cross the memory once, whoever computes it.
+
+        forward    |Q| + |K| + |V| + |O|                 read, read, read, written
+        backward   2 (|Q| + |K| + |V|) + 2 |O|           Q, K, V, O, dO read, dQ, dK, dV written
+
+    Both with the tensors of mask and bias beside them; "both" is the sum.
+    """
+    if direction == "both":
+        return attention_bytes(inputs, "forward") + attention_bytes(inputs, "backward")
+    operands = inputs.query.nbytes + inputs.key.nbytes + inputs.value.nbytes
+    beside = sum(tensor.nbytes for tensor in inputs.extras.values())
+    return (1 if direction == "forward" else 2) * (operands + inputs.grad_out.nbytes) + beside
 
 
 FLOP_FACTOR = {"forward": 1.0, "backward": 2.5, "both": 3.5}

@@ -7,13 +7,16 @@ length shows the quadratic part alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from fastattn.bench.additive import ADDITIVE_SCENARIOS
+from fastattn.bench.cpu_suites import CPU_SUITES
+from fastattn.bench.modules import MODULE_SCENARIOS
 from fastattn.bench.rows import ROTARY_SCENARIOS, SOFTMAX_SCENARIOS
 from fastattn.bench.scenarios import Case, Shape
+from fastattn.bench.suite import Suite
 
 CPU_PEERS = ("fastattn", "sdpa", "sdpa-flash", "sdpa-math", "naive")
 # The library's own choice, and each backend by name.
@@ -23,20 +26,8 @@ GPU_PEERS = (*GPU_OURS, "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "s
 GPU_SWEEP_PEERS = tuple(peer for peer in GPU_PEERS if peer not in ("sdpa-math", "naive"))
 GPU_WIDTHS = ((128, 16), (64, 32), (256, 8))  # head dim, heads: the same 2048 wide model in all
 COMPILED_PEERS = ("flex", "naive-compiled")
-LIBRARY_PEERS = ("flash-attn", "xformers")
-MODULE_SCENARIOS = ("self", "padding", "weights")  # of the module suite, see modules.py
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Cases, and who runs them.  `baseline` is the peer that ratios are taken against."""
-
-    name: str
-    title: str
-    cases: tuple[Case, ...]
-    peers: tuple[str, ...]
-    baseline: str = "sdpa"
-    per_call: bool = False  # microseconds per call are the point: time many calls per sample
+FLASH_PEERS = ("flash-attn", "flash-attn-3", "flash-attn-4")
+LIBRARY_PEERS = (*FLASH_PEERS, "xformers")
 
 
 def _sweep(
@@ -63,7 +54,7 @@ def _peers(device: str) -> tuple[str, ...]:
 
 
 def _sweep_peers(device: str) -> tuple[str, ...]:
-    return CPU_PEERS if device == "cpu" else (*GPU_SWEEP_PEERS, "flash-attn")
+    return CPU_PEERS if device == "cpu" else (*GPU_SWEEP_PEERS, *FLASH_PEERS)
 
 
 def _one_length(device: str, quick: bool) -> tuple[Shape, torch.dtype]:
@@ -164,7 +155,7 @@ def module(device: str, quick: bool) -> Suite:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     lengths = (128, 512) if quick else (128, 512, 2048)
     tokens = 4096 if device == "cpu" else 16384
-    cases = _sweep("module", MODULE_SCENARIOS, (dtype,), lengths, tokens=tokens, heads=8, dim=64)
+    cases = _sweep("module", MODULE_SCENARIOS[:3], (dtype,), lengths, tokens=tokens, heads=8, dim=64)
     return Suite("module", "multi-head attention modules", tuple(cases), ("fastattn-mha", "nn-mha"), baseline="nn-mha")
 
 
@@ -230,7 +221,7 @@ def rotary(device: str, quick: bool) -> Suite:
         for scenario in ROTARY_SCENARIOS
         for length in lengths
     ]
-    return Suite("rotary", "rotary embedding", tuple(cases), _row_peers(device, quick), baseline="naive")
+    return Suite("rotary", "rotary embedding", tuple(cases), (*_row_peers(device, quick), "liger"), baseline="naive")
 
 
 def additive(device: str, quick: bool) -> Suite:
@@ -261,24 +252,12 @@ SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "softmax": softmax,
     "rotary": rotary,
     "additive": additive,
+    **CPU_SUITES,
 }
 # groups: names that stand for several suites
 GROUPS: dict[str, tuple[str, ...]] = {
-    "all": tuple(SUITES),
-    "cpu": (
-        "attention",
-        "sweep",
-        "mask",
-        "bias",
-        "positional",
-        "module",
-        "decode",
-        "overhead",
-        "compiled",
-        "softmax",
-        "rotary",
-        "additive",
-    ),
+    "all": tuple(name for name in SUITES if name not in CPU_SUITES),
+    "cpu": tuple(CPU_SUITES),  # what has goals
     "gpu": (
         "attention",
         "overhead",

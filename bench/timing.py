@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,10 @@ import torch
 
 from fastattn.bench.peers import Prepared
 
-Sample = Callable[[], dict[str, float]]  # one measurement: direction -> seconds
+# One measurement: direction -> seconds, and where the device has a queue HOST + direction -> seconds until the host was
+# free again.
+Sample = Callable[[], dict[str, float]]
+HOST = "host "
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2
 
 
@@ -41,28 +45,45 @@ class CpuClock:
         self._marks.append(time.perf_counter())
 
     def stop(self) -> list[float]:
-        return [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        return _steps(self._marks)
+
+    def host(self) -> list[float]:
+        """None: the host is the device."""
+        return []
 
 
 class CudaClock:
-    """Device seconds between events, after the L2 cache has been overwritten."""
+    """Device seconds between events, after the L2 cache has been overwritten, and the host's beside them.
+
+    The device is still overwriting the cache while the host hands it the first kernels, so the host's time has no wait
+    for the device in it, and the device's none for the host unless the host is much the slower.
+    """
 
     def __init__(self) -> None:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def start(self) -> None:
+        torch.cuda.synchronize()  # an empty queue: the host never waits for room in it
         self._flush.zero_()
-        self._marks = []
+        self._marks, self._host_marks = [], []
         self.mark()
 
     def mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append(event)
+        self._host_marks.append(time.perf_counter())
 
     def stop(self) -> list[float]:
         torch.cuda.synchronize()
-        return [a.elapsed_time(b) * 1e-3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        return [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(self._marks)]
+
+    def host(self) -> list[float]:
+        return _steps(self._host_marks)
+
+
+def _steps(marks: list[float]) -> list[float]:
+    return [b - a for a, b in itertools.pairwise(marks)]
 
 
 Clock = CpuClock | CudaClock
@@ -81,7 +102,9 @@ def forward_sample(prepared: Prepared, clock: Clock, calls: int = 1) -> Sample:
             for _ in range(calls):
                 prepared.forward()
             clock.mark()
-        return {"forward": clock.stop()[0] / calls}
+        found = {"forward": clock.stop()[0] / calls}
+        host = clock.host()
+        return found | ({HOST + "forward": host[0] / calls} if host else {})
 
     return sample
 
@@ -90,34 +113,38 @@ def training_sample(prepared: Prepared, clock: Clock, calls: int = 1) -> Sample:
     """Forward with a graph, then backward; `both` is their sum, each timed in the same pass."""
 
     def sample() -> dict[str, float]:
-        forward = backward = 0.0
+        device, host = [0.0, 0.0], [0.0, 0.0]
         for _ in range(calls):
             clock.start()
             out = prepared.forward()
             clock.mark()
             prepared.gradients(out)
             clock.mark()
-            first, second = clock.stop()
-            forward, backward = forward + first, backward + second
-        return {"backward": backward / calls, "both": (forward + backward) / calls}
+            device = [a + b / calls for a, b in zip(device, clock.stop(), strict=True)]
+            host = [a + b / calls for a, b in zip(host, clock.host(), strict=False)]
+        found = {"backward": device[1], "both": sum(device)}
+        return found | ({HOST + "backward": host[1], HOST + "both": sum(host)} if host else {})
 
     return sample
 
 
 def interleave(
-    samples: Mapping[str, Sample], *, budget: float, least: int = 3, most: int = 60
+    samples: Mapping[str, Sample], *, budget: float, least: int = 3, most: int = 60, warm: bool = False
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds per variant and direction, one sample of each variant per round.
 
     Rounds are as many as fit into `budget` seconds, between `least` and `most`; the order is reversed every other
-    round, so that no variant always runs in the cache that another one left.
+    round, so that no variant always runs in the cache that another one left.  The first round warms up and counts for
+    nothing, unless the variants are `warm`, as they are behind the gate, and it takes the whole budget.
     """
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in samples}
     began = time.perf_counter()
-    for sample in samples.values():
-        sample()  # warm-up: caches, thread pools, compilation
+    first = {name: sample() for name, sample in samples.items()}
     once = max(time.perf_counter() - began, 1e-9)
     rounds = max(least, min(most, int(budget / once)))
+    if warm and budget < once:
+        seconds = {name: {d: [value] for d, value in found.items()} for name, found in first.items()}
+        rounds -= 1
     order = list(samples)
     for turn in range(rounds):
         for name in order if turn % 2 == 0 else reversed(order):
