@@ -44,9 +44,9 @@ def wanted() -> bool:
     return asked == "1" or (asked != "0" and bool(os.environ.get("FASTATTN_CUDA_ARCHS")))
 
 
-def architectures() -> list[str]:
-    """Compute capabilities to build for, such as "80" or "90a"."""
-    given = os.environ.get("FASTATTN_CUDA_ARCHS") or DEFAULT_ARCHS
+def architectures(given: str | None = None) -> list[str]:
+    """Compute capabilities to build for, such as "80" or "90a": of a list in words, by default the environment's."""
+    given = given or os.environ.get("FASTATTN_CUDA_ARCHS") or DEFAULT_ARCHS
     archs = [arch.strip().removeprefix("sm_").replace(".", "") for arch in re.split("[;, ]+", given) if arch.strip()]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(re.sub(r"\D", "", arch)) < 80:

@@ -17,7 +17,7 @@ Version = tuple[int, ...]
 OLDEST: Version = (2, 28)  # of manylinux_2_28, which torch's own wheels ask for
 # Where functions were before libc took them in, by how their names begin.
 FORMER_HOMES = {"pthread_": "libpthread.so.0", "sem_": "libpthread.so.0", "dl": "libdl.so.2", "shm_": "librt.so.1"}
-# A variable of 2.32: whether there is one thread, so that references are counted without atomics.  "No" is always right.
+# A variable of 2.32: whether there is one thread, so that references are counted without atomics.  "No" is never wrong.
 SINGLE_THREADED = "__libc_single_threaded"
 
 
@@ -36,7 +36,7 @@ def link(command: Sequence[str], libraries: Sequence[str], output: Path, scratch
 
 def used_symbols(library: Path) -> dict[str, Version]:
     """What a library takes of glibc, and in which version."""
-    return {name: version for name, version in _symbols(library, "U", "--undefined-only")}
+    return dict(_symbols(library, "U", "--undefined-only"))
 
 
 def _stubs(compiler: str, used: dict[str, Version], scratch: Path) -> list[Path]:

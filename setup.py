@@ -5,7 +5,7 @@
 `csrc/cpu/kernels.cpp` is compiled once per instruction set with that set's flags; which one runs is decided at run
 time, so a binary built anywhere runs everywhere (never -march=native).  The library has no Python symbol in it and
 touches libtorch through its stable ABI only: the wheel is tagged `py3-none-<platform>`.  Nothing is downloaded.
-Metadata is in pyproject.toml, the version in build_version.py, and how wheels to hand out are made in release/README.md.
+Metadata is in pyproject.toml, the version in build_version.py; release/README.md tells how wheels to hand out are made.
 
 Environment: CXX (the compiler), MAX_JOBS (parallel compilations), FASTATTN_CXXFLAGS (extra flags, e.g. sanitizers),
 FASTATTN_SKIP_NATIVE=1 (pure Python: every call takes the reference backend), FASTATTN_CUDA=1 (the CUDA library too),
@@ -128,7 +128,7 @@ class PlatformWheel(bdist_wheel):
     """A wheel for any Python of one platform: the library is not tied to an interpreter."""
 
     def run(self) -> None:
-        # what an earlier build left there would be packed: a module that is gone, the CUDA library into a wheel for CPUs
+        # what an earlier build left there would be packed too: modules that are gone, a CUDA library for other GPUs
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
 
