@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # What torch needs to be imported, beside itself; what fastattn's commands need is less.
-REQUIRED = ("filelock", "fsspec", "jinja2", "networkx", "numpy", "sympy", "typing_extensions")
+REQUIRED = ("filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy", "typing_extensions")
 # Torch takes addresses of this one's functions when it is loaded, so it has to be the real one; it is small.
 RUNTIME = {"12": "nvidia-cuda-runtime-cu12==12.{minor}.*", "13": "nvidia-cuda-runtime==13.{minor}.*"}
 SYSTEM = re.compile(r"(ld-linux.*|lib(c|dl|gcc_s|m|pthread|rt|stdc\+\+)\.so.*)")
@@ -61,7 +61,7 @@ def borrow_dependencies(environment: Environment) -> None:
 def install_torch(environment: Environment, version: str) -> None:
     """This torch, and stand-ins for the CUDA libraries that are not here."""
     environment.install(f"torch=={version}")
-    environment.install(*REQUIRED, "mpmath", "markupsafe")
+    environment.install(*REQUIRED)
     libraries = environment.site / "torch" / "lib"
     cuda = re.search(r"cuda.*= '(\d+)\.(\d+)'", (libraries.parent / "version.py").read_text())
     if cuda is None:
