@@ -75,7 +75,7 @@ def names_what_is_wrong() -> None:
     """The library's own words for an argument nobody but a test can get to it.  Numbers are written through a stream:
     the library has code of its own for those (csrc/common/own_sstream.h)."""
     query = torch.randn(1, 1, 4, 8)
-    problem = Problem(query=query, key=query, value=query, scale=1.0, key_lengths=torch.ones(12, dtype=torch.int32))
+    problem = Problem(query=query, key=query, value=query, scale=1.0, key_lengths=torch.ones(12, dtype=torch.int64))
     assert native.load_cpu_library(), native.load_error
     said = None
     try:
