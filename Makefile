@@ -1,10 +1,13 @@
-# make demo | test | aot | lint | format | wheel | bench | report | gpu | clean          (variables: PYTHON, TORCH, TRITON, PIP_ARGS, PYTEST_ARGS)
+# make demo | test | aot | lint | format | wheel | sdist | bench | report | gpu | clean
+# variables: PYTHON, TORCH, TRITON, PIP_ARGS, PYTEST_ARGS; of wheel: CUDA, ARCHS
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 PIP_ARGS ?= --quiet
 PYTEST_ARGS ?= -n auto
+CUDA ?=
+ARCHS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE_SOURCES := setup.py $(wildcard build_*.py) $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test aot lint format wheel bench report gpu install clean
+.PHONY: demo test aot lint format wheel sdist bench report gpu install clean
 
 demo: install
 	$(PY) -m fastattn demo
@@ -31,6 +34,7 @@ aot: install
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 
 format: install
@@ -38,11 +42,12 @@ format: install
 	$(PY) -m ruff format .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(VENV)/bin/clang-format -i
 
-# no isolation: an isolated build would download a second torch to link against
-wheel: install
-	rm -rf dist
-	$(PY) -m pip wheel $(PIP_ARGS) --no-deps --no-build-isolation --wheel-dir dist .
-	@ls -l dist
+# make wheel, or make wheel CUDA=13.0 ARCHS="80;90a;100a;120": see release/README.md
+wheel: $(VENV)/.release
+	$(PY) release/wheel.py --cuda '$(CUDA)' --archs '$(ARCHS)'
+
+sdist: $(VENV)/.release
+	$(PY) -m build --no-isolation --sdist
 
 bench: install
 	$(PY) -m fastattn bench
@@ -60,8 +65,13 @@ install: $(VENV)/.installed
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastattn needs Python 3.10 or newer")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install $(PIP_ARGS) --upgrade 'pip>=25' 'setuptools>=77' wheel ninja pybind11
+	$(PY) -m pip install $(PIP_ARGS) --upgrade 'pip>=25.1' 'setuptools>=77' wheel ninja pybind11
 	$(PY) -m pip install $(PIP_ARGS) '$(TORCH)' '$(TRITON)'
+	touch $@
+
+# what wheels are built with: less than what tests need
+$(VENV)/.release: $(VENV)/.torch pyproject.toml
+	$(PY) -m pip install $(PIP_ARGS) --group release
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
@@ -71,4 +81,4 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE_SOURCES)
 clean:
 	rm -rf build dist .pytest_cache .hypothesis .ruff_cache .benchmarks *.egg-info fastattn/lib
 	find . -name __pycache__ -not -path './$(VENV)*' -prune -exec rm -rf {} +
-	rm -f $(VENV)/.installed fastattn/_native*.so
+	rm -f $(VENV)/.installed $(VENV)/.release fastattn/_native*.so

@@ -18,17 +18,23 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from build_objects import Unit, compile_all
+import build_glibc
+from build_objects import Unit, compile_all, relative_paths
 
 ROOT = Path(__file__).parent
 LIBRARY = Path("fastattn", "lib", "libfastattn_cuda.so")
 # Machine code of sm_80 runs on 8.x, that of sm_90a on 9.0; PTX of the newest plain one is for all GPUs that follow.
 DEFAULT_ARCHS = "80;90a"
-NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"]
+# -compress-all: every image of the library, which makes it less than half as large
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"),
+    "-Xfatbin=-compress-all",
+]
 HOST_FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"),
     # USE_CUDA uncovers the shims for streams; 2.10 is the oldest torch the library is to load in
     *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+    *("-include", str(ROOT / "csrc" / "common" / "own_sstream.h")),
 ]
 
 
@@ -38,9 +44,9 @@ def wanted() -> bool:
     return asked == "1" or (asked != "0" and bool(os.environ.get("FASTATTN_CUDA_ARCHS")))
 
 
-def architectures() -> list[str]:
-    """Compute capabilities to build for, such as "80" or "90a"."""
-    given = os.environ.get("FASTATTN_CUDA_ARCHS") or DEFAULT_ARCHS
+def architectures(given: str | None = None) -> list[str]:
+    """Compute capabilities to build for, such as "80" or "90a": of a list in words, by default the environment's."""
+    given = given or os.environ.get("FASTATTN_CUDA_ARCHS") or DEFAULT_ARCHS
     archs = [arch.strip().removeprefix("sm_").replace(".", "") for arch in re.split("[;, ]+", given) if arch.strip()]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(re.sub(r"\D", "", arch)) < 80:
@@ -54,6 +60,23 @@ def find_nvcc() -> str | None:
     """Path of nvcc, from CUDA_HOME or PATH."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def _found_nvcc() -> str:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("FASTATTN_CUDA=1 needs nvcc: install the CUDA toolkit, and set CUDA_HOME or PATH to it")
+    return nvcc
+
+
+def release(nvcc: str | None = None) -> str:
+    """The release of a toolkit by its nvcc, such as "13.0"; by default of the one that builds."""
+    nvcc = nvcc or _found_nvcc()
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    if found is None:
+        raise RuntimeError(f"{nvcc} --version names no release:\n{said[-2000:]}")
+    return found[1]
 
 
 def toolkit(nvcc: str) -> Path:
@@ -96,14 +119,13 @@ def build(
     output: Path, objects: Path, compiler: str, include_paths: Sequence[str], library_paths: Sequence[str]
 ) -> None:
     """Compile and link the library into `output`; `include_paths` and `library_paths` are torch's."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise RuntimeError("FASTATTN_CUDA=1 needs nvcc: install the CUDA toolkit, and set CUDA_HOME or PATH to it")
+    nvcc = _found_nvcc()
     top = toolkit(nvcc)
     archs = architectures()
     device = (nvcc, "-ccbin", compiler, *NVCC_FLAGS, *code_flags(archs))
     known = f'-DFASTATTN_CUDA_ARCHS="{" ".join(archs)}"'  # for `python -m fastattn info`
-    host = (compiler, *HOST_FLAGS, known, *(f"-isystem{path}" for path in (*include_paths, top / "include")))
+    includes = (*include_paths, top / "include")
+    host = (compiler, *HOST_FLAGS, *relative_paths(ROOT, *includes), known, *(f"-isystem{path}" for path in includes))
     units = [Unit(device, path, objects / f"{path.stem}.o") for path in instances()]
     units += [Unit(host, path, objects / f"{path.parent.name}_{path.stem}.o") for path in host_sources()]
     compile_all(units)
@@ -112,11 +134,11 @@ def build(
     stub = _stub(objects, compiler)
     paths = [*(f"-L{path}" for path in library_paths), f"-L{stub.parent}", f"-L{top / 'lib64'}", f"-L{top / 'lib'}"]
     libraries = [
-        *("-Wl,--as-needed", "-ltorch_cpu", "-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"),
+        *("-Wl,--as-needed", "-lstdc++", "-ltorch_cpu", "-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"),
         *("-Wl,--exclude-libs,ALL", "-lcudart_static", "-lpthread", "-ldl", "-lrt"),
     ]
-    command = [compiler, "-shared", *(str(unit.target) for unit in units), "-o", str(output), *paths, *libraries]
-    subprocess.run(command, check=True)
+    command = [compiler, "-shared", *(str(unit.target) for unit in units)]
+    build_glibc.link(command, [*paths, *libraries], output, objects / "glibc")
 
 
 def _stub(objects: Path, compiler: str) -> Path:

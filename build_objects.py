@@ -56,6 +56,12 @@ class Unit:
         self.stamp.write_text(str(self.line()))
 
 
+def relative_paths(*folders: str | Path) -> list[str]:
+    """Flags of the compiler: the names of files in what is compiled start at these folders, the innermost last.  The
+    same sources make the same binary wherever they lie, and no builder's home shows in a message."""
+    return [f"-ffile-prefix-map={Path(folder).resolve()}/=" for folder in folders]
+
+
 def compile_all(units: Sequence[Unit]) -> None:
     """Compile every unit, MAX_JOBS (default: one per core) at a time.  Put the slowest first."""
     for unit in units:

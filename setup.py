@@ -4,11 +4,12 @@
 
 `csrc/cpu/kernels.cpp` is compiled once per instruction set with that set's flags; which one runs is decided at run
 time, so a binary built anywhere runs everywhere (never -march=native).  The library has no Python symbol in it and
-touches libtorch through its stable ABI only: the wheel is tagged `py3-none-<platform>`.  Metadata is in
-pyproject.toml.
+touches libtorch through its stable ABI only: the wheel is tagged `py3-none-<platform>`.  Nothing is downloaded.
+Metadata is in pyproject.toml, the version in build_version.py; release/README.md tells how wheels to hand out are made.
 
 Environment: CXX (the compiler), MAX_JOBS (parallel compilations), FASTATTN_CXXFLAGS (extra flags, e.g. sanitizers),
-FASTATTN_SKIP_NATIVE=1 (pure Python: every call takes the reference backend), FASTATTN_CUDA=1 (the CUDA library too).
+FASTATTN_SKIP_NATIVE=1 (pure Python: every call takes the reference backend), FASTATTN_CUDA=1 (the CUDA library too),
+FASTATTN_LOCAL_VERSION=1 (+cpu or +cu130 in the version), FASTATTN_INDEX_URL (where this wheel's siblings are found).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,14 +24,17 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent
 # a build backend does not look beside setup.py by itself
 sys.path.insert(0, str(ROOT))
 
 import build_cuda  # noqa: E402
+import build_glibc  # noqa: E402
 import build_native  # noqa: E402
-from build_objects import Unit, compile_all  # noqa: E402
+import build_version  # noqa: E402
+from build_objects import Unit, compile_all, relative_paths  # noqa: E402
 
 LIBRARY = Path("fastattn", "lib", "libfastattn_cpu.so")
 # Where each extension's library goes, by the extension's name.
@@ -105,28 +108,41 @@ def build_cpu(
     output: Path, objects: Path, compiler: str, include_paths: Sequence[str], library_paths: Sequence[str]
 ) -> None:
     """Compiles each (source, instruction set) with its own flags, in parallel, and links them."""
-    flags = [*CXX_FLAGS, *os.environ.get("FASTATTN_CXXFLAGS", "").split()]
-    includes = [f"-isystem{path}" for path in include_paths]
+    flags = [*CXX_FLAGS, *relative_paths(ROOT, *include_paths), *os.environ.get("FASTATTN_CXXFLAGS", "").split()]
     csrc = ROOT / "csrc"
+    torch = ["-include", str(csrc / "common" / "own_sstream.h"), *(f"-isystem{path}" for path in include_paths)]
     units = [
         Unit((compiler, *flags, *options, f"-DFASTATTN_ISA={isa}"), csrc / "cpu" / "kernels.cpp", objects / f"{isa}.o")
         for isa, options in isa_flags().items()
     ]
-    units.append(Unit((compiler, *flags, *includes), csrc / "ops.cpp", objects / "ops.o"))
+    units.append(Unit((compiler, *flags, *torch), csrc / "ops.cpp", objects / "ops.o"))
     units.append(Unit((compiler, *flags), csrc / "cpu" / "dispatch.cpp", objects / "dispatch.o"))
     compile_all(units)
     output.parent.mkdir(parents=True, exist_ok=True)
-    link = [compiler, "-shared", *flags, *(str(unit.target) for unit in units), "-o", str(output)]
-    paths = [f"-L{path}" for path in library_paths]
-    subprocess.run([*link, *paths, "-Wl,--as-needed", "-ltorch_cpu", "-lc10"], check=True)
+    libraries = [*(f"-L{path}" for path in library_paths), "-Wl,--as-needed", "-lstdc++", "-ltorch_cpu"]
+    command = [compiler, "-shared", *flags, *(str(unit.target) for unit in units)]
+    build_glibc.link(command, libraries, output, objects / "glibc")
 
 
 class PlatformWheel(bdist_wheel):
     """A wheel for any Python of one platform: the library is not tied to an interpreter."""
 
+    def run(self) -> None:
+        # what an earlier build left there would be packed too: modules that are gone, a CUDA library for other GPUs
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform_tag = super().get_tag()
         return "py3", "none", platform_tag
+
+
+class PlainSdist(sdist):
+    """Sources are not for one build: their version has no local part."""
+
+    def run(self) -> None:
+        self.distribution.metadata.version = build_version.VERSION
+        super().run()
 
 
 def packages() -> tuple[list[str], dict[str, str]]:
@@ -140,16 +156,24 @@ def packages() -> tuple[list[str], dict[str, str]]:
     return sorted(names), directories
 
 
+def project_urls() -> dict[str, str]:
+    """Where the wheels for other CUDA versions are, for fastattn/native.py to name in its errors."""
+    index = os.environ.get("FASTATTN_INDEX_URL")
+    return {"Wheels": index} if index else {}
+
+
 names, directories = packages()
 # The source list only tells setuptools that there is something to build.
 extensions = [Extension("fastattn.lib.libfastattn_cpu", ["csrc/ops.cpp"])]
 if build_cuda.wanted():
     extensions.append(Extension("fastattn.lib.libfastattn_cuda", ["csrc/cuda/ops.cpp"]))
 setup(
+    version=build_version.version(build_cuda.release() if build_cuda.wanted() else None),
+    project_urls=project_urls(),
     packages=names,
     package_dir=directories,
     package_data={"fastattn": ["py.typed"], "fastattn.bench": ["*.j2"]},
     include_package_data=False,
     ext_modules=extensions if os.environ.get("FASTATTN_SKIP_NATIVE") != "1" else [],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel, "sdist": PlainSdist},
 )

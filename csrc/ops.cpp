@@ -2,8 +2,7 @@
 // PyTorch's threads.  Schemas are declared in Python (fastattn/ops.py); only implementations are registered here.
 // Everything goes through the stable ABI, so one binary serves every PyTorch from 2.10 on.
 #include <atomic>
-#include <exception>
-#include <mutex>
+#include <new>
 #include <string>
 
 #include "cpu/dispatch.h"
@@ -23,17 +22,15 @@ void run_parallel(i64 count, void (*item)(void*, i64), void* context) {
     return;
   }
   std::atomic<i64> next{0};
-  std::exception_ptr failure;
-  std::mutex failure_lock;
+  std::atomic<bool> out_of_memory{false};
   torch::stable::parallel_for(0, threads, 1, [&](i64, i64) {
     try {
       for (i64 i = next.fetch_add(1); i < count; i = next.fetch_add(1)) item(context, i);
-    } catch (...) {  // an exception must not cross the C boundary of parallel_for
-      const std::lock_guard<std::mutex> guard(failure_lock);
-      if (!failure) failure = std::current_exception();
+    } catch (...) {  // must not cross the C boundary of parallel_for; it is the only thing an item throws (cpu/arena.h)
+      out_of_memory = true;
     }
   });
-  if (failure) std::rethrow_exception(failure);
+  if (out_of_memory) throw std::bad_alloc();
 }
 
 Parallel threads() { return {static_cast<i64>(torch::stable::get_num_threads()), run_parallel}; }

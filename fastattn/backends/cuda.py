@@ -55,6 +55,23 @@ def _reason() -> str | None:
 _reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@cache
+def _missing_code(index: int) -> str | None:
+    """Why the library cannot run on this GPU, if it has no code for it."""
+    capability, built_for = torch.cuda.get_device_capability(index), str(native.cuda_info()["architectures"])
+    if native.has_code_for(capability, built_for):
+        return None
+    major, minor = capability
+    return (
+        f"libfastattn_cuda.so is built for the architectures {built_for} and has no code for compute capability "
+        f"{major}.{minor}; build it in a checkout with: "
+        f"FASTATTN_CUDA_ARCHS={major}{minor} pip install --no-build-isolation -e ."
+    )
+
+
+_missing_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
@@ -70,6 +87,13 @@ class CudaBackend(GpuBackend):
 
     def stands_in(self) -> bool:
         return simulated()
+
+    def device_reasons(self, device: torch.device) -> list[str]:
+        reasons = super().device_reasons(device)
+        if not reasons and device.type == "cuda":
+            missing = _missing_code(torch.cuda.current_device() if device.index is None else device.index)
+            reasons += [missing] if missing else []
+        return reasons
 
     def unsupported_reasons(self, problem: AnyProblem) -> list[str]:
         reasons = self.device_reasons(problem.device)
