@@ -137,7 +137,7 @@ def overhead(device: str, quick: bool) -> Suite:
 def memory(device: str, quick: bool) -> Suite:
     """Memory of a training step with a T5 bias, of one head: SDPA's step holds several matrices of (S, S).
 
-    The length is 16384, or the longest power of two for which the machine has room: SDPA was seen to need 12.3 matrices.
+    The length is 16384, or the longest power of two that the machine has room for: SDPA was seen to need 12.3 of them.
     """
     length = 2048 if quick else 16384
     while length > 1024 and 14 * length**2 * 4 > _available():
