@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -25,18 +26,19 @@ def run(options: Options) -> list[Row]:
     done = 0
     threads = torch.get_num_threads()
     top: Roof | None = None
+    begun = environment(options.device)  # once: what is checked out may change while it runs, what is loaded does not
     if options.ceilings:
         options.progress("ceilings", 0, total)
         small = {"seconds": 0.1, "size": 512} if options.quick else {}
         found = measure(options.device, **small)
         top = roof(found, options.device, threads)
-        rows = ceiling_rows(environment(options.device), found, options.device)
+        rows = ceiling_rows(begun, found, options.device)
         options.sink(rows)
         free(options.device)
     for suite in suites:
         # where the call itself is measured, waking other threads up is none of its cost
         torch.set_num_threads(1 if suite.per_call else threads)
-        where = environment(options.device)
+        where = replace(begun, threads=torch.get_num_threads())
         for case in suite.cases:
             shape = case.shape
             options.progress(f"{suite.name}: {case.name}, {shape.batch}x{shape.query_length}", done, total)
