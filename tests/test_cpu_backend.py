@@ -42,7 +42,7 @@ def plain(
 
 def everything(dtype: torch.dtype, sq: int = 150, sk: int = 210) -> Problem:
     """Every optional field at once, and some rows that see nothing."""
-    b, hq, d = 2, 4, 32
+    b, hq, hk, d = 2, 4, 2, 32
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
     angle = random(1, sk + 8, d // 4, seed=4, dtype=parameter)
     ids = torch.arange(sk) * 3 // sk
@@ -72,6 +72,9 @@ def everything(dtype: torch.dtype, sq: int = 150, sk: int = 210) -> Problem:
         table=random(1, hq, 40, seed=9, dtype=parameter),
         table_left=25,
         dense_bias=bias,
+        row_table=random(b, hq, sq, 12, seed=11, dtype=parameter) * 0.1,
+        col_table=random(b, hk, 12, sk, seed=12, dtype=parameter) * 0.1,
+        columns_left=5,
         sink=random(1, hq, seed=10, dtype=parameter),
         dropout_p=0.2,
         dropout_seed=torch.tensor([2**40 + 3, 7]),
