@@ -1,0 +1,238 @@
+// Attention forward on sm_90a: a block per multiprocessor that stays, a warpgroup that brings tiles, two or three that
+// compute.
+//
+// A warpgroup of consumers keeps two products in flight: S of tile n, and the accumulation of tile n + 1's weights.  The
+// softmax of tile n runs while the latter does, and, where groups alternate, while another group has the tensor cores.
+#pragma once
+
+#include "producer.h"
+#include "softmax.h"
+
+namespace fastattn::cuda {
+
+// Barriers of some of the block's threads: a turn at the tensor cores for each group, and a meeting of each group.
+inline constexpr int kTurnBarrier = 1, kGroupBarrier = 8, kGroupThreads = 128;
+
+// One group's rows of the output, from accumulators to global memory.
+template <class Config>
+struct RowStore {
+  using T = typename Config::T;
+  using QueryTile = typename Config::QueryTile;
+  const HopperForwardParams& params;
+  const HopperBlock<Config>& block;
+  int group;
+
+  FASTATTN_DEVICE bool issues() const { return thread_index() % kGroupThreads == 0; }
+  FASTATTN_DEVICE void meet() const { named_barrier_sync(kGroupBarrier + group, kGroupThreads); }
+
+  // Rows of this warp through shared memory, in one copy for each panel.
+  FASTATTN_DEVICE void operator()(const QueryRows& rows, const float (&acc)[Config::kDim / 2],
+                                  const float (&factor)[2]) const {
+    if constexpr (Config::kOwnOut) {
+      if (issues()) bulk_wait_read<0>();  // the copy before has left
+    }
+    meet();  // and, in the queries' place, this group has read them
+    const int lane = lane_index(), first = 64 * group;
+    const SharedAddress own =
+        block.out() + QueryTile::lane_part(first + 16 * (warp_index() & 3) + (lane & 15), lane >> 4);
+    FASTATTN_UNROLL
+    for (int j = 0; j < Config::kDim / 16; ++j) {
+      uint32_t r[4];
+      FASTATTN_UNROLL
+      for (int n = 0; n < 4; ++n)
+        r[n] = pack2<T>(acc[8 * j + 2 * n] * factor[n & 1], acc[8 * j + 2 * n + 1] * factor[n & 1]);
+      store_matrix_x4(QueryTile::at(own, j), r);
+    }
+    fence_async_shared();
+    meet();
+    if (issues()) {
+      FASTATTN_UNROLL
+      for (int panel = 0; panel < Config::kDim / QueryTile::kPanelColumns; ++panel) {
+        const int column = panel * QueryTile::kPanelColumns;
+        if (column < params.attention.value_dim)
+          tensor_store_4d(&params.out.map, block.out() + panel * QueryTile::kPanelBytes + first * QueryTile::kRowBytes,
+                          column, rows.m0 + first, rows.context.head, rows.context.batch);
+      }
+      bulk_commit();
+    }
+    if constexpr (!Config::kOwnOut) {
+      if (issues()) bulk_wait_read<0>();
+      meet();  // before the next queries may come
+    }
+  }
+
+  // Zeros for rows none of which sees a key.
+  FASTATTN_DEVICE void zeros(const QueryRows& rows) const {
+    const Attention& p = params.attention;
+    uint16_t* out = static_cast<uint16_t*>(params.rows_out.data) + rows.context.batch * params.rows_out.batch +
+                    rows.context.head * params.rows_out.head;
+    const int chunks = p.value_dim / 8, first = rows.m0 + 64 * group;
+    FASTATTN_NO_UNROLL
+    for (int n = thread_index() % kGroupThreads; n < 64 * chunks; n += kGroupThreads) {
+      const int i = first + n / chunks;
+      if (i < p.query_length)
+        store_global(reinterpret_cast<Vec4*>(out + i * params.rows_out.row + n % chunks * 8), Vec4{{0, 0, 0, 0}});
+    }
+  }
+};
+
+// A bool that the compiler knows, where a function takes either.
+template <bool kValue>
+struct Known {
+  FASTATTN_DEVICE operator bool() const { return kValue; }
+};
+
+template <class Config>
+FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const HopperBlock<Config>& block, int group) {
+  using T = typename Config::T;
+  using Block = HopperBlock<Config>;
+  using QueryTile = typename Config::QueryTile;
+  using KeyTile = typename Config::KeyTile;
+  constexpr int kKeys = Config::kKeys, kGroups = Config::kGroups;
+  constexpr bool kAlternate = Config::kAlternate, kOwnOut = Config::kOwnOut;
+  const Attention& p = params.attention;
+  const RowStore<Config> store{params, block, group};
+  const SharedAddress own_queries = block.queries() + 64 * group * QueryTile::kRowBytes;
+  int use = 0, round = 0;  // of the ring: the tile whose weights are at hand; tiles of queries so far
+  if (kAlternate && group == 0) named_barrier_arrive(kTurnBarrier, 2 * kGroupThreads);
+
+  for_own_rows<Config>(params, [&](const QueryRows& rows) {
+    const int row = rows.m0 + 64 * group + 16 * (warp_index() & 3) + lane_index() / 4;
+    const int b = rows.context.batch, h = rows.context.head;
+    OwnRows own{{-infinity(), -infinity()}, {0.0f, 0.0f}, {1.0f, 1.0f}};
+    uint32_t poisoned = 0;
+    float acc[Config::kDim / 2];
+    FASTATTN_UNROLL
+    for (int i = 0; i < Config::kDim / 2; ++i) acc[i] = 0.0f;
+
+    if (rows.start < rows.end) {
+      uint32_t weights[kKeys / 16][4];
+      const auto wait_values = [&](int n, bool checked) {
+        mbarrier_wait(checked ? block.values_checked(use) : block.values_full(use), Block::phase(use));
+      };
+      // after the product with the values of tile n
+      const auto release_values = [&](int n, bool checked) {
+        if (checked) {
+          const Vec4 found = load_shared<Vec4>(block.checks(use));
+          if (found.x[0] | found.x[1] | found.x[2])
+            poisoned |= rows_that_see<Config>(block.checks(use), p, rows, row, n * kKeys);
+        }
+        warp_arrive(block.values_empty(use));
+      };
+
+      mbarrier_wait(block.queries_full(), round & 1);
+      int n = rows.end - 1;
+      {
+        float s[kKeys / 2];
+        mbarrier_wait(block.keys_full(use), Block::phase(use));
+        warpgroup_fence();
+        issue_rows_product<T, QueryTile, KeyTile>(s, own_queries, block.keys(use));
+        warpgroup_commit();
+        warpgroup_wait<0>();
+        settle(s);
+        warp_arrive(block.keys_empty(use));
+        finish_tile<Config>(s, p, rows, row, n * kKeys, masks_at<Config>(p, rows, n));
+        weigh(s, own, p.multiplier);
+        if constexpr (!Config::kPlain) {
+          if (p.dropout_seed) drop(s, p, rows, row, n * kKeys);
+        }
+        pack_weights<T>(weights, s);
+      }
+      const auto step = [&](auto masked) {
+        float s[kKeys / 2];
+        const bool checked = checked_at<Config>(p, rows, n + 1);
+        mbarrier_wait(block.keys_full(use + 1), Block::phase(use + 1));
+        if (kAlternate) named_barrier_sync(kTurnBarrier + group, 2 * kGroupThreads);
+        warpgroup_fence();
+        issue_rows_product<T, QueryTile, KeyTile>(s, own_queries, block.keys(use + 1));
+        warpgroup_commit();
+        wait_values(n + 1, checked);
+        warpgroup_fence();
+        issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
+        warpgroup_commit();
+        if (kAlternate) named_barrier_arrive(kTurnBarrier + (group + 1) % kGroups, 2 * kGroupThreads);
+        warpgroup_wait<1>();
+        settle(s);
+        warp_arrive(block.keys_empty(use + 1));
+        finish_tile<Config>(s, p, rows, row, n * kKeys, masked);
+        weigh(s, own, p.multiplier);
+        if constexpr (!Config::kPlain) {
+          if (p.dropout_seed) drop(s, p, rows, row, n * kKeys);
+        }
+        if constexpr (Config::kPin) finish_before(own.sum[0] + own.sum[1]);
+        warpgroup_wait<0>();
+        settle(acc);
+        release_values(n + 1, checked);
+        pack_weights<T>(weights, s);
+        rescale(acc, own);
+        ++use;
+      };
+      for (--n; n >= rows.start; --n) {
+        if constexpr (Config::kPlain) {
+          if (masks_at<Config>(p, rows, n)) {
+            step(Known<true>{});
+          } else {
+            step(Known<false>{});
+          }
+        } else {
+          step(masks_at<Config>(p, rows, n));
+        }
+      }
+      if constexpr (kOwnOut) warp_arrive(block.queries_empty());
+      const bool checked = checked_at<Config>(p, rows, rows.start);
+      wait_values(rows.start, checked);
+      warpgroup_fence();
+      issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
+      warpgroup_commit();
+      warpgroup_wait<0>();
+      settle(acc);
+      release_values(rows.start, checked);
+      ++use;
+    }
+
+    const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
+    const i64 row0 = (static_cast<i64>(b) * p.heads + h) * p.query_length;
+    float factor[2];
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const RowEnd end = end_row(own.largest[half] * p.multiplier, quad_sum(own.sum[half]), sink);
+      const int i = row + 8 * half;
+      factor[half] = poisoned >> half & 1 ? not_a_number() : end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
+      if (i < p.query_length && (lane_index() & 3) == 0) store_row_end(end, params.lse, params.statistics, row0 + i);
+    }
+    if (rows.start < rows.end) {
+      store(rows, acc, factor);
+      if constexpr (!kOwnOut) warp_arrive(block.queries_empty());
+      ++round;
+    } else {
+      store.zeros(rows);
+    }
+  });
+}
+
+template <class Config>
+FASTATTN_DEVICE void hopper_attention_forward(const HopperForwardParams& params) {
+  const HopperBlock<Config> block;
+  const int warp = warp_index();
+  if (thread_index() == 0) {
+    prefetch_tensor_map(&params.query.map);
+    prefetch_tensor_map(&params.key.map);
+    prefetch_tensor_map(&params.value.map);
+    prefetch_tensor_map(&params.out.map);
+    block.init();
+  }
+  sync_block();
+  if (warp < 4) {
+    registers_decrease<Config::kProducerRegisters>();
+    if (warp == 0) {
+      if (elect_one()) load_tiles<Config>(params, block);
+    } else {
+      check_tiles<Config>(params, block, warp - 1);
+    }
+  } else {
+    registers_increase<Config::kRegisters>();
+    consume_tiles<Config>(params, block, warp / 4 - 1);
+  }
+}
+
+}  // namespace fastattn::cuda

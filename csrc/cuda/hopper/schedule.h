@@ -1,0 +1,65 @@
+// Which tiles of query rows a block computes, and what it knows of each: the same arithmetic in the producer, in the
+// checkers and in every consumer, so that nobody has to tell the others.
+//
+// A block per multiprocessor stays for the whole launch.  Round i gives tile i * blocks + block to each block, and odd
+// rounds run backwards: with the longest rows of a causal mask first, whoever got the longest tile of one round gets
+// the shortest of the next, and the sums differ by no more than one round's difference.
+#pragma once
+
+#include "../attention/scores.h"
+#include "params.h"
+
+namespace fastattn::cuda {
+
+struct QueryRows {
+  RowContext context;
+  int m0;
+  int start, end;  // tiles of keys
+};
+
+template <class Config>
+FASTATTN_DEVICE QueryRows query_rows(const HopperForwardParams& params, int t) {
+  const Schedule& order = params.schedule;
+  const int whole = order.section * order.tiles, first = t / whole * order.section, rest = t % whole;
+  const int pairs = smaller(order.section, order.pairs - first);
+  int tile = rest / pairs;
+  const int pair = first + rest % pairs;
+  if (order.longest_first) tile = order.tiles - 1 - tile;
+  QueryRows rows;
+  rows.m0 = tile * Config::kRows;
+  const int heads = params.attention.heads;
+  rows.context =
+      row_context(params.attention, pair / heads, pair % heads, rows.m0, rows.m0 + Config::kRows - 1);
+  const Range& keys = rows.context.keys;
+  rows.start = larger(keys.lo, 0) / Config::kKeys;
+  rows.end = keys.hi > 0 ? (keys.hi + Config::kKeys - 1) / Config::kKeys : 0;
+  return rows;
+}
+
+// Calls f(QueryRows) for the tiles of this block, in order.
+template <class Config, class F>
+FASTATTN_DEVICE void for_own_rows(const HopperForwardParams& params, F f) {
+  const int blocks = grid_size(), total = params.schedule.tiles * params.schedule.pairs;
+  int round = 0;
+  FASTATTN_NO_UNROLL
+  for (int from = 0; from < total; from += blocks, ++round) {
+    const int t = from + (round & 1 ? blocks - 1 - block_index() : block_index());
+    if (t < total) f(query_rows<Config>(params, t));
+  }
+}
+
+// Whether a tile of keys needs a look at single elements.
+template <class Config>
+FASTATTN_DEVICE bool masks_at(const Attention& p, const QueryRows& rows, int n) {
+  const int n0 = n * Config::kKeys, n1 = n0 + Config::kKeys;
+  if constexpr (Config::kPlain) return n0 < rows.context.keys.full_lo || n1 > rows.context.keys.full_hi;
+  return needs_masks(p, rows.context.keys, n0, n1);
+}
+
+// Whether its values are looked at before they are used (needs_care of scores.h).
+template <class Config>
+FASTATTN_DEVICE bool checked_at(const Attention& p, const QueryRows& rows, int n) {
+  return masks_at<Config>(p, rows, n) || (!Config::kPlain && p.bias.data);
+}
+
+}  // namespace fastattn::cuda

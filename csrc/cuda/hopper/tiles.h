@@ -1,0 +1,73 @@
+// Tiles of the sm_90a kernels and what they take: one pure table, read by the kernels at compile time, by the host when
+// it launches, and by `explain`.
+//
+// Shared memory and registers of a multiprocessor are spent by one block: 227 KB, and 64K registers that the warpgroups
+// share as they say (setmaxnreg).  A warpgroup of consumers owns 64 rows; a thread of it holds D / 2 accumulators of the
+// output, keys / 2 scores and keys / 4 registers of weights, which are the left operand of the second product.
+#pragma once
+
+namespace fastattn::cuda {
+
+inline constexpr int kHopperDims[] = {64, 96, 128, 192, 256};
+inline constexpr int kHopperSharedBytes = 232448;  // that a block may have
+inline constexpr int kHopperRegisters = 65536;     // of a multiprocessor
+inline constexpr int kCheckers = 3;                // warps of the producers' warpgroup that look for NaN among the values
+
+struct HopperForwardTiles {
+  int dim, groups, keys, stages;  // groups: warpgroups of consumers
+  bool alternate;                 // consumers take turns at the tensor cores, so that one's softmax meets another's products
+
+  constexpr int rows() const { return 64 * groups; }
+  constexpr int threads() const { return 128 * (groups + 1); }
+
+  // Registers of a thread.  All start with what the launch gives; producers give theirs up.
+  constexpr int launch_registers() const { return kHopperRegisters / threads() / 8 * 8; }
+  constexpr int producer_registers() const { return groups == 3 ? 32 : 24; }
+  constexpr int consumer_registers() const { return groups == 3 ? 160 : 240; }
+  constexpr int held_registers() const { return dim / 2 + keys / 2 + keys / 4; }  // accumulators, scores, weights
+
+  // Shared memory: queries; stages of keys; stages of values; output where there is room, else it takes the queries'
+  // place; for each stage which values are not finite; barriers.
+  constexpr int query_bytes() const { return 2 * rows() * dim; }
+  constexpr int key_bytes() const { return 2 * keys * dim; }
+  constexpr int keys_at() const { return query_bytes(); }
+  constexpr int values_at() const { return keys_at() + stages * key_bytes(); }
+  constexpr int after_values() const { return values_at() + stages * key_bytes(); }
+  constexpr int check_bytes() const { return 16 + (keys + 15) / 16 * 16; }  // a word per checker, a byte per key
+  constexpr int barriers() const { return 2 + 5 * stages; }
+  constexpr int small_bytes() const { return stages * check_bytes() + 8 * barriers(); }
+  constexpr bool own_out() const { return after_values() + query_bytes() + small_bytes() <= kHopperSharedBytes; }
+  constexpr int out_at() const { return own_out() ? after_values() : 0; }
+  constexpr int checks_at() const { return after_values() + (own_out() ? query_bytes() : 0); }
+  constexpr int barriers_at() const { return checks_at() + stages * check_bytes(); }
+  constexpr int shared_bytes() const { return barriers_at() + 8 * barriers(); }
+
+  constexpr bool fits() const {
+    return shared_bytes() <= kHopperSharedBytes && held_registers() <= consumer_registers() - 16 &&
+           128 * (producer_registers() + groups * consumer_registers()) <= kHopperRegisters;
+  }
+};
+
+// `plain`: no stage but intervals of keys (causal, windows, lengths, prefixes), a sink and dropout's absence.
+constexpr HopperForwardTiles hopper_forward_tiles(int dim, bool plain) {
+  switch (dim) {
+    case 64:
+      return plain ? HopperForwardTiles{64, 3, 128, 4, true} : HopperForwardTiles{64, 2, 128, 4, true};
+    case 96:
+      return {96, 2, 128, 2, true};
+    case 128:
+      return {128, 2, 128, 2, true};
+    case 192:
+      return {192, 2, plain ? 112 : 96, 2, false};
+    default:
+      return {256, 2, plain ? 80 : 64, 2, false};
+  }
+}
+
+static_assert(hopper_forward_tiles(64, true).fits() && hopper_forward_tiles(64, false).fits());
+static_assert(hopper_forward_tiles(96, true).fits() && hopper_forward_tiles(96, false).fits());
+static_assert(hopper_forward_tiles(128, true).fits() && hopper_forward_tiles(128, false).fits());
+static_assert(hopper_forward_tiles(192, true).fits() && hopper_forward_tiles(192, false).fits());
+static_assert(hopper_forward_tiles(256, true).fits() && hopper_forward_tiles(256, false).fits());
+
+}  // namespace fastattn::cuda
