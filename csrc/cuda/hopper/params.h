@@ -18,6 +18,7 @@ struct MappedOperand {
 struct Schedule {
   int tiles = 0;    // of a head
   int pairs = 0;    // of batch and head
+  int total = 0;    // tiles of all
   int section = 1;  // pairs whose keys and values stay in L2 together
   bool longest_first = false;
 };

@@ -41,30 +41,33 @@ FASTATTN_DEVICE void load_tiles(const HopperForwardParams& params, const HopperB
   });
 }
 
-// Zeroes this warp's rows of a tile of values that are not finite, and says which.  Eight lanes take a row.
+// Zeroes this warp's rows of a tile of values that are not finite, and says which.  A lane looks at the same 16 bytes
+// of each panel's row, whatever chunk the swizzle put there.
 template <class Config>
 FASTATTN_DEVICE void check_values(SharedAddress tile, SharedAddress checks, int checker) {
   using T = typename Config::T;
   using KeyTile = typename Config::KeyTile;
-  const int lane = lane_index(), part = lane & 7;
+  constexpr int kLanes = KeyTile::kRowBytes / 16, kRows = 32 / kLanes, kPanels = KeyTile::kDim / KeyTile::kPanelColumns;
+  const int lane = lane_index();
   bool found = false;
   FASTATTN_NO_UNROLL
-  for (int first = 4 * checker; first < Config::kKeys; first += 4 * kCheckers) {
-    const int row = first + lane / 8;
+  for (int row = kRows * checker; row < Config::kKeys; row += kRows * kCheckers) {
+    const SharedAddress own = tile + row * KeyTile::kRowBytes + lane * 16;
     bool bad = false;
     FASTATTN_NO_UNROLL
-    for (int c = part; c < KeyTile::kChunks; c += 8) {
-      const Vec4 chunk = load_shared<Vec4>(tile + KeyTile::chunk(row, c));
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const Vec4 chunk = load_shared<Vec4>(own + panel * KeyTile::kPanelBytes);
       FASTATTN_UNROLL
       for (int n = 0; n < 4; ++n) bad = bad || finite_or_zero<T>(chunk.x[n]) != chunk.x[n];
     }
-    const bool row_bad = (ballot(bad) >> (lane & ~7) & 0xFFu) != 0;
-    if (row_bad) {
-      for (int c = part; c < KeyTile::kChunks; c += 8)
-        store_shared(tile + KeyTile::chunk(row, c), Vec4{{0, 0, 0, 0}});
+    bad = (ballot(bad) >> (lane & ~(kLanes - 1)) & ((1u << kLanes) - 1)) != 0;  // any lane of the row
+    if (bad) {
+      FASTATTN_NO_UNROLL
+      for (int panel = 0; panel < kPanels; ++panel)
+        store_shared(own + panel * KeyTile::kPanelBytes, Vec4{{0, 0, 0, 0}});
     }
-    if (part == 0) store_shared<uint8_t>(checks + 16 + row, row_bad);
-    found = found || row_bad;
+    if (lane % kLanes == 0) store_shared<uint8_t>(checks + 16 + row + lane / kLanes, bad);
+    found = found || bad;
   }
   found = any_lane(found);
   if (lane == 0) store_shared<uint32_t>(checks + 4 * checker, found);

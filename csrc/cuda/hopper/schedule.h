@@ -39,13 +39,12 @@ FASTATTN_DEVICE QueryRows query_rows(const HopperForwardParams& params, int t) {
 // Calls f(QueryRows) for the tiles of this block, in order.
 template <class Config, class F>
 FASTATTN_DEVICE void for_own_rows(const HopperForwardParams& params, F f) {
-  const int blocks = grid_size(), total = params.schedule.tiles * params.schedule.pairs;
-  int round = 0;
+  const int blocks = grid_size();
+  // from a round that runs forwards to one that runs backwards, and then what is left of two rounds
+  int step = 2 * (blocks - block_index()) - 1;
   FASTATTN_NO_UNROLL
-  for (int from = 0; from < total; from += blocks, ++round) {
-    const int t = from + (round & 1 ? blocks - 1 - block_index() : block_index());
-    if (t < total) f(query_rows<Config>(params, t));
-  }
+  for (int t = block_index(); t < params.schedule.total; t += step, step = 2 * blocks - step)
+    f(query_rows<Config>(params, t));
 }
 
 // Whether a tile of keys needs a look at single elements.

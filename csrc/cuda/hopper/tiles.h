@@ -20,7 +20,8 @@ struct HopperForwardTiles {
   constexpr int rows() const { return 64 * groups; }
   constexpr int threads() const { return 128 * (groups + 1); }
 
-  // Registers of a thread.  All start with what the launch gives; producers give theirs up.
+  // Registers of a thread.  All start with what the launch gives, and that is all there is: consumers wait for ever for
+  // more than producers give up.
   constexpr int launch_registers() const { return kHopperRegisters / threads() / 8 * 8; }
   constexpr int producer_registers() const { return groups == 3 ? 32 : 24; }
   constexpr int consumer_registers() const { return groups == 3 ? 160 : 240; }
@@ -44,7 +45,7 @@ struct HopperForwardTiles {
 
   constexpr bool fits() const {
     return shared_bytes() <= kHopperSharedBytes && held_registers() <= consumer_registers() - 16 &&
-           128 * (producer_registers() + groups * consumer_registers()) <= kHopperRegisters;
+           producer_registers() + groups * consumer_registers() <= (groups + 1) * launch_registers();
   }
 };
 
