@@ -36,7 +36,9 @@ def sources() -> list[Path]:
     """Host sources and kernel instances.  Instances first: they take longest."""
     instances = [*CUDA.glob("instances/*.cu"), CUDA / "instruction_tests" / "instances.cu"]
     host = [
-        path for folder in ("features", "attention", "rows", "sim", "native") for path in (CUDA / folder).glob("*.cpp")
+        path
+        for folder in ("features", "attention", "hopper", "rows", "sim", "native")
+        for path in (CUDA / folder).glob("*.cpp")
     ]
     return [*sorted(instances), *sorted(host)]
 

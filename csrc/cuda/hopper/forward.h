@@ -212,6 +212,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
 
 template <class Config>
 FASTATTN_DEVICE void hopper_attention_forward(const HopperForwardParams& params) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const HopperBlock<Config> block;
   const int warp = warp_index();
   if (thread_index() == 0) {
@@ -233,6 +234,7 @@ FASTATTN_DEVICE void hopper_attention_forward(const HopperForwardParams& params)
     registers_increase<Config::kRegisters>();
     consume_tiles<Config>(params, block, warp / 4 - 1);
   }
+#endif
 }
 
 }  // namespace fastattn::cuda

@@ -1,8 +1,7 @@
 // What the sm_90a kernels are given.
 #pragma once
 
-#include "../arch/arch.h"
-#include "../arch/hopper.h"
+#include "../arch/tensor_map.h"
 #include "../attention/params.h"
 
 namespace fastattn::cuda {
