@@ -5,6 +5,7 @@
 #include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
+#include <bit>
 #include <stdexcept>
 #include <string>
 
@@ -51,15 +52,14 @@ CUtensorMapSwizzle swizzle_of(Swizzle swizzle) {
 }  // namespace
 
 TensorMap encode_tensor_map(const TensorLayout& layout) {
-  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
-  static_assert(sizeof(uint64_t) == sizeof(cuuint64_t) && sizeof(uint32_t) == sizeof(cuuint32_t));
-  TensorMap map;
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && sizeof(uint32_t) == sizeof(cuuint32_t));
+  CUtensorMap map;  // as the toolkit aligns it
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   cuuint64_t size[5], strides[4];
   for (int axis = 0; axis < 5; ++axis) size[axis] = layout.size[axis];
   for (int axis = 0; axis < 4; ++axis) strides[axis] = layout.stride_bytes[axis];
   const CUresult status =
-      encoder()(reinterpret_cast<CUtensorMap*>(&map), type_of(layout.element), static_cast<cuuint32_t>(layout.rank),
+      encoder()(&map, type_of(layout.element), static_cast<cuuint32_t>(layout.rank),
                 const_cast<void*>(layout.data), size, strides, layout.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 swizzle_of(layout.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
@@ -68,7 +68,7 @@ TensorMap encode_tensor_map(const TensorLayout& layout) {
     throw std::invalid_argument("fastattn: cuTensorMapEncodeTiled returned " + std::to_string(status) +
                                 " for a tensor of sizes (innermost first) " + sizes);
   }
-  return map;
+  return std::bit_cast<TensorMap>(map);
 }
 
 }  // namespace fastattn::cuda

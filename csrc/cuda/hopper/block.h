@@ -39,27 +39,27 @@ struct HopperBlock {
   FASTATTN_DEVICE SharedAddress queries() const { return base; }
   FASTATTN_DEVICE SharedAddress out() const { return base + Config::kOutAt; }
   FASTATTN_DEVICE SharedAddress keys(int use) const {
-    return base + Config::kKeysAt + use % kStages * KeyTile::kBytes;
+    return base + Config::kKeysAt + stage(use) * KeyTile::kBytes;
   }
   FASTATTN_DEVICE SharedAddress values(int use) const {
-    return base + Config::kValuesAt + use % kStages * KeyTile::kBytes;
+    return base + Config::kValuesAt + stage(use) * KeyTile::kBytes;
   }
   // four words: whether a checker found something, the last unused; then a byte per key
   FASTATTN_DEVICE SharedAddress checks(int use) const {
-    return base + Config::kChecksAt + use % kStages * Config::kCheckBytes;
+    return base + Config::kChecksAt + stage(use) * Config::kCheckBytes;
   }
 
   FASTATTN_DEVICE SharedAddress queries_full() const { return barrier(0); }
   FASTATTN_DEVICE SharedAddress queries_empty() const { return barrier(1); }
-  FASTATTN_DEVICE SharedAddress keys_full(int use) const { return barrier(2 + use % kStages); }
-  FASTATTN_DEVICE SharedAddress keys_empty(int use) const { return barrier(2 + kStages + use % kStages); }
-  FASTATTN_DEVICE SharedAddress values_full(int use) const { return barrier(2 + 2 * kStages + use % kStages); }
-  FASTATTN_DEVICE SharedAddress values_empty(int use) const { return barrier(2 + 3 * kStages + use % kStages); }
-  FASTATTN_DEVICE SharedAddress values_checked(int use) const { return barrier(2 + 4 * kStages + use % kStages); }
+  FASTATTN_DEVICE SharedAddress keys_full(int use) const { return barrier(2 + stage(use)); }
+  FASTATTN_DEVICE SharedAddress keys_empty(int use) const { return barrier(2 + kStages + stage(use)); }
+  FASTATTN_DEVICE SharedAddress values_full(int use) const { return barrier(2 + 2 * kStages + stage(use)); }
+  FASTATTN_DEVICE SharedAddress values_empty(int use) const { return barrier(2 + 3 * kStages + stage(use)); }
+  FASTATTN_DEVICE SharedAddress values_checked(int use) const { return barrier(2 + 4 * kStages + stage(use)); }
 
   // The parity of a use's own phase, and of the phase before it: a barrier no phase of which is complete yet passes
   // for the latter.
-  static FASTATTN_DEVICE uint32_t phase(int use) { return use / kStages & 1; }
+  static FASTATTN_DEVICE uint32_t phase(int use) { return static_cast<uint32_t>(use) / kStages & 1; }
   static FASTATTN_DEVICE uint32_t phase_before(int use) { return phase(use) ^ 1; }
 
   // By one thread, before the block meets.
@@ -79,6 +79,7 @@ struct HopperBlock {
   }
 
  private:
+  static FASTATTN_DEVICE uint32_t stage(int use) { return static_cast<uint32_t>(use) % kStages; }
   FASTATTN_DEVICE SharedAddress barrier(int n) const { return base + Config::kBarriersAt + 8 * n; }
 };
 

@@ -107,7 +107,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
 
     if (rows.start < rows.end) {
       uint32_t weights[kKeys / 16][4];
-      const auto wait_values = [&](int n, bool checked) {
+      const auto wait_values = [&](bool checked) {
         mbarrier_wait(checked ? block.values_checked(use) : block.values_full(use), Block::phase(use));
       };
       // after the product with the values of tile n
@@ -146,7 +146,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_fence();
         issue_rows_product<T, QueryTile, KeyTile>(s, own_queries, block.keys(use + 1));
         warpgroup_commit();
-        wait_values(n + 1, checked);
+        wait_values(checked);
         warpgroup_fence();
         issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
         warpgroup_commit();
@@ -180,7 +180,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       }
       if constexpr (kOwnOut) warp_arrive(block.queries_empty());
       const bool checked = checked_at<Config>(p, rows, rows.start);
-      wait_values(rows.start, checked);
+      wait_values(checked);
       warpgroup_fence();
       issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
       warpgroup_commit();
