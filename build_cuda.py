@@ -56,6 +56,12 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
 
 
+def nvcc_version(nvcc: str) -> str:
+    """Its release, such as "nvcc 13.0": what the figures of a compiled kernel depend on."""
+    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    return "nvcc " + re.search(r"release ([0-9.]+)", said)[1]
+
+
 def toolkit(nvcc: str) -> Path:
     """The toolkit's folder, as nvcc itself knows it: what is on PATH may be a link or a script."""
     said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr

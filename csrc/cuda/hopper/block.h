@@ -25,7 +25,7 @@ struct HopperForwardConfig {
   static constexpr int kProducerRegisters = kTiles.producer_registers(), kRegisters = kTiles.consumer_registers();
   static constexpr int kKeysAt = kTiles.keys_at(), kValuesAt = kTiles.values_at(), kOutAt = kTiles.out_at();
   static constexpr int kChecksAt = kTiles.checks_at(), kCheckBytes = kTiles.check_bytes();
-  static constexpr int kBarriersAt = kTiles.barriers_at();
+  static constexpr int kContextsAt = kTiles.contexts_at(), kBarriersAt = kTiles.barriers_at();
   using QueryTile = Tile<kRows, kDim>;
   using KeyTile = Tile<kKeys, kDim>;
 };
@@ -47,6 +47,10 @@ struct HopperBlock {
   // four words: whether a checker found something, the last unused; then a byte per key
   FASTATTN_DEVICE SharedAddress checks(int use) const {
     return base + Config::kChecksAt + stage(use) * Config::kCheckBytes;
+  }
+
+  FASTATTN_DEVICE SharedAddress context(int consumer_warp) const {
+    return base + Config::kContextsAt + kContextBytes * consumer_warp;
   }
 
   FASTATTN_DEVICE SharedAddress queries_full() const { return barrier(0); }

@@ -22,19 +22,19 @@ struct RowStore {
   const HopperBlock<Config>& block;
   int group;
 
-  FASTATTN_DEVICE bool issues() const { return thread_index() % kGroupThreads == 0; }
+  FASTATTN_DEVICE bool issues() const { return (thread_index_again() & (kGroupThreads - 1)) == 0; }
   FASTATTN_DEVICE void meet() const { named_barrier_sync(kGroupBarrier + group, kGroupThreads); }
 
   // Rows of this warp through shared memory, in one copy for each panel.
-  FASTATTN_DEVICE void operator()(const QueryRows& rows, const float (&acc)[Config::kDim / 2],
+  FASTATTN_DEVICE void operator()(int m0, int b, int h, const float (&acc)[Config::kDim / 2],
                                   const float (&factor)[2]) const {
     if constexpr (Config::kOwnOut) {
       if (issues()) bulk_wait_read<0>();  // the copy before has left
     }
     meet();  // and, in the queries' place, this group has read them
-    const int lane = lane_index(), first = 64 * group;
+    const int thread = thread_index_again(), first = 64 * group;
     const SharedAddress own =
-        block.out() + QueryTile::lane_part(first + 16 * (warp_index() & 3) + (lane & 15), lane >> 4);
+        block.out() + QueryTile::lane_part(first + (thread >> 1 & 48) + (thread & 15), thread >> 4 & 1);
     FASTATTN_UNROLL
     for (int j = 0; j < Config::kDim / 16; ++j) {
       uint32_t r[4];
@@ -51,7 +51,7 @@ struct RowStore {
         const int column = panel * QueryTile::kPanelColumns;
         if (column < params.attention.value_dim)
           tensor_store_4d(&params.out.map, block.out() + panel * QueryTile::kPanelBytes + first * QueryTile::kRowBytes,
-                          column, rows.m0 + first, rows.context.head, rows.context.batch);
+                          column, m0 + first, h, b);
       }
       bulk_commit();
     }
@@ -62,11 +62,10 @@ struct RowStore {
   }
 
   // Zeros for rows none of which sees a key.
-  FASTATTN_DEVICE void zeros(const QueryRows& rows) const {
+  FASTATTN_DEVICE void zeros(int m0, int b, int h) const {
     const Attention& p = params.attention;
-    uint16_t* out = static_cast<uint16_t*>(params.rows_out.data) + rows.context.batch * params.rows_out.batch +
-                    rows.context.head * params.rows_out.head;
-    const int chunks = p.value_dim / 8, first = rows.m0 + 64 * group;
+    uint16_t* out = static_cast<uint16_t*>(params.rows_out.data) + b * params.rows_out.batch + h * params.rows_out.head;
+    const int chunks = p.value_dim / 8, first = m0 + 64 * group;
     FASTATTN_NO_UNROLL
     for (int n = thread_index() % kGroupThreads; n < 64 * chunks; n += kGroupThreads) {
       const int i = first + n / chunks;
@@ -97,8 +96,19 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
   if (kAlternate && group == 0) named_barrier_arrive(kTurnBarrier, 2 * kGroupThreads);
 
   for_own_rows<Config>(params, [&](const QueryRows& rows) {
-    const int row = rows.m0 + 64 * group + 16 * (warp_index() & 3) + lane_index() / 4;
-    const int b = rows.context.batch, h = rows.context.head;
+    const int thread = thread_index_again();
+    const int row = rows.m0 + 64 * group + (thread >> 1 & 48) + (thread >> 2 & 7);  // 16 to a warp
+    // needed for a moment in each tile, and too much to keep where a tile has every stage
+    const SharedAddress context_at = block.context((thread >> 5) - 4);
+    if constexpr (!Config::kPlain) {
+      sync_warp();  // after the reads of the tile before
+      if ((thread & 31) == 0) store_context(context_at, rows.context);
+      sync_warp();
+    }
+    const auto context = [&] {
+      if constexpr (Config::kPlain) return rows.context;
+      return load_context(context_at);
+    };
     OwnRows own{{-infinity(), -infinity()}, {0.0f, 0.0f}, {1.0f, 1.0f}};
     uint32_t poisoned = 0;
     float acc[Config::kDim / 2];
@@ -115,7 +125,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         if (checked) {
           const Vec4 found = load_shared<Vec4>(block.checks(use));
           if (found.x[0] | found.x[1] | found.x[2])
-            poisoned |= rows_that_see<Config>(block.checks(use), p, rows, row, n * kKeys);
+            poisoned |= rows_that_see<Config>(block.checks(use), p, context(), row, n * kKeys);
         }
         warp_arrive(block.values_empty(use));
       };
@@ -131,10 +141,10 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_wait<0>();
         settle(s);
         warp_arrive(block.keys_empty(use));
-        finish_tile<Config>(s, p, rows, row, n * kKeys, masks_at<Config>(p, rows, n));
+        finish_tile<Config>(s, p, context(), row, n * kKeys, masks_at<Config>(p, rows, n));
         weigh(s, own, p.multiplier);
         if constexpr (!Config::kPlain) {
-          if (p.dropout_seed) drop(s, p, rows, row, n * kKeys);
+          if (p.dropout_seed) drop(s, p, context(), row, n * kKeys);
         }
         pack_weights<T>(weights, s);
       }
@@ -154,10 +164,10 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_wait<1>();
         settle(s);
         warp_arrive(block.keys_empty(use + 1));
-        finish_tile<Config>(s, p, rows, row, n * kKeys, masked);
+        finish_tile<Config>(s, p, context(), row, n * kKeys, masked);
         weigh(s, own, p.multiplier);
         if constexpr (!Config::kPlain) {
-          if (p.dropout_seed) drop(s, p, rows, row, n * kKeys);
+          if (p.dropout_seed) drop(s, p, context(), row, n * kKeys);
         }
         if constexpr (Config::kPin) finish_before(own.sum[0] + own.sum[1]);
         warpgroup_wait<0>();
@@ -190,6 +200,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       ++use;
     }
 
+    const int b = context().batch, h = context().head;
     const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
     const i64 row0 = (static_cast<i64>(b) * p.heads + h) * p.query_length;
     float factor[2];
@@ -201,11 +212,11 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       if (i < p.query_length && (lane_index() & 3) == 0) store_row_end(end, params.lse, params.statistics, row0 + i);
     }
     if (rows.start < rows.end) {
-      store(rows, acc, factor);
+      store(rows.m0, b, h, acc, factor);
       if constexpr (!kOwnOut) warp_arrive(block.queries_empty());
       ++round;
     } else {
-      store.zeros(rows);
+      store.zeros(rows.m0, b, h);
     }
   });
 }
@@ -228,11 +239,11 @@ FASTATTN_DEVICE void hopper_attention_forward(const HopperForwardParams& params)
     if (warp == 0) {
       if (elect_one()) load_tiles<Config>(params, block);
     } else {
-      check_tiles<Config>(params, block, warp - 1);
+      check_tiles<Config>(params, block, warp_index() - 1);
     }
   } else {
     registers_increase<Config::kRegisters>();
-    consume_tiles<Config>(params, block, warp / 4 - 1);
+    consume_tiles<Config>(params, block, warp_index() / 4 - 1);
   }
 #endif
 }

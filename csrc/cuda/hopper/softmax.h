@@ -41,9 +41,8 @@ FASTATTN_DEVICE void apply_intervals(float (&s)[N], const Attention& p, const In
 
 // From raw products to scores, -inf where masked.
 template <class Config, int N>
-FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const QueryRows& rows, int row, int n0,
+FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const RowContext& context, int row, int n0,
                                  bool masked) {
-  const RowContext& context = rows.context;
   const int column = n0 + 2 * (lane_index() & 3);
   if constexpr (!Config::kPlain) {
     const Side side = side_of(p, context.first, context.last, n0, n0 + Config::kKeys);
@@ -84,10 +83,10 @@ FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, float multiplier) {
 }
 
 template <int N>
-FASTATTN_DEVICE void drop(float (&s)[N], const Attention& p, const QueryRows& rows, int row, int n0) {
+FASTATTN_DEVICE void drop(float (&s)[N], const Attention& p, const RowContext& context, int row, int n0) {
   in_parts(s, [&](auto& part, int first) {
     uint32_t bits[1];
-    const Place<> at{row, n0 + 2 * (lane_index() & 3) + first, rows.context.batch, rows.context.head};
+    const Place<> at{row, n0 + 2 * (lane_index() & 3) + first, context.batch, context.head};
     keep_bits<1, sizeof(part) / sizeof(part[0][0])>(bits, p, at);
     each(part, [&](float& x, int, int n, int r) { x = has(bits[0], n, r) ? x : 0.0f; });
   });
@@ -107,9 +106,8 @@ FASTATTN_DEVICE void rescale(float (&acc)[N], const OwnRows& own) {
 
 // Which of this lane's rows see a value that is not finite, among the checked ones of a tile (bit `half`).  Rare.
 template <class Config>
-FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p, const QueryRows& rows, int row,
-                                       int n0) {
-  const RowContext& context = rows.context;
+FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p, const RowContext& context,
+                                       int row, int n0) {
   const int b = context.batch, h = context.head;
   uint32_t sees = 0;
   FASTATTN_NO_UNROLL

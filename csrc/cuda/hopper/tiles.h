@@ -28,7 +28,7 @@ struct HopperForwardTiles {
   constexpr int held_registers() const { return dim / 2 + keys / 2 + keys / 4; }  // accumulators, scores, weights
 
   // Shared memory: queries; stages of keys; stages of values; output where there is room, else it takes the queries'
-  // place; for each stage which values are not finite; barriers.
+  // place; for each stage which values are not finite; a copy of the tile's context for each warp of consumers; barriers.
   constexpr int query_bytes() const { return 2 * rows() * dim; }
   constexpr int key_bytes() const { return 2 * keys * dim; }
   constexpr int keys_at() const { return query_bytes(); }
@@ -36,11 +36,13 @@ struct HopperForwardTiles {
   constexpr int after_values() const { return values_at() + stages * key_bytes(); }
   constexpr int check_bytes() const { return 16 + (keys + 15) / 16 * 16; }  // a word per checker, a byte per key
   constexpr int barriers() const { return 2 + 5 * stages; }
-  constexpr int small_bytes() const { return stages * check_bytes() + 8 * barriers(); }
+  constexpr int context_bytes() const { return 4 * groups * 48; }
+  constexpr int small_bytes() const { return stages * check_bytes() + context_bytes() + 8 * barriers(); }
   constexpr bool own_out() const { return after_values() + query_bytes() + small_bytes() <= kHopperSharedBytes; }
   constexpr int out_at() const { return own_out() ? after_values() : 0; }
   constexpr int checks_at() const { return after_values() + (own_out() ? query_bytes() : 0); }
-  constexpr int barriers_at() const { return checks_at() + stages * check_bytes(); }
+  constexpr int contexts_at() const { return checks_at() + stages * check_bytes(); }
+  constexpr int barriers_at() const { return contexts_at() + context_bytes(); }
   constexpr int shared_bytes() const { return barriers_at() + 8 * barriers(); }
 
   constexpr bool fits() const {
