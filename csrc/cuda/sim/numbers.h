@@ -5,6 +5,13 @@
 
 #include "instructions.h"
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// One binary for all machines; products of two 16-bit numbers are exact, so a fused multiply-add changes nothing.
+#define FASTATTN_CLONES __attribute__((target_clones("avx2,fma", "default")))
+#else
+#define FASTATTN_CLONES
+#endif
+
 namespace fastattn::cuda::sim {
 
 inline float half_to_float(uint16_t value) {

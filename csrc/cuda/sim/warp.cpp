@@ -48,6 +48,19 @@ uint32_t ballot(bool predicate, Where where) {
   return mine.result;
 }
 
+bool elect_one(Where where) {
+  int nothing = 0;
+  block.meet(Operation::kElect, 0, where, nothing, [](void**) {});
+  return current_position.thread % kLanes == 0;
+}
+
+// Each thread by itself: what it wrote, and what others wrote that it knows of, is there for copies and products.
+void fence_async_shared(Where) {
+  if (!block.find_races()) return;
+  block.races().fence(block.time(current_position.thread));
+  block.advance_warp();
+}
+
 void sync_warp(Where where) { block.sync_warp(where); }
 
 int sync_block(bool predicate, Where where) {
