@@ -117,8 +117,11 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
 
     if (rows.start < rows.end) {
       uint32_t weights[kKeys / 16][4];
+      // Checkers arrive for every tile, early where they do not look: their phase is waited for too, or they could fall
+      // behind by the length of the ring, where its parity is the same again.
       const auto wait_values = [&](bool checked) {
-        mbarrier_wait(checked ? block.values_checked(use) : block.values_full(use), Block::phase(use));
+        if (!checked) mbarrier_wait(block.values_full(use), Block::phase(use));
+        mbarrier_wait(block.values_checked(use), Block::phase(use));
       };
       // after the product with the values of tile n
       const auto release_values = [&](int n, bool checked) {
@@ -219,6 +222,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       store.zeros(rows.m0, b, h);
     }
   });
+  if (kOwnOut && store.issues()) bulk_wait_read<0>();  // shared memory is there until the last copy has read it
 }
 
 template <class Config>

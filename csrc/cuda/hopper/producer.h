@@ -80,12 +80,12 @@ FASTATTN_DEVICE void check_tiles(const HopperForwardParams& params, const Hopper
   int use = 0;
   for_own_rows<Config>(params, [&](const QueryRows& rows) {
     for (int n = rows.end - 1; n >= rows.start; --n, ++use) {
+      // A phase for every use, and no further ahead than the ring is long: a wait for a phase passes as well while the
+      // one before it is not complete.
+      mbarrier_wait(block.values_empty(use), Block::phase_before(use));
       if (checked_at<Config>(params.attention, rows, n)) {
         mbarrier_wait(block.values_full(use), Block::phase(use));
         check_values<Config>(block.values(use), block.checks(use), checker);
-      } else {
-        // a phase for every use, and no further ahead than the ring is long
-        mbarrier_wait(block.values_empty(use), Block::phase_before(use));
       }
       warp_arrive(block.values_checked(use));
     }

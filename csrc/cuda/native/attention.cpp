@@ -1,5 +1,6 @@
 // Attention in the simulator.
 #include "../attention/launch.h"
+#include "../sim/simulator.h"
 
 #include "device.h"
 #include "module.h"
@@ -58,6 +59,7 @@ py::dict plan(py::object problem) {
 
 void set_device(int shared_memory_per_block, int multiprocessors, int capability) {
   simulated().capability = capability;
+  sim::options().shared_limit = shared_memory_per_block;
   simulated().shared_memory_per_block = shared_memory_per_block;
   simulated().multiprocessors = multiprocessors;
 }
