@@ -96,19 +96,22 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
   if (kAlternate && group == 0) named_barrier_arrive(kTurnBarrier, 2 * kGroupThreads);
 
   for_own_rows<Config>(params, [&](const QueryRows& rows) {
-    const int thread = thread_index_again();
-    const int row = rows.m0 + 64 * group + (thread >> 1 & 48) + (thread >> 2 & 7);  // 16 to a warp
-    // needed for a moment in each tile, and too much to keep where a tile has every stage
-    const SharedAddress context_at = block.context((thread >> 5) - 4);
-    if constexpr (!Config::kPlain) {
-      sync_warp();  // after the reads of the tile before
-      if ((thread & 31) == 0) store_context(context_at, rows.context);
-      sync_warp();
-    }
+    // Needed for a moment in each tile, and too much to keep where a tile has every stage: the first row of this lane,
+    // and what the tile of rows knows of itself.
+    const auto row = [&] {
+      const int thread = thread_index_again();
+      return rows.m0 + 64 * group + (thread >> 1 & 48) + (thread >> 2 & 7);  // 16 to a warp
+    };
+    const auto context_at = [&] { return block.context((thread_index_again() >> 5) - 4); };
     const auto context = [&] {
       if constexpr (Config::kPlain) return rows.context;
-      return load_context(context_at);
+      return load_context(context_at());
     };
+    if constexpr (!Config::kPlain) {
+      sync_warp();  // after the reads of the tile before
+      if (lane_index() == 0) store_context(context_at(), rows.context);
+      sync_warp();
+    }
     OwnRows own{{-infinity(), -infinity()}, {0.0f, 0.0f}, {1.0f, 1.0f}};
     uint32_t poisoned = 0;
     float acc[Config::kDim / 2];
@@ -128,7 +131,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         if (checked) {
           const Vec4 found = load_shared<Vec4>(block.checks(use));
           if (found.x[0] | found.x[1] | found.x[2])
-            poisoned |= rows_that_see<Config>(block.checks(use), p, context(), row, n * kKeys);
+            poisoned |= rows_that_see<Config>(block.checks(use), p, context(), row(), n * kKeys);
         }
         warp_arrive(block.values_empty(use));
       };
@@ -144,16 +147,16 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_wait<0>();
         settle(s);
         warp_arrive(block.keys_empty(use));
-        finish_tile<Config>(s, p, context(), row, n * kKeys, masks_at<Config>(p, rows, n));
+        finish_tile<Config>(s, p, context(), row(), n * kKeys, masks_at<Config>(p, rows.context, n));
         weigh(s, own, p.multiplier);
         if constexpr (!Config::kPlain) {
-          if (p.dropout_seed) drop(s, p, context(), row, n * kKeys);
+          if (p.dropout_seed) drop(s, p, context(), row(), n * kKeys);
         }
         pack_weights<T>(weights, s);
       }
       const auto step = [&](auto masked) {
         float s[kKeys / 2];
-        const bool checked = checked_at<Config>(p, rows, n + 1);
+        const bool checked = checked_at<Config>(p, rows.context, n + 1);
         mbarrier_wait(block.keys_full(use + 1), Block::phase(use + 1));
         if (kAlternate) named_barrier_sync(kTurnBarrier + group, 2 * kGroupThreads);
         warpgroup_fence();
@@ -167,10 +170,10 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_wait<1>();
         settle(s);
         warp_arrive(block.keys_empty(use + 1));
-        finish_tile<Config>(s, p, context(), row, n * kKeys, masked);
+        finish_tile<Config>(s, p, context(), row(), n * kKeys, masked);
         weigh(s, own, p.multiplier);
         if constexpr (!Config::kPlain) {
-          if (p.dropout_seed) drop(s, p, context(), row, n * kKeys);
+          if (p.dropout_seed) drop(s, p, context(), row(), n * kKeys);
         }
         if constexpr (Config::kPin) finish_before(own.sum[0] + own.sum[1]);
         warpgroup_wait<0>();
@@ -182,17 +185,17 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       };
       for (--n; n >= rows.start; --n) {
         if constexpr (Config::kPlain) {
-          if (masks_at<Config>(p, rows, n)) {
+          if (masks_at<Config>(p, rows.context, n)) {
             step(Known<true>{});
           } else {
             step(Known<false>{});
           }
         } else {
-          step(masks_at<Config>(p, rows, n));
+          step(masks_at<Config>(p, rows.context, n));
         }
       }
       if constexpr (kOwnOut) warp_arrive(block.queries_empty());
-      const bool checked = checked_at<Config>(p, rows, rows.start);
+      const bool checked = checked_at<Config>(p, rows.context, rows.start);
       wait_values(checked);
       warpgroup_fence();
       issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
@@ -210,7 +213,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
     FASTATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
       const RowEnd end = end_row(own.largest[half] * p.multiplier, quad_sum(own.sum[half]), sink);
-      const int i = row + 8 * half;
+      const int i = row() + 8 * half;
       factor[half] = poisoned >> half & 1 ? not_a_number() : end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
       if (i < p.query_length && (lane_index() & 3) == 0) store_row_end(end, params.lse, params.statistics, row0 + i);
     }

@@ -83,7 +83,7 @@ FASTATTN_DEVICE void check_tiles(const HopperForwardParams& params, const Hopper
       // A phase for every use, and no further ahead than the ring is long: a wait for a phase passes as well while the
       // one before it is not complete.
       mbarrier_wait(block.values_empty(use), Block::phase_before(use));
-      if (checked_at<Config>(params.attention, rows, n)) {
+      if (checked_at<Config>(params.attention, rows.context, n)) {
         mbarrier_wait(block.values_full(use), Block::phase(use));
         check_values<Config>(block.values(use), block.checks(use), checker);
       }

@@ -49,16 +49,16 @@ FASTATTN_DEVICE void for_own_rows(const HopperForwardParams& params, F f) {
 
 // Whether a tile of keys needs a look at single elements.
 template <class Config>
-FASTATTN_DEVICE bool masks_at(const Attention& p, const QueryRows& rows, int n) {
+FASTATTN_DEVICE bool masks_at(const Attention& p, const RowContext& context, int n) {
   const int n0 = n * Config::kKeys, n1 = n0 + Config::kKeys;
-  if constexpr (Config::kPlain) return n0 < rows.context.keys.full_lo || n1 > rows.context.keys.full_hi;
-  return needs_masks(p, rows.context.keys, n0, n1);
+  if constexpr (Config::kPlain) return n0 < context.keys.full_lo || n1 > context.keys.full_hi;
+  return needs_masks(p, context.keys, n0, n1);
 }
 
 // Whether its values are looked at before they are used (needs_care of scores.h).
 template <class Config>
-FASTATTN_DEVICE bool checked_at(const Attention& p, const QueryRows& rows, int n) {
-  return masks_at<Config>(p, rows, n) || (!Config::kPlain && p.bias.data);
+FASTATTN_DEVICE bool checked_at(const Attention& p, const RowContext& context, int n) {
+  return masks_at<Config>(p, context, n) || (!Config::kPlain && p.bias.data);
 }
 
 }  // namespace fastattn::cuda
