@@ -100,7 +100,8 @@ def host_sources() -> list[Path]:
     """Plain C++: what picks tiles and launches, and the operators."""
     cuda = ROOT / "csrc" / "cuda"
     folders = ("features", "rows", "attention", "hopper")
-    return [cuda / "ops.cpp", cuda / "tensor_map.cpp", *(path for folder in folders for path in sorted(cuda.glob(f"{folder}/*.cpp")))]
+    found = (path for folder in folders for path in sorted(cuda.glob(f"{folder}/*.cpp")))
+    return [cuda / "ops.cpp", cuda / "tensor_map.cpp", *found]
 
 
 def build(
