@@ -40,6 +40,7 @@ class Forward(Call):
     """A call without its gradients, which other kernels give."""
 
     def fused(self, backend: str | None, device: str = "cpu") -> Result:
+        torch.manual_seed(self.seed)  # of dropout
         with torch.no_grad():
             out, lse = self.attend(self.leaves, backend)
         return Result(out, lse, {})
