@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "numbers.h"
 #include "sites.h"
 
 namespace fastattn::cuda::sim {
@@ -116,6 +117,7 @@ Thread* Block::next_to_run() {
   try {
     for (;;) {
       if (Thread* next = next_ready()) return next;
+      if (all_exited()) return nullptr;
       if (!transfers_.arrive() && !mbarriers_.give_up_waits()) return nullptr;
     }
   } catch (...) {  // not thrown here: this may be anyone's stack
@@ -189,10 +191,21 @@ void Block::run(const char* kernel, int threads, const Launch& launch, const int
   // Back here: everything has ended, something threw, or nobody can go on.
   for (Warp& warp : warps_) warp.requests.flush(traffics_);
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-  const bool ended = std::all_of(warps_.begin(), warps_.end(), [](const Warp& w) { return w.exited == kAllLanes; });
-  if (!ended) deadlock();
+  for (size_t w = 0; w < warps_.size(); ++w) {
+    const Warp& first = warps_[w / kWarpsOfGroup * kWarpsOfGroup];
+    if (warps_[w].registers != first.registers && warps_[w].exited == kAllLanes && first.exited == kAllLanes) {
+      fail_block("warps of one warpgroup have different numbers of registers: warp " + std::to_string(w) + " " +
+                 std::to_string(warps_[w].registers) + ", warp " + std::to_string(w / kWarpsOfGroup * kWarpsOfGroup) +
+                 " " + std::to_string(first.registers));
+    }
+  }
+  if (!all_exited()) deadlock();
   transfers_.end_block();
   mbarriers_.check_end();
+}
+
+bool Block::all_exited() const {
+  return std::all_of(warps_.begin(), warps_.end(), [](const Warp& warp) { return warp.exited == kAllLanes; });
 }
 
 void Block::exit_thread() {
@@ -414,6 +427,16 @@ std::string Block::block_text(uint32_t linear) const {
 void Block::fail(int thread, Where where, const std::string& message) {
   throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", " + block_text(linear_index()) + ", " +
                            name(thread) + ", " + Sites::text(where) + ": " + message);
+}
+
+void Block::check_arrived(const void* numbers, int bytes, const char* what, Where where) {
+  for (int at = 0; at + 4 <= bytes; at += 4) {
+    uint32_t bits;
+    std::memcpy(&bits, static_cast<const char*>(numbers) + at, 4);
+    if (is_in_flight(bits)) [[unlikely]] {
+      fail(where, std::string(what) + " of a number that depends on an accumulator whose product was not waited for");
+    }
+  }
 }
 
 void Block::fail_block(const std::string& message) {
