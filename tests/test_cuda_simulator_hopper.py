@@ -242,6 +242,13 @@ def test_ring(run: Run, count: int) -> None:
 
 
 @in_simulator
+def test_tensor_loads_feed_products_in_any_order(options: Callable[..., dict[str, Any]]) -> None:
+    for seed in range(10):
+        options(seed=seed)
+        test_tensor_loads_feed_products(_simulate, "bf16", seed % 2)
+
+
+@in_simulator
 def test_ring_in_any_order(options: Callable[..., dict[str, Any]]) -> None:
     numbers = torch.randint(-99, 99, (9, 32)).float()
     for seed in range(20):
@@ -449,6 +456,19 @@ def test_planted_bug_is_found(name: str) -> None:
     out = torch.zeros(2, 32, dtype=torch.int32)
     _simulate("elections", {"out0": out})
     assert out.sum(1).tolist() == [1, 1]
+
+
+@in_simulator
+@pytest.mark.parametrize("seed", [1, 2])
+def test_planted_bugs_are_found_in_any_order(seed: int, options: Callable[..., dict[str, Any]]) -> None:
+    options(seed=seed)
+    numbers = torch.randn(64, 64).half()
+    maps = (("in0", Map(numbers, (64, 64), 128)),)
+    for name in PLANTED:
+        if name == "load_still_under_way":  # it may have come by then
+            continue
+        with pytest.raises(RuntimeError, match=f"simulated kernel test_{name}, block"):
+            _simulate(name, {"in0": numbers, "out0": torch.zeros(256)}, shared_bytes=3 * 8192 + 128, maps=maps)
 
 
 @in_simulator

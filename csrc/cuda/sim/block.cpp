@@ -100,6 +100,7 @@ void Block::thread_main() {
 }
 
 Thread* Block::next_ready() {
+  if (in_random_order_) running_warp_ = random(warps_.size());
   for (size_t i = 0; i < warps_.size(); ++i) {
     const size_t w = running_warp_ + i < warps_.size() ? running_warp_ + i : running_warp_ + i - warps_.size();
     Warp& warp = warps_[w];
@@ -116,6 +117,7 @@ Thread* Block::next_ready() {
 Thread* Block::next_to_run() {
   try {
     for (;;) {
+      if (in_random_order_ && !all_exited() && random(8) == 0) transfers_.arrive();
       if (Thread* next = next_ready()) return next;
       if (all_exited()) return nullptr;
       if (!transfers_.arrive() && !mbarriers_.give_up_waits()) return nullptr;
@@ -130,6 +132,7 @@ void Block::suspend() {
   Thread& self = this->self();
   const int index = current_position.thread;
   Thread* next = next_to_run();
+  if (next == &self) return;  // what arrived is what it waits for
   if (next != nullptr) current_position.thread = next->index;
   Fiber::jump(self.fiber, next != nullptr ? next->fiber : main_);
   current_position.thread = index;
@@ -612,7 +615,8 @@ void Block::begin_launch(const char* kernel, int threads, int min_blocks, const 
   find_races_ = options().races;
   count_ = options().counters;
   global_races_.begin_launch();
-  transfers_.begin_launch(options().seed);
+  in_random_order_ = options().seed != 0;
+  random_ = options().seed * 2 + 1;
 }
 
 Report Block::end_launch() {

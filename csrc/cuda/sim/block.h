@@ -186,6 +186,11 @@ class Block {
     }
   }
 
+  // The next number below `count`, the same in every launch of the same seed.
+  size_t random(size_t count) {
+    random_ = random_ * 6364136223846793005u + 1442695040888963407u;
+    return (random_ >> 33) % count;
+  }
   bool find_races() const { return find_races_; }
   bool count() const { return count_; }
   Races& races() { return races_; }
@@ -243,6 +248,8 @@ class Block {
   Traffics traffics_;
   Report report_;
   bool find_races_ = true, count_ = true;
+  bool in_random_order_ = false;
+  uint64_t random_ = 1;
 
   const char* kernel_ = "";
   const void* params_ = nullptr;
