@@ -242,6 +242,13 @@ def test_ring(run: Run, count: int) -> None:
 
 
 @in_simulator
+def test_tensor_loads_feed_products_in_any_order(options: Callable[..., dict[str, Any]]) -> None:
+    for seed in range(10):
+        options(seed=seed)
+        test_tensor_loads_feed_products(_simulate, "bf16", seed % 2)
+
+
+@in_simulator
 def test_ring_in_any_order(options: Callable[..., dict[str, Any]]) -> None:
     numbers = torch.randint(-99, 99, (9, 32)).float()
     for seed in range(20):
@@ -363,3 +370,136 @@ def test_tensor_loads_feed_products(run: Run, suffix: str, transposed: int) -> N
         maps=(("in0", Map(a, (64, 64), 128)), ("in1", Map(b, (64, 64), 128))),
     )  # fmt: skip
     assert torch.equal(out, a.float() @ (b.float() if transposed else b.float().T))
+
+
+# ---- Bugs that the simulator must find.  name: what the error must say
+
+PLANTED = {
+    "barrier_nobody_completes": r"deadlock: threads 0-63 wait for parity 0 .*\(in phase 0, 1 of 2 arrived\)",
+    "polled_barrier_nobody_completes": r"deadlock: threads 0-63 wait for parity 0 .*\+ 24584 \(in phase 0, 0 of 2",
+    "stale_parity": r"load of 4 bytes .*(a tensor copy is under way that thread 0 .* has not completed|never written)",
+    "parity_of_the_next_phase": r"deadlock: threads 0-63 wait for parity 1 .*\(in phase 1, 0 of 1 arrived\)",
+    "too_few_bytes_announced": r"deadlock: .*\(in phase 0, 1 of 1 arrived, 64 bytes came that were not announced\)",
+    "too_many_bytes_announced": r"deadlock: .*in phase 0, 1 of 1 arrived, 64 bytes announced that have not come\)",
+    "bytes_never_announced": r"the block has ended, and this copy is still under way",
+    "one_arrival_too_many": r"thread 2 .*mbarrier_arrive .*: one more than the 2 arrivals",
+    "barrier_without_init": r"mbarrier_arrive at .*, where no mbarrier is initialised",
+    "barrier_initialised_twice": r"thread 1 .*mbarrier_init of .*, which is initialised already",
+    "misaligned_mbarrier": r"misaligned mbarrier_init of 8 bytes",
+    "barrier_not_yet_shown": r"thread 1 .*race: mbarrier_arrive of .* not ordered after the write by thread 0",
+    "store_over_mbarrier": r"store of 4 bytes at .*, where an mbarrier is",
+    "missing_init_fence": r"a copy uses the mbarrier .* without mbarrier_init_fence between",
+    "arrival_without_sync_warp": r"load of 4 bytes .*(never written|is not ordered after the write by thread)",
+    "load_not_waited_for": r"load of 4 bytes .* a tensor copy is under way that thread 0",
+    "wait_for_another_load": r"(load of 4 bytes .* a tensor copy is under way|race: load .* write by a tensor copy)",
+    "another_thread_waited": r"race: load of 4 bytes .* is not ordered after the write by a tensor copy",
+    "load_into_what_is_read": r"(race: tensor_load .* after the read by|load .* a tensor copy is under way)",
+    "two_loads_to_one_place": r"tensor_load of 8192 bytes .*, where a tensor copy is under way that thread 0",
+    "load_over_unfenced_stores": r"missing fence_async_shared: tensor_load of 8192 bytes .* wrote at .*load_over",
+    "load_still_under_way": r"thread 0 .*the block has ended, and this copy is still under way",
+    "misaligned_tensor_load": r"tensor_load of 8192 bytes at shared_base\(\) \+ 64: not a multiple of 128",
+    "tensor_load_behind_shared": r"tensor_load of 8192 bytes at shared_base\(\) \+ 24448 is outside",
+    "tensor_load_of_another_rank": r"tensor_load of 3 dimensions with a tensor map of 2",
+    "tensor_load_without_map": r"this is no tensor map that encode_tensor_map made",
+    "tensor_store_to_input": r"tensor_store of 128 bytes of global memory: `in0` of 8192 bytes may only be read",
+    "store_without_proxy_fence": r"missing fence_async_shared: bulk_reduce_add of 1024 .* wrote at .*store_without",
+    "proxy_fence_before_barrier": r"missing fence_async_shared: bulk_reduce_add .* thread 1 \(warp 0, lane 1\) wrote",
+    "store_without_barrier": r"race: bulk_reduce_add of 1024 bytes .* is not ordered after the write by thread 0",
+    "source_overwritten": r"store of 16 bytes .*, which a store to global memory by thread 0 .* is still reading",
+    "source_overwritten_after_older_group": r"store of 16 bytes .*, which a store to global .* is still reading",
+    "source_overwritten_without_barrier": r"race: (store .* the wait for a store to|bulk_reduce_add .* the write)",
+    "exit_before_source_is_read": r"the thread exits, and this store may not have read its shared memory yet",
+    "store_not_committed": r"the thread exits, and this store was never committed",
+    "odd_bulk_load": r"bulk_load of 24 bytes: size and address must be multiples of 16",
+    "missing_warpgroup_fence": r"missing warpgroup_fence: registers of this product may have been used",
+    "fence_missing_after_wait": r"missing warpgroup_fence: registers of this product may have been used",
+    "accumulator_scaled_after_fence": r"missing warpgroup_fence: the accumulator's registers were written after",
+    "operand_registers_after_fence": r"missing warpgroup_fence: registers of this product may have been used",
+    "accumulator_read_before_wait": r"store of a number that depends on an accumulator whose product was not waited f",
+    "accumulator_packed_before_wait": r"a number is rounded that depends on an accumulator whose product thread \d",
+    "wait_for_older_products": r"store of a number that depends on an accumulator whose product was not waited for",
+    "products_not_committed": r"store of a number that depends on an accumulator whose product was not waited for",
+    "accumulator_written_before_wait": r"register 3 of an accumulator was written before the wait for its product",
+    "products_never_waited_for": r"the warp exits, and products that it issued are still under way",
+    "operand_without_proxy_fence": r"missing fence_async_shared: operand A of 16 bytes .* wrote at .*operand_w",
+    "operand_without_barrier": r"race: operand A of 16 bytes .* is not ordered after the write by thread",
+    "operand_still_loading": r"operand A of 16 bytes .* a tensor copy is under way that thread 0",
+    "operand_never_written": r"operand B of 16 bytes .*was never written",
+    "operand_behind_shared": r"operand B of 16 bytes .* is outside the block's 24704 bytes",
+    "operand_overwritten": r"store of 16 bytes .*, which a product of warps 0-3 at .* is still reading",
+    "operand_overwritten_by_another_warp": r"store of 16 bytes .* (is still reading|after the wait for a product)",
+    "stage_released_before_wait": r"thread 128 .*tensor_load .*, which a product of warps 0-3 at .* is still reading",
+    "stage_released_by_one_warp": r"thread 128 .*tensor_load .* a product of warps 0-3 at ",
+    "product_of_three_warps": r"deadlock: threads 0-95 wait for the rest of their warpgroup at a product",
+    "warps_at_different_products": r"divergent warpgroup: this warp is at a product .*, warp \d waits at a product",
+    "different_descriptors": r"thread 32 .*the descriptors of a product differ between the threads of a warpgroup",
+    "overlapping_accumulators": r"the accumulator of 64 x 32 shares registers with one of another shape",
+    "registers_never_given": r"deadlock: threads 0-127 exited; threads 128-383 wait for 240 registers .* pool has 0",
+    "too_few_registers_given": r"deadlock: .*threads \d+-383 wait for 240 registers .* have 168 and the block's pool",
+    "decrease_to_more_registers": r"registers_decrease to 200, where the warp has 168",
+    "increase_to_fewer_registers": r"registers_increase to 200, where the warp has 240",
+    "registers_of_one_warp": r"warps of one warpgroup have different numbers of registers: warp 1 168, warp 0 24",
+}
+NO_LINE = {"accumulator_packed_before_wait", "registers_of_one_warp"}  # errors that name no line
+
+
+@in_simulator
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bug_is_found(name: str) -> None:
+    numbers = torch.randn(64, 64).half()
+    tensors = {"in0": numbers, "out0": torch.zeros(256)}
+    with pytest.raises(RuntimeError, match=PLANTED[name]) as caught:
+        _simulate(name, tensors, shared_bytes=3 * 8192 + 128, maps=(("in0", Map(numbers, (64, 64), 128)),))
+    assert f"simulated kernel test_{name}, block (0, 0, 0)" in str(caught.value)
+    assert name in NO_LINE or "hopper_planted_bugs.h:" in str(caught.value)
+    # nothing of the failed launch is left
+    out = torch.zeros(2, 32, dtype=torch.int32)
+    _simulate("elections", {"out0": out})
+    assert out.sum(1).tolist() == [1, 1]
+
+
+@in_simulator
+@pytest.mark.parametrize("seed", [1, 2])
+def test_planted_bugs_are_found_in_any_order(seed: int, options: Callable[..., dict[str, Any]]) -> None:
+    options(seed=seed)
+    numbers = torch.randn(64, 64).half()
+    maps = (("in0", Map(numbers, (64, 64), 128)),)
+    for name in PLANTED:
+        if name == "load_still_under_way":  # it may have come by then
+            continue
+        with pytest.raises(RuntimeError, match=f"simulated kernel test_{name}, block"):
+            _simulate(name, {"in0": numbers, "out0": torch.zeros(256)}, shared_bytes=3 * 8192 + 128, maps=maps)
+
+
+@in_simulator
+def test_the_harness_of_planted_bugs_has_none() -> None:
+    """What those kernels share, used rightly: the same kernel without its bug passes."""
+    numbers = torch.randint(-4, 5, (64, 64)).half()
+    out = torch.zeros(256)
+    tensors = {"in0": numbers, "out0": out}
+    arguments = {"shared_bytes": 3 * 8192 + 128, "maps": (("in0", Map(numbers, (64, 64), 128)),)}
+    _simulate("stage_released_before_wait", tensors, n=(1,), **arguments)
+    product = 2 * numbers[:, :16].float() @ numbers[:, :16].float().T
+    assert torch.equal(out[:128], _accumulator(product).sum(1))
+
+
+@in_simulator
+def test_races_can_be_switched_off(options: Callable[..., dict[str, Any]]) -> None:
+    """Order and fences go unchecked then; what is under way still is not."""
+    numbers = torch.randn(64, 64).half()
+    tensors = {"in0": numbers, "out0": torch.zeros(256)}
+    arguments = {"shared_bytes": 3 * 8192 + 128, "maps": (("in0", Map(numbers, (64, 64), 128)),)}
+    options(races=False)
+    _simulate("operand_without_proxy_fence", tensors, **arguments)
+    with pytest.raises(RuntimeError, match="is still reading"):
+        _simulate("operand_overwritten", tensors, **arguments)
+
+
+@in_simulator
+def test_report_counts_instructions() -> None:
+    a, b = torch.zeros(2, 128, 128, dtype=torch.float16)
+    out = torch.zeros(128, 128)
+    maps = (("in0", Map(a, (64, 64), 128)), ("in1", Map(b, (64, 64), 128)))
+    _simulate("matrix_product_f16_0", {"in0": a, "in1": b, "out0": out}, shared_bytes=65536 + 16, maps=maps)
+    report = _native.last_report()
+    assert (report["warpgroup_products"], report["tensor_copies"]) == (16, 8)

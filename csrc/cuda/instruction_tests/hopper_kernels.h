@@ -105,11 +105,12 @@ FASTATTN_DEVICE void ring(const Params& p) {
   output(p, 0, thread_index() - 32, sum);
 }
 
-// in0 float[n0] through shared memory, added to out0 float[n0] by each of the blocks
+// in0 float[n0] through shared memory, added to out0 float[n0] by each of the blocks: by the last thread, so that none
+// is left to run while it waits
 FASTATTN_DEVICE void bulk_copies(const Params& p) {
   const uint32_t bytes = 4 * static_cast<uint32_t>(p.n[0]);
   const SharedAddress numbers = shared_base(), barrier = numbers + bytes;
-  if (thread_index() == 0) {
+  if (thread_index() == block_threads() - 1) {
     mbarrier_init(barrier, 1);
     mbarrier_init_fence();
     mbarrier_expect(barrier, bytes);

@@ -88,8 +88,8 @@ PYBIND11_MODULE(_native, module) {
         return result;
       },
       "Changes the options that are named, and returns all: races (find unordered accesses to shared memory), counters "
-      "(wavefronts and sectors), shared_limit (bytes a block may have), seed (of the order in which tensor copies "
-      "arrive).");
+      "(wavefronts and sectors), shared_limit (bytes a block may have), seed (not 0: warps run and tensor copies "
+      "arrive in an order of chance).");
   module.def(
       "reports",
       [] {

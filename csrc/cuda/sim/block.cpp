@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "numbers.h"
 #include "sites.h"
 
 namespace fastattn::cuda::sim {
@@ -99,6 +100,7 @@ void Block::thread_main() {
 }
 
 Thread* Block::next_ready() {
+  if (in_random_order_) running_warp_ = random(warps_.size());
   for (size_t i = 0; i < warps_.size(); ++i) {
     const size_t w = running_warp_ + i < warps_.size() ? running_warp_ + i : running_warp_ + i - warps_.size();
     Warp& warp = warps_[w];
@@ -115,7 +117,9 @@ Thread* Block::next_ready() {
 Thread* Block::next_to_run() {
   try {
     for (;;) {
+      if (in_random_order_ && !all_exited() && random(8) == 0) transfers_.arrive();
       if (Thread* next = next_ready()) return next;
+      if (all_exited()) return nullptr;
       if (!transfers_.arrive() && !mbarriers_.give_up_waits()) return nullptr;
     }
   } catch (...) {  // not thrown here: this may be anyone's stack
@@ -128,6 +132,7 @@ void Block::suspend() {
   Thread& self = this->self();
   const int index = current_position.thread;
   Thread* next = next_to_run();
+  if (next == &self) return;  // what arrived is what it waits for
   if (next != nullptr) current_position.thread = next->index;
   Fiber::jump(self.fiber, next != nullptr ? next->fiber : main_);
   current_position.thread = index;
@@ -189,10 +194,21 @@ void Block::run(const char* kernel, int threads, const Launch& launch, const int
   // Back here: everything has ended, something threw, or nobody can go on.
   for (Warp& warp : warps_) warp.requests.flush(traffics_);
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-  const bool ended = std::all_of(warps_.begin(), warps_.end(), [](const Warp& w) { return w.exited == kAllLanes; });
-  if (!ended) deadlock();
+  for (size_t w = 0; w < warps_.size(); ++w) {
+    const Warp& first = warps_[w / kWarpsOfGroup * kWarpsOfGroup];
+    if (warps_[w].registers != first.registers && warps_[w].exited == kAllLanes && first.exited == kAllLanes) {
+      fail_block("warps of one warpgroup have different numbers of registers: warp " + std::to_string(w) + " " +
+                 std::to_string(warps_[w].registers) + ", warp " + std::to_string(w / kWarpsOfGroup * kWarpsOfGroup) +
+                 " " + std::to_string(first.registers));
+    }
+  }
+  if (!all_exited()) deadlock();
   transfers_.end_block();
   mbarriers_.check_end();
+}
+
+bool Block::all_exited() const {
+  return std::all_of(warps_.begin(), warps_.end(), [](const Warp& warp) { return warp.exited == kAllLanes; });
 }
 
 void Block::exit_thread() {
@@ -416,6 +432,16 @@ void Block::fail(int thread, Where where, const std::string& message) {
                            name(thread) + ", " + Sites::text(where) + ": " + message);
 }
 
+void Block::check_arrived(const void* numbers, int bytes, const char* what, Where where) {
+  for (int at = 0; at + 4 <= bytes; at += 4) {
+    uint32_t bits;
+    std::memcpy(&bits, static_cast<const char*>(numbers) + at, 4);
+    if (is_in_flight(bits)) [[unlikely]] {
+      fail(where, std::string(what) + " of a number that depends on an accumulator whose product was not waited for");
+    }
+  }
+}
+
 void Block::fail_block(const std::string& message) {
   throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", " + block_text(linear_index()) + ": " +
                            message);
@@ -589,7 +615,8 @@ void Block::begin_launch(const char* kernel, int threads, int min_blocks, const 
   find_races_ = options().races;
   count_ = options().counters;
   global_races_.begin_launch();
-  transfers_.begin_launch(options().seed);
+  in_random_order_ = options().seed != 0;
+  random_ = options().seed * 2 + 1;
 }
 
 Report Block::end_launch() {

@@ -156,6 +156,8 @@ class Block {
   // Errors of the running thread, or of another one of the block.
   [[noreturn]] void fail(Where where, const std::string& message) { fail(current_position.thread, where, message); }
   [[noreturn]] void fail(int thread, Where where, const std::string& message);
+  // A number that the running thread hands on must not come from an accumulator whose product was not waited for.
+  void check_arrived(const void* numbers, int bytes, const char* what, Where where);
   [[noreturn]] void fail_block(const std::string& message);
   std::string name(int thread) const;
 
@@ -184,6 +186,11 @@ class Block {
     }
   }
 
+  // The next number below `count`, the same in every launch of the same seed.
+  size_t random(size_t count) {
+    random_ = random_ * 6364136223846793005u + 1442695040888963407u;
+    return (random_ >> 33) % count;
+  }
   bool find_races() const { return find_races_; }
   bool count() const { return count_; }
   Races& races() { return races_; }
@@ -214,6 +221,7 @@ class Block {
   void enter_barrier(Warp& warp, int id, bool waits, Where where);
   void complete_barrier(Barrier& barrier);
   void exit_thread();
+  bool all_exited() const;
   void deadlock();
   [[noreturn]] void diverged(Warp& warp, const std::string& newcomer, Where where);
   [[noreturn]] void race_error(int thread, const Conflict& conflict, uint32_t address, int bytes, const char* what,
@@ -240,6 +248,8 @@ class Block {
   Traffics traffics_;
   Report report_;
   bool find_races_ = true, count_ = true;
+  bool in_random_order_ = false;
+  uint64_t random_ = 1;
 
   const char* kernel_ = "";
   const void* params_ = nullptr;

@@ -6,7 +6,13 @@
 
 namespace fastattn::cuda::sim {
 
-uint16_t round_to_16(float value, bool half) { return half ? float_to_half(value) : float_to_bfloat16(value); }
+uint16_t round_to_16(float value, bool half) {
+  if (is_in_flight(to_bits(value))) [[unlikely]] {
+    block.fail_block("a number is rounded that depends on an accumulator whose product " +
+                     block.name(current_position.thread) + " did not wait for");
+  }
+  return half ? float_to_half(value) : float_to_bfloat16(value);
+}
 float widen_from_16(uint16_t value, bool half) { return half ? half_to_float(value) : bfloat16_to_float(value); }
 
 namespace {

@@ -129,6 +129,7 @@ void load_shared(void* to, uint32_t address, int bytes, Where where) {
 void store_shared(uint32_t address, const void* from, int bytes, Where where) {
   const int thread = current_position.thread;
   block.check_shared(thread, address, bytes, "store", where);
+  block.check_arrived(from, bytes, "store", where);
   block.begin_write(thread, address, bytes, "store", where);
   std::memcpy(block.shared(address), from, static_cast<size_t>(bytes));
   block.mark(address, bytes, kWritten);
@@ -145,6 +146,7 @@ void load_global(void* to, const void* address, int bytes, bool constant, Where 
 }
 
 void store_global(void* address, const void* from, int bytes, Where where) {
+  block.check_arrived(from, bytes, "store", where);
   check_global(address, bytes, true, false, "store", where);
   std::memcpy(address, from, static_cast<size_t>(bytes));
   count_access(Access::kGlobalStore, where, reinterpret_cast<uintptr_t>(address), bytes);

@@ -25,6 +25,9 @@ inline float half_to_float(uint16_t value) {
 
 inline float bfloat16_to_float(uint16_t value) { return from_bits<float>(uint32_t{value} << 16); }
 
+// Whether the number comes from an accumulator whose product is under way; of either sign.
+inline bool is_in_flight(uint32_t bits) { return (bits & 0x7FFFFFFFu) == kInFlightBits; }
+
 // Both round to nearest even; NaN becomes 0x7FFF, as the cvt instruction makes it.
 inline uint16_t float_to_half(float value) {
   const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu;

@@ -65,8 +65,7 @@ void Transfers::load(const Piece& piece, uint32_t to, uint32_t barrier, Where wh
 
 bool Transfers::arrive() {
   if (loads_.empty()) return false;
-  random_ = random_ * 6364136223846793005u + 1442695040888963407u;
-  const size_t which = (random_ >> 33) % loads_.size();
+  const size_t which = block.random(loads_.size());
   const Load load = loads_[which];
   loads_.erase(loads_.begin() + static_cast<ptrdiff_t>(which));
 

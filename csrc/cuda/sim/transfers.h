@@ -1,6 +1,7 @@
-// Copies that run beside the threads (TMA).  A load arrives as late as it can: when no thread can go on, one of those
-// under way, picked by chance, brings its data to its mbarrier.  A store keeps its source until its thread has waited
-// for the read, and reaches global memory when its thread has waited for all of it, or when the block ends.
+// Copies that run beside the threads (TMA).  A load arrives as late as it can, unless the launch has a seed: when no
+// thread can go on, one of those under way, picked by chance, brings its data to its mbarrier.  A store keeps its
+// source until its thread has waited for the read, and reaches global memory when its thread has waited for all of it,
+// or when the block ends.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,6 @@ struct OutgoingGroups {
 
 class Transfers {
  public:
-  void begin_launch(uint64_t seed) { random_ = seed * 2 + 1; }
   void begin_block() { loads_.clear(), late_.clear(); }
 
   void load(const Piece& piece, uint32_t to, uint32_t barrier, Where where);
@@ -65,7 +65,6 @@ class Transfers {
 
   std::vector<Load> loads_;
   std::vector<Outgoing> late_;  // stores that only the end of the block completes
-  uint64_t random_ = 1;
 };
 
 }  // namespace fastattn::cuda::sim

@@ -8,6 +8,7 @@ uint32_t shuffle(Shuffle kind, uint32_t value, int lane, Where where) {
     int lane;
     uint32_t result;
   } mine{value, lane, 0};
+  block.check_arrived(&value, 4, "shuffle", where);
   block.meet(Operation::kShuffle, static_cast<int>(kind), where, mine, [kind](void** all) {
     ++block.report().shuffles;
     for (int i = 0; i < kLanes; ++i) {

@@ -121,20 +121,25 @@ void transpose(float* __restrict to, const float* __restrict from, int rows, int
 // d[64][n] += a[64][16] b[16][n], k ascending.
 FASTATTN_CLONES
 void product(float* d, const float* a, const float* b, int n) {
-  using Row = float __attribute__((vector_size(32)));
+  using Row = float __attribute__((vector_size(32), aligned(4), may_alias));
+  const auto row = [](const float* at) -> const Row& { return *reinterpret_cast<const Row*>(at); };
   for (int column = 0; column < n; column += 16) {
     for (int m = 0; m < kRows; m += 4) {
       Row sum[4][2];
-      for (int i = 0; i < 4; ++i) std::memcpy(sum[i], d + (m + i) * n + column, sizeof sum[i]);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) sum[i / 2][i % 2] = row(d + (m + i / 2) * n + column + i % 2 * 8);
       for (int k = 0; k < kDepth; ++k) {
-        Row row[2];
-        std::memcpy(row, b + k * n + column, sizeof row);
+        const Row left = row(b + k * n + column), right = row(b + k * n + column + 8);
+#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          sum[i][0] += a[(m + i) * kDepth + k] * row[0];
-          sum[i][1] += a[(m + i) * kDepth + k] * row[1];
+          sum[i][0] += a[(m + i) * kDepth + k] * left;
+          sum[i][1] += a[(m + i) * kDepth + k] * right;
         }
       }
-      for (int i = 0; i < 4; ++i) std::memcpy(d + (m + i) * n + column, sum[i], sizeof sum[i]);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        *reinterpret_cast<Row*>(d + (m + i / 2) * n + column + i % 2 * 8) = sum[i / 2][i % 2];
+      }
     }
   }
 }
