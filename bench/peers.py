@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -65,6 +66,29 @@ def _fastattn(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor
             inputs.query, inputs.key, inputs.value, backend=backend, **scenario.arguments(shape, inputs.extras)
         )
 
+    return forward
+
+
+def _hopper(inputs: Inputs, asked: str = "1") -> Callable[[], Tensor]:
+    """The sm_90a kernels of the cuda backend, which run where the environment asks for them."""
+    attention = _fastattn(inputs, backend="cuda")
+
+    def forward() -> Tensor:
+        before = os.environ.get("FASTATTN_CUDA_HOPPER")
+        os.environ["FASTATTN_CUDA_HOPPER"] = asked
+        try:
+            return attention()
+        finally:
+            del os.environ["FASTATTN_CUDA_HOPPER"]
+            if before is not None:
+                os.environ["FASTATTN_CUDA_HOPPER"] = before
+
+    if inputs.query.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        raise CannotError("the sm_90a kernels need a GPU of capability 9.0")
+    plan = fastattn.explain(inputs.query, inputs.key, inputs.value, backend="cuda").plan
+    reason = plan.get("not_hopper", "FASTATTN_CUDA_HOPPER=1")
+    if "FASTATTN_CUDA_HOPPER=1" not in str(reason):
+        raise CannotError(f"the sm_90a kernels do not take it: {reason}")
     return forward
 
 
@@ -231,6 +255,12 @@ PEERS: dict[str, Peer] = {
     for peer in (
         Peer("fastattn", "fastattn.attention, its own choice", _fastattn),
         Peer("fastattn-cuda", "fastattn.attention, backend cuda", functools.partial(_fastattn, backend="cuda")),
+        Peer("fastattn-hopper", "fastattn.attention, backend cuda, sm_90a kernels", _hopper),
+        Peer(
+            "fastattn-hopper-unpinned",
+            "the same, exponentials where the compiler puts them",
+            functools.partial(_hopper, asked="unpinned"),
+        ),
         Peer("fastattn-triton", "fastattn.attention, backend triton", functools.partial(_fastattn, backend="triton")),
         Peer(
             "fastattn-sdpa",

@@ -22,6 +22,7 @@ COLOURS = {
     "fastattn-mha": "#d62728",
     "fastattn-sdpa": "#ff7f0e",
     "fastattn-cuda": "#a50f15",
+    "fastattn-hopper": "#67000d",
     "fastattn-triton": "#e6550d",
     "sdpa": "#1f77b4",
     "nn-mha": "#1f77b4",

@@ -59,9 +59,9 @@ TensorMap encode_tensor_map(const TensorLayout& layout) {
   for (int axis = 0; axis < 5; ++axis) size[axis] = layout.size[axis];
   for (int axis = 0; axis < 4; ++axis) strides[axis] = layout.stride_bytes[axis];
   const CUresult status =
-      encoder()(&map, type_of(layout.element), static_cast<cuuint32_t>(layout.rank),
-                const_cast<void*>(layout.data), size, strides, layout.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                swizzle_of(layout.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encoder()(&map, type_of(layout.element), static_cast<cuuint32_t>(layout.rank), const_cast<void*>(layout.data),
+                size, strides, layout.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(layout.swizzle),
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     std::string sizes;
     for (int axis = 0; axis < layout.rank; ++axis) sizes += (axis ? ", " : "") + std::to_string(layout.size[axis]);

@@ -19,7 +19,7 @@ FASTATTN_DEVICE void settle([[maybe_unused]] float (&registers)[N]) {
 // asm statements, __syncwarp), a branch that depends on all of them and is never taken is what holds them.
 FASTATTN_DEVICE void finish_before([[maybe_unused]] float sum) {
 #ifdef __CUDACC__
-  if (__any_sync(0xFFFFFFFFu, sum < -1.0f)) asm volatile("nanosleep.u32 1;" :: : "memory");
+  if (__any_sync(0xFFFFFFFFu, sum < -1.0f)) asm volatile("nanosleep.u32 1;" ::: "memory");
 #endif
 }
 

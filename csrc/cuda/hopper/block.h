@@ -38,9 +38,7 @@ struct HopperBlock {
 
   FASTATTN_DEVICE SharedAddress queries() const { return base; }
   FASTATTN_DEVICE SharedAddress out() const { return base + Config::kOutAt; }
-  FASTATTN_DEVICE SharedAddress keys(int use) const {
-    return base + Config::kKeysAt + stage(use) * KeyTile::kBytes;
-  }
+  FASTATTN_DEVICE SharedAddress keys(int use) const { return base + Config::kKeysAt + stage(use) * KeyTile::kBytes; }
   FASTATTN_DEVICE SharedAddress values(int use) const {
     return base + Config::kValuesAt + stage(use) * KeyTile::kBytes;
   }

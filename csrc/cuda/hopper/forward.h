@@ -1,7 +1,7 @@
 // Attention forward on sm_90a: a block per multiprocessor that stays, a warpgroup that brings tiles, two or three that
 // compute.
 //
-// A warpgroup of consumers keeps two products in flight: S of tile n, and the accumulation of tile n + 1's weights.  The
+// A warpgroup of consumers keeps two products in flight: S of tile n, and the accumulation of tile n + 1's weights. The
 // softmax of tile n runs while the latter does, and, where groups alternate, while another group has the tensor cores.
 #pragma once
 

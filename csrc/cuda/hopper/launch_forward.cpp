@@ -127,8 +127,9 @@ void hopper_forward(const Problem& p, const ForwardOutput& output, Workspace& wo
   params.key = map_of(p.key, a.key, columns, tiles.keys);
   params.value = map_of(p.value, a.value, columns, tiles.keys);
   params.rows_out = result_of("out", output.out);
-  params.out = map_of(output.out, {params.rows_out.data, params.rows_out.batch, params.rows_out.head,
-                                   params.rows_out.row}, columns, 64);
+  params.out =
+      map_of(output.out, {params.rows_out.data, params.rows_out.batch, params.rows_out.head, params.rows_out.row},
+             columns, 64);
   params.lse = static_cast<float*>(const_cast<void*>(output.lse.data));
   params.statistics = static_cast<float*>(const_cast<void*>(output.statistics.data));
   params.schedule = schedule_of(p, a, tiles);

@@ -56,7 +56,8 @@ FASTATTN_DEVICE void issue_accumulate(float (&acc)[N], const uint32_t (&p)[TileB
   const uint64_t right = by_columns<TileB>(b);
   FASTATTN_UNROLL
   for (int k = 0; k < TileB::kRows / 16; ++k)
-    WarpgroupMultiply<T, TileB::kDim>::template registers<1>(acc, p[k], advance(right, k * 16 * TileB::kRowBytes), true);
+    WarpgroupMultiply<T, TileB::kDim>::template registers<1>(acc, p[k], advance(right, k * 16 * TileB::kRowBytes),
+                                                             true);
 }
 
 // Brings rows of a tensor into a tile; the barrier's phase takes its bytes.  What lies outside the tensor is zero.

@@ -28,8 +28,7 @@ FASTATTN_DEVICE QueryRows query_rows(const HopperForwardParams& params, int t) {
   QueryRows rows;
   rows.m0 = tile * Config::kRows;
   const int heads = params.attention.heads;
-  rows.context =
-      row_context(params.attention, pair / heads, pair % heads, rows.m0, rows.m0 + Config::kRows - 1);
+  rows.context = row_context(params.attention, pair / heads, pair % heads, rows.m0, rows.m0 + Config::kRows - 1);
   const Range& keys = rows.context.keys;
   rows.start = larger(keys.lo, 0) / Config::kKeys;
   rows.end = keys.hi > 0 ? (keys.hi + Config::kKeys - 1) / Config::kKeys : 0;

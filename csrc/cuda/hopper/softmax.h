@@ -106,8 +106,8 @@ FASTATTN_DEVICE void rescale(float (&acc)[N], const OwnRows& own) {
 
 // Which of this lane's rows see a value that is not finite, among the checked ones of a tile (bit `half`).  Rare.
 template <class Config>
-FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p, const RowContext& context,
-                                       int row, int n0) {
+FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p, const RowContext& context, int row,
+                                       int n0) {
   const int b = context.batch, h = context.head;
   uint32_t sees = 0;
   FASTATTN_NO_UNROLL

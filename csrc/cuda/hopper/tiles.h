@@ -2,8 +2,8 @@
 // it launches, and by `explain`.
 //
 // Shared memory and registers of a multiprocessor are spent by one block: 227 KB, and 64K registers that the warpgroups
-// share as they say (setmaxnreg).  A warpgroup of consumers owns 64 rows; a thread of it holds D / 2 accumulators of the
-// output, keys / 2 scores and keys / 4 registers of weights, which are the left operand of the second product.
+// share as they say (setmaxnreg).  A warpgroup of consumers owns 64 rows; a thread of it holds D / 2 accumulators of
+// the output, keys / 2 scores and keys / 4 registers of weights, which are the left operand of the second product.
 #pragma once
 
 namespace fastattn::cuda {
@@ -11,11 +11,11 @@ namespace fastattn::cuda {
 inline constexpr int kHopperDims[] = {64, 96, 128, 192, 256};
 inline constexpr int kHopperSharedBytes = 232448;  // that a block may have
 inline constexpr int kHopperRegisters = 65536;     // of a multiprocessor
-inline constexpr int kCheckers = 3;                // warps of the producers' warpgroup that look for NaN among the values
+inline constexpr int kCheckers = 3;  // warps of the producers' warpgroup that look for NaN among the values
 
 struct HopperForwardTiles {
   int dim, groups, keys, stages;  // groups: warpgroups of consumers
-  bool alternate;                 // consumers take turns at the tensor cores, so that one's softmax meets another's products
+  bool alternate;  // consumers take turns at the tensor cores, so that one's softmax meets another's products
 
   constexpr int rows() const { return 64 * groups; }
   constexpr int threads() const { return 128 * (groups + 1); }
@@ -28,7 +28,8 @@ struct HopperForwardTiles {
   constexpr int held_registers() const { return dim / 2 + keys / 2 + keys / 4; }  // accumulators, scores, weights
 
   // Shared memory: queries; stages of keys; stages of values; output where there is room, else it takes the queries'
-  // place; for each stage which values are not finite; a copy of the tile's context for each warp of consumers; barriers.
+  // place; for each stage which values are not finite; a copy of the tile's context for each warp of consumers;
+  // barriers.
   constexpr int query_bytes() const { return 2 * rows() * dim; }
   constexpr int key_bytes() const { return 2 * keys * dim; }
   constexpr int keys_at() const { return query_bytes(); }
