@@ -524,6 +524,15 @@ bool all_are(const uint8_t* states, int bytes, uint8_t state) {
   return a == wanted && b == wanted;
 }
 
+// Whether a copy is to come to any of the bytes, or an mbarrier is there.
+bool any_is_reserved(const uint8_t* states, int bytes) {
+  if (bytes > 16) return std::any_of(states, states + bytes, [](uint8_t state) { return state >= kInFlight; });
+  uint64_t a = 0, b = 0;
+  std::memcpy(&a, states, static_cast<size_t>(std::min(bytes, 8)));
+  if (bytes == 16) std::memcpy(&b, states + 8, 8);
+  return ((a | b) & 0x0202020202020202u) != 0;
+}
+
 }  // namespace
 
 void Block::check_readable(int thread, uint32_t address, int bytes, const char* what, Where where) {
@@ -563,7 +572,7 @@ void Block::check_no_copy(int thread, uint32_t address, int bytes, const char* w
 
 void Block::check_write(int thread, uint32_t address, int bytes, const char* what, Where where) {
   const uint8_t* states = &states_[address - kSharedBase];
-  if (std::find_if(states, states + bytes, [](uint8_t state) { return state >= kInFlight; }) != states + bytes) {
+  if (any_is_reserved(states, bytes)) [[unlikely]] {
     check_no_copy(thread, address, bytes, what, where);
     fail(thread, where, std::string(what) + " of " + shared_text(address, bytes) + ", where an mbarrier is");
   }

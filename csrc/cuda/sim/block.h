@@ -102,6 +102,7 @@ struct Barrier {
 };
 
 // State of a byte of shared memory.
+// Bit 1: not to be touched by loads and stores.
 enum ByteState : uint8_t { kUnwritten = 0, kWritten = 1, kInFlight = 2, kMbarrier = 3 };
 
 class Block {
