@@ -86,6 +86,11 @@ def hopper_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return library
 
 
+def _on_device(tensor: Tensor) -> Tensor:
+    """A copy with the same strides."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+
 def _on_gpu(library: ctypes.CDLL) -> Run:
     def run(
         name: str,
@@ -95,7 +100,7 @@ def _on_gpu(library: ctypes.CDLL) -> Run:
         shared_bytes: int = 0,
         maps: tuple[tuple[str, Map], ...] = (),
     ) -> None:
-        there = {key: tensor.cuda() for key, tensor in tensors.items()}
+        there = {key: _on_device(tensor) for key, tensor in tensors.items()}
         pointers = [
             (ctypes.c_void_p * 4)(
                 *(there[f"{kind}{i}"].data_ptr() if f"{kind}{i}" in there else None for i in range(4))

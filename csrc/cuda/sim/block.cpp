@@ -194,15 +194,8 @@ void Block::run(const char* kernel, int threads, const Launch& launch, const int
   // Back here: everything has ended, something threw, or nobody can go on.
   for (Warp& warp : warps_) warp.requests.flush(traffics_);
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-  for (size_t w = 0; w < warps_.size(); ++w) {
-    const Warp& first = warps_[w / kWarpsOfGroup * kWarpsOfGroup];
-    if (warps_[w].registers != first.registers && warps_[w].exited == kAllLanes && first.exited == kAllLanes) {
-      fail_block("warps of one warpgroup have different numbers of registers: warp " + std::to_string(w) + " " +
-                 std::to_string(warps_[w].registers) + ", warp " + std::to_string(w / kWarpsOfGroup * kWarpsOfGroup) +
-                 " " + std::to_string(first.registers));
-    }
-  }
   if (!all_exited()) deadlock();
+  check_registers();
   transfers_.end_block();
   mbarriers_.check_end();
 }
@@ -312,11 +305,22 @@ void Block::set_registers(int count, bool increase, Where where) {
   if (!increase && count > warp.registers) refuse("registers_decrease");
   const bool keeps = increase && count <= warp.registers;
   warp.registers_set = true;
-  warp.barrier_where = where;
+  warp.wait_where = where;
   warp.wanted_registers = keeps ? 0 : count;
   if (!keeps) grant_registers();
   if (warp.wanted_registers != 0) return suspend();
   resume_other_lanes(warp);
+}
+
+// At the end: all warps of a warpgroup must have made the same changes.
+void Block::check_registers() const {
+  for (size_t w = 0; w < warps_.size(); ++w) {
+    const size_t first = w / kWarpsOfGroup * kWarpsOfGroup;
+    if (warps_[w].registers == warps_[first].registers) continue;
+    fail_block("warps of one warpgroup have different numbers of registers: warp " + std::to_string(w) + " " +
+               std::to_string(warps_[w].registers) + ", warp " + std::to_string(first) + " " +
+               std::to_string(warps_[first].registers));
+  }
 }
 
 void Block::grant_registers() {
@@ -366,7 +370,7 @@ void Block::barrier(Operation operation, int id, int threads, bool predicate, Wh
       resume_other_lanes(warp);
     } else {
       warp.at_barrier = id;
-      warp.barrier_where = where;
+      warp.wait_where = where;
       suspend();
     }
   }
@@ -442,7 +446,7 @@ void Block::check_arrived(const void* numbers, int bytes, const char* what, Wher
   }
 }
 
-void Block::fail_block(const std::string& message) {
+void Block::fail_block(const std::string& message) const {
   throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", " + block_text(linear_index()) + ": " +
                            message);
 }
@@ -465,13 +469,13 @@ std::string Block::waits_of(Warp& warp, int lane) const {
            Sites::text(warp.where) + ")";
   }
   if (warp.wanted_registers != 0) {
-    return "wait for " + std::to_string(warp.wanted_registers) + " registers (" + Sites::text(warp.barrier_where) +
+    return "wait for " + std::to_string(warp.wanted_registers) + " registers (" + Sites::text(warp.wait_where) +
            "), where they have " + std::to_string(warp.registers) + " and the block's pool has " +
            std::to_string(free_registers_);
   }
   if (warp.at_barrier >= 0) {
     const Barrier& barrier = barriers_[warp.at_barrier];
-    return "wait at barrier " + std::to_string(warp.at_barrier) + " (" + Sites::text(warp.barrier_where) + "), where " +
+    return "wait at barrier " + std::to_string(warp.at_barrier) + " (" + Sites::text(warp.wait_where) + "), where " +
            std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) + " threads have arrived";
   }
   return "can run";
@@ -520,6 +524,15 @@ bool all_are(const uint8_t* states, int bytes, uint8_t state) {
   return a == wanted && b == wanted;
 }
 
+// Whether a copy is to come to any of the bytes, or an mbarrier is there.
+bool any_is_reserved(const uint8_t* states, int bytes) {
+  if (bytes > 16) return std::any_of(states, states + bytes, [](uint8_t state) { return state >= kInFlight; });
+  uint64_t a = 0, b = 0;
+  std::memcpy(&a, states, static_cast<size_t>(std::min(bytes, 8)));
+  if (bytes == 16) std::memcpy(&b, states + 8, 8);
+  return ((a | b) & 0x0202020202020202u) != 0;
+}
+
 }  // namespace
 
 void Block::check_readable(int thread, uint32_t address, int bytes, const char* what, Where where) {
@@ -559,7 +572,7 @@ void Block::check_no_copy(int thread, uint32_t address, int bytes, const char* w
 
 void Block::check_write(int thread, uint32_t address, int bytes, const char* what, Where where) {
   const uint8_t* states = &states_[address - kSharedBase];
-  if (std::find_if(states, states + bytes, [](uint8_t state) { return state >= kInFlight; }) != states + bytes) {
+  if (any_is_reserved(states, bytes)) [[unlikely]] {
     check_no_copy(thread, address, bytes, what, where);
     fail(thread, where, std::string(what) + " of " + shared_text(address, bytes) + ", where an mbarrier is");
   }

@@ -77,8 +77,8 @@ struct Warp {
   int parameter = 0;
   Where where;
   void* arguments[kLanes] = {};
-  int at_barrier = -1;  // the barrier that all lanes wait at, and where
-  Where barrier_where;
+  int at_barrier = -1;  // the barrier that all lanes wait at, and where they wait
+  Where wait_where;
   int registers = 0;           // of each thread
   bool registers_set = false;  // by the kernel
   int wanted_registers = 0;    // 0: the warp does not wait for more
@@ -102,6 +102,7 @@ struct Barrier {
 };
 
 // State of a byte of shared memory.
+// Bit 1: not to be touched by loads and stores.
 enum ByteState : uint8_t { kUnwritten = 0, kWritten = 1, kInFlight = 2, kMbarrier = 3 };
 
 class Block {
@@ -158,7 +159,7 @@ class Block {
   [[noreturn]] void fail(int thread, Where where, const std::string& message);
   // A number that the running thread hands on must not come from an accumulator whose product was not waited for.
   void check_arrived(const void* numbers, int bytes, const char* what, Where where);
-  [[noreturn]] void fail_block(const std::string& message);
+  [[noreturn]] void fail_block(const std::string& message) const;
   std::string name(int thread) const;
 
   // The block's number along the grid, x fastest, and the words for one.
@@ -214,6 +215,7 @@ class Block {
   void collect_arguments(void* (&all)[kGroupThreads]);
   void release_warpgroup();
   void grant_registers();
+  void check_registers() const;
   Thread* next_ready();
   Thread* next_to_run();
   void check_no_copy(int thread, uint32_t address, int bytes, const char* what, Where where);

@@ -132,13 +132,12 @@ void Mbarriers::complete_phase(Mbarrier& barrier) {
   });
 }
 
-Mbarrier& Mbarriers::for_copy(uint32_t address, Where where) {
-  Mbarrier& barrier = at(address, "a copy's mbarrier", where);
+void Mbarriers::check_copy(uint32_t address, Where where) {
+  const Mbarrier& barrier = at(address, "a copy's mbarrier", where);
   if (!barrier.fenced) {
     block.fail(where, "a copy uses " + text(address) + " without mbarrier_init_fence between, by " +
                           block.name(barrier.initialiser) + ", which initialised it");
   }
-  return barrier;
 }
 
 void Mbarriers::complete(uint32_t address, uint32_t to, int bytes, int thread, uint32_t site) {

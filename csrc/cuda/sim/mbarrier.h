@@ -42,8 +42,8 @@ class Mbarriers {
   // Without `wait_for_ever`, may return before the phase is complete.
   bool wait(uint32_t address, uint32_t parity, bool wait_for_ever, Where where);
 
-  // For a copy that the running thread issues.
-  Mbarrier& for_copy(uint32_t address, Where where);
+  // The running thread may issue a copy that uses it.
+  void check_copy(uint32_t address, Where where);
   // A copy that `thread` issued has brought bytes to shared memory.
   void complete(uint32_t address, uint32_t to, int bytes, int thread, uint32_t site);
 

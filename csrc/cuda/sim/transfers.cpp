@@ -48,7 +48,7 @@ void Transfers::load(const Piece& piece, uint32_t to, uint32_t barrier, Where wh
   const char* what = piece.map != nullptr ? "tensor_load" : "bulk_load";
   const int thread = current_position.thread;
   check_piece(piece, to, false, false, what, where);
-  block.mbarriers().for_copy(barrier, where);
+  block.mbarriers().check_copy(barrier, where);
   block.check_write(thread, to, piece.bytes, what, where);
   if (block.find_races()) {
     const uint32_t at = to - kSharedBase;
