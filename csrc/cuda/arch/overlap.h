@@ -23,4 +23,11 @@ FASTATTN_DEVICE void finish_before([[maybe_unused]] float sum) {
 #endif
 }
 
+// The same for what `bits` are made of, whose sign is never set.
+FASTATTN_DEVICE void finish_before([[maybe_unused]] uint32_t bits) {
+#ifdef __CUDACC__
+  if (__any_sync(0xFFFFFFFFu, static_cast<int32_t>(bits) < 0)) asm volatile("nanosleep.u32 1;" ::: "memory");
+#endif
+}
+
 }  // namespace fastattn::cuda

@@ -6,7 +6,7 @@
 // masked (producer.h).
 #pragma once
 
-#include "products.h"
+#include "ring.h"
 #include "schedule.h"
 #include "tiles.h"
 
@@ -84,11 +84,5 @@ struct HopperBlock {
   static FASTATTN_DEVICE uint32_t stage(int use) { return static_cast<uint32_t>(use) % kStages; }
   FASTATTN_DEVICE SharedAddress barrier(int n) const { return base + Config::kBarriersAt + 8 * n; }
 };
-
-// One arrival for the warp, when all its lanes have come.
-FASTATTN_DEVICE void warp_arrive(SharedAddress barrier) {
-  sync_warp();
-  if (lane_index() == 0) mbarrier_arrive(barrier);
-}
 
 }  // namespace fastattn::cuda

@@ -6,74 +6,13 @@
 #pragma once
 
 #include "producer.h"
+#include "row_store.h"
 #include "softmax.h"
 
 namespace fastattn::cuda {
 
-// Barriers of some of the block's threads: a turn at the tensor cores for each group, and a meeting of each group.
-inline constexpr int kTurnBarrier = 1, kGroupBarrier = 8, kGroupThreads = 128;
-
-// One group's rows of the output, from accumulators to global memory.
-template <class Config>
-struct RowStore {
-  using T = typename Config::T;
-  using QueryTile = typename Config::QueryTile;
-  const HopperForwardParams& params;
-  const HopperBlock<Config>& block;
-  int group;
-
-  FASTATTN_DEVICE bool issues() const { return (thread_index_again() & (kGroupThreads - 1)) == 0; }
-  FASTATTN_DEVICE void meet() const { named_barrier_sync(kGroupBarrier + group, kGroupThreads); }
-
-  // Rows of this warp through shared memory, in one copy for each panel.
-  FASTATTN_DEVICE void operator()(int m0, int b, int h, const float (&acc)[Config::kDim / 2],
-                                  const float (&factor)[2]) const {
-    if constexpr (Config::kOwnOut) {
-      if (issues()) bulk_wait_read<0>();  // the copy before has left
-    }
-    meet();  // and, in the queries' place, this group has read them
-    const int thread = thread_index_again(), first = 64 * group;
-    const SharedAddress own =
-        block.out() + QueryTile::lane_part(first + (thread >> 1 & 48) + (thread & 15), thread >> 4 & 1);
-    FASTATTN_UNROLL
-    for (int j = 0; j < Config::kDim / 16; ++j) {
-      uint32_t r[4];
-      FASTATTN_UNROLL
-      for (int n = 0; n < 4; ++n)
-        r[n] = pack2<T>(acc[8 * j + 2 * n] * factor[n & 1], acc[8 * j + 2 * n + 1] * factor[n & 1]);
-      store_matrix_x4(QueryTile::at(own, j), r);
-    }
-    fence_async_shared();
-    meet();
-    if (issues()) {
-      FASTATTN_UNROLL
-      for (int panel = 0; panel < Config::kDim / QueryTile::kPanelColumns; ++panel) {
-        const int column = panel * QueryTile::kPanelColumns;
-        if (column < params.attention.value_dim)
-          tensor_store_4d(&params.out.map, block.out() + panel * QueryTile::kPanelBytes + first * QueryTile::kRowBytes,
-                          column, m0 + first, h, b);
-      }
-      bulk_commit();
-    }
-    if constexpr (!Config::kOwnOut) {
-      if (issues()) bulk_wait_read<0>();
-      meet();  // before the next queries may come
-    }
-  }
-
-  // Zeros for rows none of which sees a key.
-  FASTATTN_DEVICE void zeros(int m0, int b, int h) const {
-    const Attention& p = params.attention;
-    uint16_t* out = static_cast<uint16_t*>(params.rows_out.data) + b * params.rows_out.batch + h * params.rows_out.head;
-    const int chunks = p.value_dim / 8, first = m0 + 64 * group;
-    FASTATTN_NO_UNROLL
-    for (int n = thread_index() % kGroupThreads; n < 64 * chunks; n += kGroupThreads) {
-      const int i = first + n / chunks;
-      if (i < p.query_length)
-        store_global(reinterpret_cast<Vec4*>(out + i * params.rows_out.row + n % chunks * 8), Vec4{{0, 0, 0, 0}});
-    }
-  }
-};
+// Barriers of some of the block's threads: a turn at the tensor cores for each group.
+inline constexpr int kTurnBarrier = 1;
 
 // A bool that the compiler knows, where a function takes either.
 template <bool kValue>
@@ -90,12 +29,12 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
   constexpr int kKeys = Config::kKeys, kGroups = Config::kGroups;
   constexpr bool kAlternate = Config::kAlternate, kOwnOut = Config::kOwnOut;
   const Attention& p = params.attention;
-  const RowStore<Config> store{params, block, group};
+  const RowStore<T, QueryTile, kOwnOut> store{params.out, params.rows_out, block.out(), group, p.query_length, p.value_dim};
   const SharedAddress own_queries = block.queries() + 64 * group * QueryTile::kRowBytes;
   int use = 0, round = 0;  // of the ring: the tile whose weights are at hand; tiles of queries so far
   if (kAlternate && group == 0) named_barrier_arrive(kTurnBarrier, 2 * kGroupThreads);
 
-  for_own_rows<Config>(params, [&](const QueryRows& rows) {
+  for_own_rows<Config>(params.schedule, params.attention, [&](const QueryRows& rows) {
     // Needed for a moment in each tile, and too much to keep where a tile has every stage: the first row of this lane,
     // and what the tile of rows knows of itself.
     const auto row = [&] {
@@ -147,7 +86,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_wait<0>();
         settle(s);
         warp_arrive(block.keys_empty(use));
-        finish_tile<Config>(s, p, context(), row(), n * kKeys, masks_at<Config>(p, rows.context, n));
+        finish_keys<Config>(s, p, context(), row(), n * kKeys, masks_at<Config>(p, rows.context, n));
         weigh(s, own, p.multiplier);
         if constexpr (!Config::kPlain) {
           if (p.dropout_seed) drop(s, p, context(), row(), n * kKeys);
@@ -170,7 +109,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_wait<1>();
         settle(s);
         warp_arrive(block.keys_empty(use + 1));
-        finish_tile<Config>(s, p, context(), row(), n * kKeys, masked);
+        finish_keys<Config>(s, p, context(), row(), n * kKeys, masked);
         weigh(s, own, p.multiplier);
         if constexpr (!Config::kPlain) {
           if (p.dropout_seed) drop(s, p, context(), row(), n * kKeys);

@@ -31,4 +31,17 @@ struct HopperForwardParams {
   Schedule schedule;
 };
 
+struct HopperBackwardParams {
+  MappedOperand query, key, value, grad_out;
+  Attention attention;  // its operands are not used
+  const float* statistics = nullptr;
+  const float* delta = nullptr;
+  Schedule schedule;  // of tiles of query rows, or of keys
+  // each once more for rows that see nothing
+  MappedOperand dquery, dkey, dvalue;
+  Result rows_dquery, rows_dkey, rows_dvalue;  // null where not wanted
+  float* partial_slopes = nullptr;             // as BackwardParams, with a place for each group of 64 rows
+  float* partial_ends = nullptr;
+};
+
 }  // namespace fastattn::cuda

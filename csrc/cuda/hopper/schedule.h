@@ -18,8 +18,7 @@ struct QueryRows {
 };
 
 template <class Config>
-FASTATTN_DEVICE QueryRows query_rows(const HopperForwardParams& params, int t) {
-  const Schedule& order = params.schedule;
+FASTATTN_DEVICE QueryRows query_rows(const Schedule& order, const Attention& p, int t) {
   const int whole = order.section * order.tiles, first = t / whole * order.section, rest = t % whole;
   const int pairs = smaller(order.section, order.pairs - first);
   int tile = rest / pairs;
@@ -27,23 +26,27 @@ FASTATTN_DEVICE QueryRows query_rows(const HopperForwardParams& params, int t) {
   if (order.longest_first) tile = order.tiles - 1 - tile;
   QueryRows rows;
   rows.m0 = tile * Config::kRows;
-  const int heads = params.attention.heads;
-  rows.context = row_context(params.attention, pair / heads, pair % heads, rows.m0, rows.m0 + Config::kRows - 1);
+  rows.context = row_context(p, pair / p.heads, pair % p.heads, rows.m0, rows.m0 + Config::kRows - 1);
   const Range& keys = rows.context.keys;
   rows.start = larger(keys.lo, 0) / Config::kKeys;
   rows.end = keys.hi > 0 ? (keys.hi + Config::kKeys - 1) / Config::kKeys : 0;
   return rows;
 }
 
-// Calls f(QueryRows) for the tiles of this block, in order.
-template <class Config, class F>
-FASTATTN_DEVICE void for_own_rows(const HopperForwardParams& params, F f) {
+// Calls f(tile) for the tiles of this block, in order.
+template <class F>
+FASTATTN_DEVICE void for_own_tiles(const Schedule& order, F f) {
   const int blocks = grid_size();
   // from a round that runs forwards to one that runs backwards, and then what is left of two rounds
   int step = 2 * (blocks - block_index()) - 1;
   FASTATTN_NO_UNROLL
-  for (int t = block_index(); t < params.schedule.total; t += step, step = 2 * blocks - step)
-    f(query_rows<Config>(params, t));
+  for (int t = block_index(); t < order.total; t += step, step = 2 * blocks - step) f(t);
+}
+
+// Calls f(QueryRows) for the tiles of query rows of this block.
+template <class Config, class F>
+FASTATTN_DEVICE void for_own_rows(const Schedule& order, const Attention& p, F f) {
+  for_own_tiles(order, [&](int t) { f(query_rows<Config>(order, p, t)); });
 }
 
 // Whether a tile of keys needs a look at single elements.

@@ -22,16 +22,9 @@ FASTATTN_DEVICE void in_parts(float (&s)[N], F f) {
   if constexpr (kFirst + kColumns < N / 4) in_parts<kFirst + kColumns>(s, f);
 }
 
-// -inf outside each row's interval of keys.  `row` and `column`: of s[0].
+// -inf outside [lo, hi) of each row's columns, counted from the column of s[0].
 template <int N>
-FASTATTN_DEVICE void apply_intervals(float (&s)[N], const Attention& p, const Interval& v, int row, int column) {
-  int lo[2], hi[2];
-  FASTATTN_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    keys_of_query(p, v, row + 8 * half + v.offset, lo[half], hi[half]);
-    lo[half] -= column;
-    hi[half] -= column;
-  }
+FASTATTN_DEVICE void keep_between(float (&s)[N], const int (&lo)[2], const int (&hi)[2]) {
   FASTATTN_UNROLL
   for (int i = 0; i < N; ++i) {
     const int j = i / 4 * 8 + (i & 1), half = i >> 1 & 1;
@@ -39,23 +32,57 @@ FASTATTN_DEVICE void apply_intervals(float (&s)[N], const Attention& p, const In
   }
 }
 
+// The interval masks: rows are queries and columns keys, or the other way round.
+template <class Place, int N>
+FASTATTN_DEVICE void apply_intervals(float (&s)[N], const Attention& p, const Interval& v, const Place& at) {
+  int lo[2], hi[2];
+  FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = at.row + 8 * half;
+    if constexpr (Place::kTransposed) {
+      const Range queries = queries_of_keys(p, v, row, row);
+      lo[half] = queries.lo;
+      hi[half] = queries.hi;
+    } else {
+      keys_of_query(p, v, row + v.offset, lo[half], hi[half]);
+    }
+    lo[half] -= at.column;
+    hi[half] -= at.column;
+  }
+  keep_between(s, lo, hi);
+}
+
+// The place of a part of a tile, from in_parts.
+template <class Place>
+FASTATTN_DEVICE Place part_of(Place at, int first) {
+  at.column += first;
+  return at;
+}
+
 // From raw products to scores, -inf where masked.
-template <class Config, int N>
-FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const RowContext& context, int row, int n0,
+template <class Config, class Place, int N>
+FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interval& v, const Place& at, Side side,
                                  bool masked) {
-  const int column = n0 + 2 * (lane_index() & 3);
   if constexpr (!Config::kPlain) {
-    const Side side = side_of(p, context.first, context.last, n0, n0 + Config::kKeys);
     const bool elements = masked && (p.query_ids.data || p.mask.data);
     in_parts(s, [&](auto& part, int first) {
-      const Place<> at{row, column + first, context.batch, context.head};
-      scale_and_cap<Place<>>(part, p);
-      add_biases(part, p, context.interval, at, side);
-      if (elements) apply_masks(part, p, context.interval, at);
+      const Place here = part_of(at, first);
+      scale_and_cap<Place>(part, p);
+      add_biases(part, p, v, here, side);
+      if (elements) apply_masks(part, p, v, here);
     });
     if (elements) return;
   }
-  if (masked) apply_intervals(s, p, context.interval, row, column);
+  if (masked) apply_intervals(s, p, v, at);
+}
+
+// The same of tile n of the keys of a tile of query rows.
+template <class Config, int N>
+FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowContext& context, int row, int n0,
+                                 bool masked) {
+  const Place<> at{row, n0 + 2 * (lane_index() & 3), context.batch, context.head};
+  finish_tile<Config>(s, p, context.interval, at, side_of(p, context.first, context.last, n0, n0 + Config::kKeys),
+                      masked);
 }
 
 // Scores become weights relative to the largest so far; `own.rescale` takes what was summed before to the same.

@@ -9,6 +9,7 @@
 namespace fastattn::cuda {
 
 inline constexpr int kHopperDims[] = {64, 96, 128, 192, 256};
+inline constexpr int kHopperBackwardDims = 3;      // of these, that the backward has
 inline constexpr int kHopperSharedBytes = 232448;  // that a block may have
 inline constexpr int kHopperRegisters = 65536;     // of a multiprocessor
 inline constexpr int kCheckers = 3;  // warps of the producers' warpgroup that look for NaN among the values
@@ -68,10 +69,66 @@ constexpr HopperForwardTiles hopper_forward_tiles(int dim, bool plain) {
   }
 }
 
-static_assert(hopper_forward_tiles(64, true).fits() && hopper_forward_tiles(64, false).fits());
-static_assert(hopper_forward_tiles(96, true).fits() && hopper_forward_tiles(96, false).fits());
-static_assert(hopper_forward_tiles(128, true).fits() && hopper_forward_tiles(128, false).fits());
-static_assert(hopper_forward_tiles(192, true).fits() && hopper_forward_tiles(192, false).fits());
-static_assert(hopper_forward_tiles(256, true).fits() && hopper_forward_tiles(256, false).fits());
+// dQ: two groups of 64 query rows, which hold queries and gradients of the output while keys and values come by.
+struct HopperBackwardQTiles {
+  int dim, keys, stages;
+  static constexpr int kGroups = 2, kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
+  static constexpr int kProducerRegisters = 24, kRegisters = 240;
+  constexpr int held_registers() const { return dim / 2 + keys + keys / 4; }  // accumulators, scores and dS, dS packed
+  // queries; gradients; stages of keys and values; contexts; a number for each warp to add up; barriers
+  constexpr int grads_at() const { return 2 * kRows * dim; }
+  constexpr int ring_at() const { return 2 * grads_at(); }
+  constexpr int stage_bytes() const { return 4 * keys * dim; }
+  constexpr int contexts_at() const { return ring_at() + stages * stage_bytes(); }
+  constexpr int sums_at() const { return contexts_at() + 4 * kGroups * 48; }
+  constexpr int barriers_at() const { return sums_at() + 4 * 4 * kGroups; }
+  constexpr int shared_bytes() const { return barriers_at() + 8 * (2 + 3 * stages); }
+  constexpr bool fits() const {
+    return shared_bytes() <= kHopperSharedBytes && held_registers() <= kRegisters - 16;
+  }
+};
+
+constexpr HopperBackwardQTiles hopper_backward_q_tiles(int dim, bool plain) {
+  switch (dim) {
+    case 64:
+      return {64, plain ? 128 : 64, 2};
+    case 96:
+      return {96, plain ? 96 : 64, 2};
+    default:
+      return {128, plain ? 80 : 64, 2};
+  }
+}
+
+// dK and dV: two groups of 64 keys, which hold keys and values while queries and gradients come by.  Above D = 128 their
+// accumulators do not fit beside the scores.
+struct HopperBackwardKvTiles {
+  int dim, queries, stages;
+  static constexpr int kGroups = 2, kKeys = 64 * kGroups, kThreads = 128 * (kGroups + 1);
+  static constexpr int kProducerRegisters = 24, kRegisters = 240;
+  constexpr int held_registers() const { return dim + queries + queries / 2; }  // dK, dV; scores, dP; weights and dS packed
+  // keys; values; stages of queries, gradients and three numbers for each row; barriers
+  constexpr int values_at() const { return 2 * kKeys * dim; }
+  constexpr int ring_at() const { return 2 * values_at(); }
+  constexpr int stage_bytes() const { return 4 * queries * dim; }
+  constexpr int statistics_at() const { return ring_at() + stages * stage_bytes(); }
+  constexpr int barriers_at() const { return statistics_at() + stages * 12 * queries; }
+  constexpr int shared_bytes() const { return barriers_at() + 8 * (3 + 3 * stages); }
+  constexpr bool fits() const {
+    return shared_bytes() <= kHopperSharedBytes && held_registers() <= kRegisters - 16;
+  }
+};
+
+constexpr HopperBackwardKvTiles hopper_backward_kv_tiles(int dim, bool plain) {
+  return {dim, plain || dim < 96 ? 64 : 32, 2};
+}
+
+template <class Tiles>
+constexpr bool all_fit(Tiles (*tiles)(int, bool), int dims) {
+  for (int n = 0; n < dims; ++n)
+    if (!tiles(kHopperDims[n], true).fits() || !tiles(kHopperDims[n], false).fits()) return false;
+  return true;
+}
+static_assert(all_fit(hopper_forward_tiles, 5) && all_fit(hopper_backward_q_tiles, kHopperBackwardDims) &&
+              all_fit(hopper_backward_kv_tiles, kHopperBackwardDims));
 
 }  // namespace fastattn::cuda
