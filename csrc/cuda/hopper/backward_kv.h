@@ -57,11 +57,13 @@ struct KeyRows {
 
 template <class Config>
 FASTATTN_DEVICE KeyRows key_rows(const Schedule& order, const Attention& p, int t) {
-  const int kv_heads = p.heads / p.group, pair = t / order.tiles;
+  const int kv_heads = p.heads / p.group;
+  int tile, pair;
+  place_of(order, t, tile, pair);
   KeyRows keys;
   keys.b = pair / kv_heads;
   keys.kv_head = pair % kv_heads;
-  keys.n0 = t % order.tiles * Config::kKeys;
+  keys.n0 = tile * Config::kKeys;
   keys.interval = interval_of(p, keys.b);
   keys.last = smaller(keys.n0 + Config::kKeys, p.key_length) - 1;
   keys.all = queries_of_keys(p, keys.interval, keys.n0, keys.n0 + Config::kKeys - 1);

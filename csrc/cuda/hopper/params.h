@@ -19,7 +19,7 @@ struct Schedule {
   int pairs = 0;    // of batch and head
   int total = 0;    // tiles of all
   int section = 1;  // pairs whose keys and values stay in L2 together
-  bool longest_first = false;
+  bool longest_first = false;  // the last tiles come first
 };
 
 struct HopperForwardParams {

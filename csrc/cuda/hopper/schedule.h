@@ -17,13 +17,19 @@ struct QueryRows {
   int start, end;  // tiles of keys
 };
 
-template <class Config>
-FASTATTN_DEVICE QueryRows query_rows(const Schedule& order, const Attention& p, int t) {
+// The t-th in order: a tile of a head, and which batch and head.
+FASTATTN_DEVICE void place_of(const Schedule& order, int t, int& tile, int& pair) {
   const int whole = order.section * order.tiles, first = t / whole * order.section, rest = t % whole;
   const int pairs = smaller(order.section, order.pairs - first);
-  int tile = rest / pairs;
-  const int pair = first + rest % pairs;
+  tile = rest / pairs;
+  pair = first + rest % pairs;
   if (order.longest_first) tile = order.tiles - 1 - tile;
+}
+
+template <class Config>
+FASTATTN_DEVICE QueryRows query_rows(const Schedule& order, const Attention& p, int t) {
+  int tile, pair;
+  place_of(order, t, tile, pair);
   QueryRows rows;
   rows.m0 = tile * Config::kRows;
   rows.context = row_context(p, pair / p.heads, pair % p.heads, rows.m0, rows.m0 + Config::kRows - 1);
