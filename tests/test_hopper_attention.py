@@ -1,4 +1,4 @@
-"""The sm_90a forward in the simulator: every feature, dimension and type against the formula in float64.
+"""The sm_90a kernels in the simulator: every feature, dimension and type against the formula in float64.
 
 The simulator checks the protocol as well as the numbers: a wait for the wrong phase, a copy that is not waited for, an
 accumulator that is read while its product is under way, a fence that is missing is an error there.  Shapes are small
@@ -69,10 +69,99 @@ def test_feature(device: ModuleType, feature: str, dtype: torch.dtype) -> None:
     assert ran <= {f"hopper_forward_{suffix(dtype)}_d64", f"hopper_forward_plain_{suffix(dtype)}_d64"}
 
 
-@pytest.mark.parametrize("features", [(), ("causal", "alibi", "sink"), ("documents", "dense_full")], ids="+".join)
-def test_gradients(features: tuple[str, ...]) -> None:
-    """What the forward hands to the backward is what the backward takes."""
-    check(Call(features, SHAPE, BFLOAT16), "cuda")
+def backward_kernels(device: ModuleType) -> set[str]:
+    return {report["kernel"] for report in device.reports() if "backward" in report["kernel"]}
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_gradients_of_a_feature(device: ModuleType, feature: str, dtype: torch.dtype) -> None:
+    shape = Shape(heads=2, kv_heads=1, query_length=17, key_length=40) if feature in ROTARY else SHAPE
+    check(Call((feature,), shape, dtype), "cuda")
+    ran, kind = backward_kernels(device), suffix(dtype)
+    assert ran in (
+        {f"hopper_backward_q_{kind}_d64", f"hopper_backward_kv_{kind}_d64"},
+        {f"hopper_backward_q_plain_{kind}_d64", f"hopper_backward_kv_plain_{kind}_d64"},
+    )
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dim", [8, 64, 72, 96, 128])
+@pytest.mark.parametrize("features", [("causal",), ("causal", "table", "softcap", "alibi")], ids="+".join)
+def test_gradients_of_head_dims(device: ModuleType, features: tuple[str, ...], dim: int, dtype: torch.dtype) -> None:
+    native = next(n for n in DIMS if n >= dim)
+    for value_dim in {dim, max(8, dim - 16)}:
+        shape = Shape(2, 4, 2, query_length=200, key_length=210, head_dim=dim, value_dim=value_dim)
+        check(Call(features, shape, dtype), "cuda")
+    plain = "" if "table" in features else "_plain"
+    assert backward_kernels(device) == {
+        f"hopper_backward_{side}{plain}_{suffix(dtype)}_d{native}" for side in ("q", "kv")
+    }
+
+
+@pytest.mark.parametrize("features", [("causal",), ("window",), ("key_lengths", "dense_full")], ids="+".join)
+@pytest.mark.parametrize("key_length", [1, 63, 129, 300])
+@pytest.mark.parametrize("query_length", [17, 128, 193])
+def test_gradients_of_lengths(query_length: int, key_length: int, features: tuple[str, ...]) -> None:
+    shape = Shape(1, 4, 2, query_length=query_length, key_length=key_length, head_dim=64, value_dim=64)
+    check(Call(features, shape, BFLOAT16), "cuda")
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 5])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gradients_are_bit_identical(device: ModuleType, dim: int, multiprocessors: int) -> None:
+    """For any number of blocks, in any order of warps and copies."""
+    call = Call(("causal", "table", "alibi", "dense_full", "sink"), Shape(2, 2, 1, 150, 140, dim, dim), HALF)
+    first = call.fused("cuda")
+    device.set_device(shared_memory_per_block=SHARED_BYTES, multiprocessors=multiprocessors, capability=90)
+    try:
+        device.options(seed=7)
+        second = call.fused("cuda")
+    finally:
+        device.options(seed=0)
+    # the inner entries of the table are cut by the number of multiprocessors, as on sm_80
+    for name in first.grads.keys() - {"table"}:
+        assert torch.equal(first.grads[name], second.grads[name]), name
+
+
+@pytest.mark.parametrize("query_offset", [-150, 16])
+def test_gradients_of_rows_that_see_nothing(query_offset: int) -> None:
+    check(Call(("causal", "alibi"), Shape(2, 2, 1, 300, 140), HALF, offset=query_offset), "cuda")
+    check(Call(("causal",), Shape(2, 2, 1, 300, 140), HALF, offset=query_offset), "cuda")
+
+
+@pytest.mark.parametrize("where", ["query", "key", "value", "grad"])
+def test_gradients_of_what_is_not_a_number(where: str) -> None:
+    """Number 1 of the queries, keys, values or gradients is NaN under a causal mask that starts at the first key."""
+    torch.manual_seed(0)
+    length, dim = 150, 64
+    tensors = {name: torch.randn(1, 1, length, dim) for name in ("query", "key", "value", "grad")}
+    tensors[where][0, 0, 1, 5] = float("nan")
+    leaves = [tensors[name].to(HALF).requires_grad_() for name in ("query", "key", "value")]
+    out = fastattn.attention(*leaves, mask=fastattn.Causal(), query_offset=0, backend="cuda")
+    dquery, dkey, dvalue = torch.autograd.grad(out, leaves, tensors["grad"].to(HALF))
+    rows = torch.arange(length)
+    met = rows >= 1 if where in ("key", "value") else rows == 1  # rows that meet it
+    seen = rows <= rows[met].max()  # keys that such a row sees
+    assert torch.equal(dquery[0, 0].isnan().any(-1), met)
+    for grad in (dkey, dvalue):
+        assert not grad[0, 0][~seen].isnan().any()
+        assert grad[0, 0][seen].isnan().any()
+
+
+def test_gradients_that_are_broadcast_or_not_wanted(device: ModuleType) -> None:
+    """A gradient that is one number everywhere has no rows to copy; dK alone leaves dV unwritten."""
+    torch.manual_seed(0)
+    query, value = torch.randn(1, 2, 40, 64).to(HALF), torch.randn(1, 2, 50, 64).to(HALF)
+    key = torch.randn(1, 2, 50, 64).to(HALF).requires_grad_()
+    grads = []
+    for grad_out in (torch.ones(1, 2, 40, 64, dtype=HALF), torch.ones(64, dtype=HALF).expand(1, 2, 40, 64)):
+        device.clear_reports()
+        out = fastattn.attention(query, key, value, backend="cuda")
+        grads.append(torch.autograd.grad(out, key, grad_out)[0])
+        taken = "hopper_backward_kv_plain_f16_d64" if grad_out.stride(2) else "backward_kv_f16_d64"
+        assert backward_kernels(device) == {taken}
+    torch.testing.assert_close(*grads, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=str)
