@@ -69,25 +69,22 @@ def _fastattn(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor
     return forward
 
 
-def _hopper(inputs: Inputs, asked: str = "1") -> Callable[[], Tensor]:
-    """The sm_90a kernels of the cuda backend, which run where the environment asks for them."""
+def _cuda(inputs: Inputs, asked: str = "0") -> Callable[[], Tensor]:
+    """The cuda backend; `asked` is what the environment says of its sm_90a kernels, for the forward and the gradients
+    that follow it."""
     attention = _fastattn(inputs, backend="cuda")
 
     def forward() -> Tensor:
-        before = os.environ.get("FASTATTN_CUDA_HOPPER")
         os.environ["FASTATTN_CUDA_HOPPER"] = asked
-        try:
-            return attention()
-        finally:
-            del os.environ["FASTATTN_CUDA_HOPPER"]
-            if before is not None:
-                os.environ["FASTATTN_CUDA_HOPPER"] = before
+        return attention()
 
+    if asked == "0":
+        return forward
     if inputs.query.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         raise CannotError("the sm_90a kernels need a GPU of capability 9.0")
-    plan = fastattn.explain(inputs.query, inputs.key, inputs.value, backend="cuda").plan
-    reason = plan.get("not_hopper", "FASTATTN_CUDA_HOPPER=1")
-    if "FASTATTN_CUDA_HOPPER=1" not in str(reason):
+    os.environ["FASTATTN_CUDA_HOPPER"] = asked
+    reason = fastattn.explain(inputs.query, inputs.key, inputs.value, backend="cuda").plan.get("not_hopper")
+    if reason is not None:
         raise CannotError(f"the sm_90a kernels do not take it: {reason}")
     return forward
 
@@ -254,12 +251,16 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("fastattn", "fastattn.attention, its own choice", _fastattn),
-        Peer("fastattn-cuda", "fastattn.attention, backend cuda", functools.partial(_fastattn, backend="cuda")),
-        Peer("fastattn-hopper", "fastattn.attention, backend cuda, sm_90a kernels", _hopper),
+        Peer("fastattn-cuda", "fastattn.attention, backend cuda", _cuda),
+        Peer(
+            "fastattn-hopper",
+            "fastattn.attention, backend cuda, sm_90a kernels",
+            functools.partial(_cuda, asked="1"),
+        ),
         Peer(
             "fastattn-hopper-unpinned",
             "the same, exponentials where the compiler puts them",
-            functools.partial(_hopper, asked="unpinned"),
+            functools.partial(_cuda, asked="unpinned"),
         ),
         Peer("fastattn-triton", "fastattn.attention, backend triton", functools.partial(_fastattn, backend="triton")),
         Peer(

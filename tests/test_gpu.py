@@ -294,9 +294,7 @@ def test_attention_head_dims(dims: tuple[int, int], dtype: torch.dtype, backend:
 @pytest.mark.parametrize("names", [(), ("causal",), ("causal", "t5_decoder", "alibi", "sink")], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=_name)
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
-def test_sm_90a_forward(
-    dim: int, dtype: torch.dtype, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sm_90a(dim: int, dtype: torch.dtype, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels that run only when asked for, with several tiles of queries and keys for each multiprocessor."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the sm_90a kernels need a GPU of capability 9.0")

@@ -47,7 +47,7 @@ struct HopperBackwardKvBlock {
 // A tile of keys and the tiles of query rows that see it.
 struct KeyRows {
   Interval interval;
-  Range all;   // rows that all keys have in common are [full_lo, full_hi)
+  Range all;  // rows that all keys have in common are [full_lo, full_hi)
   int b, kv_head, n0;
   int last;        // key of the tile that exists
   int start, end;  // tiles of rows of one head
@@ -140,8 +140,8 @@ FASTATTN_DEVICE void check_backward_kv(const HopperBackwardParams& params, const
       for (int i = 32 * checker + lane_index(); i < Config::kQueries; i += 32 * kCheckers) {
         const bool inside = m0 + i < p.query_length;
         const i64 row = row0 + m0 + i;
-        store_shared(to + 8 * i, inside ? load_constant(reinterpret_cast<const Vec2*>(params.statistics) + row)
-                                        : Vec2{{0, 0}});
+        store_shared(to + 8 * i,
+                     inside ? load_constant(reinterpret_cast<const Vec2*>(params.statistics) + row) : Vec2{{0, 0}});
         store_shared(to + 8 * Config::kQueries + 4 * i, inside ? load_constant(params.delta + row) : 0.0f);
       }
       if (needs_care(p, masked_rows<Config>(p, keys, m0))) {
@@ -155,8 +155,8 @@ FASTATTN_DEVICE void check_backward_kv(const HopperBackwardParams& params, const
 }
 
 template <class Config>
-FASTATTN_DEVICE void compute_backward_kv(const HopperBackwardParams& params,
-                                         const HopperBackwardKvBlock<Config>& block, int group) {
+FASTATTN_DEVICE void compute_backward_kv(const HopperBackwardParams& params, const HopperBackwardKvBlock<Config>& block,
+                                         int group) {
   using T = typename Config::T;
   using KeyTile = typename Config::KeyTile;
   using RowTile = typename Config::RowTile;
@@ -164,10 +164,10 @@ FASTATTN_DEVICE void compute_backward_kv(const HopperBackwardParams& params,
   const Attention& p = params.attention;
   const auto ring = block.ring();
   // results leave through the places of keys and values
-  const RowStore<T, KeyTile, false> store_dkey{params.dkey, params.rows_dkey, block.keys(), group, p.key_length,
-                                               p.head_dim};
-  const RowStore<T, KeyTile, false> store_dvalue{params.dvalue, params.rows_dvalue, block.values(), group,
-                                                 p.key_length, p.value_dim};
+  const RowStore<T, KeyTile, false> store_dkey{params.dkey, params.rows_dkey, block.keys(),
+                                               group,       p.key_length,     p.head_dim};
+  const RowStore<T, KeyTile, false> store_dvalue{params.dvalue, params.rows_dvalue, block.values(),
+                                                 group,         p.key_length,       p.value_dim};
   const SharedAddress own_keys = block.keys() + 64 * group * KeyTile::kRowBytes;
   const SharedAddress own_values = block.values() + 64 * group * KeyTile::kRowBytes;
   int use = 0, round = 0;
@@ -200,9 +200,9 @@ FASTATTN_DEVICE void compute_backward_kv(const HopperBackwardParams& params,
       const int thread = thread_index_again();
       const Place<true> at{keys.n0 + 64 * group + (thread >> 1 & 48) + (thread >> 2 & 7), m0 + 2 * (thread & 3), keys.b,
                            h};
-      const Side side = side_of(p, m0 + keys.interval.offset,
-                                smaller(m0 + kQueries, p.query_length) - 1 + keys.interval.offset, keys.n0,
-                                keys.last + 1);
+      const Side side =
+          side_of(p, m0 + keys.interval.offset, smaller(m0 + kQueries, p.query_length) - 1 + keys.interval.offset,
+                  keys.n0, keys.last + 1);
       finish_tile<Config>(s, p, keys.interval, at, side, masked);
       // numbers of two neighbouring rows, which four accumulators share: asked for in the accumulators' order
       const SharedAddress statistics = block.statistics(use) + 16 * (thread & 3);

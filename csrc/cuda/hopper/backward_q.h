@@ -102,8 +102,8 @@ FASTATTN_DEVICE void compute_backward_q(const HopperBackwardParams& params, cons
   const Attention& p = params.attention;
   const auto ring = block.ring();
   // dQ leaves through the queries' place
-  const RowStore<T, QueryTile, false> store{params.dquery, params.rows_dquery, block.queries(), group,
-                                            p.query_length, p.head_dim};
+  const RowStore<T, QueryTile, false> store{params.dquery, params.rows_dquery, block.queries(),
+                                            group,         p.query_length,     p.head_dim};
   const SharedAddress own_queries = block.queries() + 64 * group * QueryTile::kRowBytes;
   const SharedAddress own_grads = block.grads() + 64 * group * QueryTile::kRowBytes;
   int use = 0, round = 0;

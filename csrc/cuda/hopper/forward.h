@@ -29,7 +29,8 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
   constexpr int kKeys = Config::kKeys, kGroups = Config::kGroups;
   constexpr bool kAlternate = Config::kAlternate, kOwnOut = Config::kOwnOut;
   const Attention& p = params.attention;
-  const RowStore<T, QueryTile, kOwnOut> store{params.out, params.rows_out, block.out(), group, p.query_length, p.value_dim};
+  const RowStore<T, QueryTile, kOwnOut> store{params.out, params.rows_out, block.out(),
+                                              group,      p.query_length,  p.value_dim};
   const SharedAddress own_queries = block.queries() + 64 * group * QueryTile::kRowBytes;
   int use = 0, round = 0;  // of the ring: the tile whose weights are at hand; tiles of queries so far
   if (kAlternate && group == 0) named_barrier_arrive(kTurnBarrier, 2 * kGroupThreads);

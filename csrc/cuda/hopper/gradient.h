@@ -1,4 +1,5 @@
-// Weights and dS of a warpgroup's tile, recomputed from the row statistics (attention/score_gradient.h has the formulas).
+// Weights and dS of a warpgroup's tile, recomputed from the row statistics (attention/score_gradient.h has the
+// formulas).
 //
 // In two steps, since the product dP comes later than the scores: the exponentials run while it is under way.
 #pragma once

@@ -15,10 +15,10 @@ struct MappedOperand {
 
 // In which order blocks take tiles of query rows (schedule.h).
 struct Schedule {
-  int tiles = 0;    // of a head
-  int pairs = 0;    // of batch and head
-  int total = 0;    // tiles of all
-  int section = 1;  // pairs whose keys and values stay in L2 together
+  int tiles = 0;               // of a head
+  int pairs = 0;               // of batch and head
+  int total = 0;               // tiles of all
+  int section = 1;             // pairs whose keys and values stay in L2 together
   bool longest_first = false;  // the last tiles come first
 };
 

@@ -83,9 +83,7 @@ struct HopperBackwardQTiles {
   constexpr int sums_at() const { return contexts_at() + 4 * kGroups * 48; }
   constexpr int barriers_at() const { return sums_at() + 4 * 4 * kGroups; }
   constexpr int shared_bytes() const { return barriers_at() + 8 * (2 + 3 * stages); }
-  constexpr bool fits() const {
-    return shared_bytes() <= kHopperSharedBytes && held_registers() <= kRegisters - 16;
-  }
+  constexpr bool fits() const { return shared_bytes() <= kHopperSharedBytes && held_registers() <= kRegisters - 16; }
 };
 
 constexpr HopperBackwardQTiles hopper_backward_q_tiles(int dim, bool plain) {
@@ -99,13 +97,15 @@ constexpr HopperBackwardQTiles hopper_backward_q_tiles(int dim, bool plain) {
   }
 }
 
-// dK and dV: two groups of 64 keys, which hold keys and values while queries and gradients come by.  Above D = 128 their
-// accumulators do not fit beside the scores.
+// dK and dV: two groups of 64 keys, which hold keys and values while queries and gradients come by.  Above D = 128
+// their accumulators do not fit beside the scores.
 struct HopperBackwardKvTiles {
   int dim, queries, stages;
   static constexpr int kGroups = 2, kKeys = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = 24, kRegisters = 240;
-  constexpr int held_registers() const { return dim + queries + queries / 2; }  // dK, dV; scores, dP; weights and dS packed
+  constexpr int held_registers() const {
+    return dim + queries + queries / 2;
+  }  // dK, dV; scores, dP; weights and dS packed
   // keys; values; stages of queries, gradients and three numbers for each row; barriers
   constexpr int values_at() const { return 2 * kKeys * dim; }
   constexpr int ring_at() const { return 2 * values_at(); }
@@ -113,9 +113,7 @@ struct HopperBackwardKvTiles {
   constexpr int statistics_at() const { return ring_at() + stages * stage_bytes(); }
   constexpr int barriers_at() const { return statistics_at() + stages * 12 * queries; }
   constexpr int shared_bytes() const { return barriers_at() + 8 * (3 + 3 * stages); }
-  constexpr bool fits() const {
-    return shared_bytes() <= kHopperSharedBytes && held_registers() <= kRegisters - 16;
-  }
+  constexpr bool fits() const { return shared_bytes() <= kHopperSharedBytes && held_registers() <= kRegisters - 16; }
 };
 
 constexpr HopperBackwardKvTiles hopper_backward_kv_tiles(int dim, bool plain) {
