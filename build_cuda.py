@@ -97,6 +97,11 @@ def code_flags(archs: Sequence[str]) -> list[str]:
     return flags
 
 
+def archs_of(instance: Path, archs: Sequence[str]) -> Sequence[str]:
+    """What an instance is compiled for: one of sm_90a alone is empty elsewhere, and then never launched."""
+    return ["90a"] if instance.stem.startswith("hopper_") and "90a" in archs else archs
+
+
 def instances() -> list[Path]:
     """The generated kernel instances, the slowest to compile (the widest heads) first."""
     paths = (ROOT / "csrc" / "cuda" / "instances").glob("*.cu")
@@ -111,8 +116,9 @@ def instances() -> list[Path]:
 def host_sources() -> list[Path]:
     """Plain C++: what picks tiles and launches, and the operators."""
     cuda = ROOT / "csrc" / "cuda"
-    folders = ("features", "rows", "attention")
-    return [cuda / "ops.cpp", *(path for folder in folders for path in sorted(cuda.glob(f"{folder}/*.cpp")))]
+    folders = ("features", "rows", "attention", "hopper")
+    found = (path for folder in folders for path in sorted(cuda.glob(f"{folder}/*.cpp")))
+    return [cuda / "ops.cpp", cuda / "tensor_map.cpp", *found]
 
 
 def build(
@@ -122,11 +128,13 @@ def build(
     nvcc = _found_nvcc()
     top = toolkit(nvcc)
     archs = architectures()
-    device = (nvcc, "-ccbin", compiler, *NVCC_FLAGS, *code_flags(archs))
+    device = (nvcc, "-ccbin", compiler, *NVCC_FLAGS)
     known = f'-DFASTATTN_CUDA_ARCHS="{" ".join(archs)}"'  # for `python -m fastattn info`
     includes = (*include_paths, top / "include")
     host = (compiler, *HOST_FLAGS, *relative_paths(ROOT, *includes), known, *(f"-isystem{path}" for path in includes))
-    units = [Unit(device, path, objects / f"{path.stem}.o") for path in instances()]
+    units = [
+        Unit((*device, *code_flags(archs_of(path, archs))), path, objects / f"{path.stem}.o") for path in instances()
+    ]
     units += [Unit(host, path, objects / f"{path.parent.name}_{path.stem}.o") for path in host_sources()]
     compile_all(units)
 

@@ -34,9 +34,11 @@ FLAGS = [
 
 def sources() -> list[Path]:
     """Host sources and kernel instances.  Instances first: they take longest."""
-    instances = [*CUDA.glob("instances/*.cu"), CUDA / "instruction_tests" / "instances.cu"]
+    instances = [*CUDA.glob("instances/*.cu"), *CUDA.glob("instruction_tests/*instances.cu")]
     host = [
-        path for folder in ("features", "attention", "rows", "sim", "native") for path in (CUDA / folder).glob("*.cpp")
+        path
+        for folder in ("features", "attention", "hopper", "rows", "sim", "native")
+        for path in (CUDA / folder).glob("*.cpp")
     ]
     return [*sorted(instances), *sorted(host)]
 

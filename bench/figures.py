@@ -20,6 +20,8 @@ COLOURS = {
     "fastattn": "#e0522d",
     "fastattn-mha": "#e0522d",
     "fastattn-cuda": "#b8321a",
+    "fastattn-hopper": "#7a1200",
+    "fastattn-hopper-unpinned": "#9c5a4e",
     "fastattn-triton": "#ee8f3c",
     "fastattn-sdpa": "#f0a24b",
     "fastattn-without": "#d8a58f",

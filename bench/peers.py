@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -83,6 +84,26 @@ def _fastattn(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor
             inputs.query, inputs.key, inputs.value, backend=backend, **scenario.arguments(shape, inputs.extras)
         )
 
+    return forward
+
+
+def _cuda(inputs: Inputs, asked: str = "0") -> Callable[[], Tensor]:
+    """The cuda backend; `asked` is what the environment says of its sm_90a kernels, for the forward and the gradients
+    that follow it."""
+    attention = _fastattn(inputs, backend="cuda")
+
+    def forward() -> Tensor:
+        os.environ["FASTATTN_CUDA_HOPPER"] = asked
+        return attention()
+
+    if asked == "0":
+        return forward
+    if inputs.query.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        raise CannotError("the sm_90a kernels need a GPU of capability 9.0")
+    os.environ["FASTATTN_CUDA_HOPPER"] = asked
+    reason = fastattn.explain(inputs.query, inputs.key, inputs.value, backend="cuda").plan.get("not_hopper")
+    if reason is not None:
+        raise CannotError(f"the sm_90a kernels do not take it: {reason}")
     return forward
 
 
@@ -299,7 +320,17 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("fastattn", "fastattn.attention, its own choice", _fastattn),
-        Peer("fastattn-cuda", "fastattn.attention, backend cuda", functools.partial(_fastattn, backend="cuda")),
+        Peer("fastattn-cuda", "fastattn.attention, backend cuda", _cuda),
+        Peer(
+            "fastattn-hopper",
+            "fastattn.attention, backend cuda, sm_90a kernels",
+            functools.partial(_cuda, asked="1"),
+        ),
+        Peer(
+            "fastattn-hopper-unpinned",
+            "the same, exponentials where the compiler puts them",
+            functools.partial(_cuda, asked="unpinned"),
+        ),
         Peer("fastattn-triton", "fastattn.attention, backend triton", functools.partial(_fastattn, backend="triton")),
         Peer("fastattn-without", "fastattn.attention without the feature of the case", _fastattn, without=True),
         Peer("fastattn-1-thread", "fastattn.attention on one thread", _fastattn, threads=1),

@@ -80,6 +80,23 @@ def attention(device: str, quick: bool) -> Suite:
     return Suite("attention", "plain and causal attention", tuple(cases), _sweep_peers(device))
 
 
+def hopper(device: str, quick: bool) -> Suite:
+    """The sm_90a kernels, which run only where they are asked for: with and without the exponentials held in place,
+    beside the others of ours and whoever is fastest; two biases, which are to cost them little."""
+    lengths = (1024, 4096) if quick else (16384, 4096, 1024, 8192, 2048, 512)
+    tokens, dtype = (4096, torch.bfloat16) if device == "cpu" else (16384, torch.bfloat16)
+    cases = [
+        case
+        for length in lengths
+        for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)
+        for case in _sweep("hopper", ("plain", "causal"), (dtype,), (length,), tokens=tokens, heads=heads, dim=dim)
+    ]
+    cases += _sweep("hopper", ("t5", "alibi"), (dtype,), lengths[:2], tokens=tokens, heads=16, dim=128)
+    ours = ("fastattn-hopper", "fastattn-hopper-unpinned", "fastattn-cuda", "fastattn-triton")
+    peers = (*ours, "sdpa", "sdpa-flash", "sdpa-cudnn", "flash-attn", "flex")
+    return Suite("hopper", "the sm_90a kernels", tuple(cases), peers)
+
+
 def compiled(device: str, quick: bool) -> Suite:
     """Peers that are compiled for every case, on few of them: compilation would eat the time of a full sweep."""
     if device == "cpu":
@@ -241,6 +258,7 @@ def additive(device: str, quick: bool) -> Suite:
 
 SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "attention": attention,
+    "hopper": hopper,
     "sweep": sweep,
     "mask": mask,
     "bias": bias,

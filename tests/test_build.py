@@ -98,7 +98,16 @@ def test_an_architecture_nobody_has(given: str, monkeypatch: pytest.MonkeyPatch)
 def test_every_source_is_in_the_library() -> None:
     folder = ROOT / "csrc" / "cuda"
     assert {path.name for path in folder.glob("instances/*.cu")} == {path.name for path in build_cuda.instances()}
-    host = {path for name in ("features", "attention", "rows") for path in (folder / name).glob("*.cpp")} | {
-        folder / "ops.cpp"
+    host = {path for name in ("features", "attention", "hopper", "rows") for path in (folder / name).glob("*.cpp")} | {
+        folder / "ops.cpp",
+        folder / "tensor_map.cpp",
     }
     assert host == set(build_cuda.host_sources())
+
+
+def test_instances_of_one_architecture_are_compiled_for_it_alone() -> None:
+    for path in build_cuda.instances():
+        alone = path.stem.startswith("hopper_")
+        assert build_cuda.archs_of(path, ["80", "90a"]) == (["90a"] if alone else ["80", "90a"])
+        # a library without it links to the instance, which is empty there and refused by the launcher
+        assert build_cuda.archs_of(path, ["80"]) == ["80"]

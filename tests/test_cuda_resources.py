@@ -7,8 +7,6 @@ baseline instead of comparing: do so only for a change that is understood, and s
 from __future__ import annotations
 
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -45,15 +43,12 @@ REPRESENTATIVE = {
 WITH_PRODUCTS = ("forward", "backward_kv", "backward_q", "decode", "parameter_gradient")
 
 
-def _version() -> str:
-    said = subprocess.run([NVCC, "--version"], check=True, capture_output=True, text=True).stdout
-    return "nvcc " + re.search(r"release ([0-9.]+)", said)[1]
-
-
 def _cases() -> list[tuple[str, str]]:
     if not ALL:
         return [(name, arch) for arch, names in REPRESENTATIVE.items() for name in names]
-    return [(path.stem, arch) for path in build_cuda.instances() for arch in ARCHS]
+    # those of sm_90a alone are held to more, in test_hopper_machine_code.py
+    names = [path.stem for path in build_cuda.instances() if not path.stem.startswith("hopper_")]
+    return [(name, arch) for name in names for arch in ARCHS]
 
 
 def _figures(code: MachineCode) -> list[int]:
@@ -78,9 +73,9 @@ def test_resources(name: str, arch: str) -> None:
         problems.append(f"spills: {code.stack} bytes of stack")
     if name.startswith(WITH_PRODUCTS) and not (code.products and code.opcodes["LDSM"] and code.opcodes["LDGSTS"]):
         problems.append(f"no tensor core product, ldmatrix or cp.async: {found}")
-    known = read_baseline(BASELINE, _version())
+    known = read_baseline(BASELINE, f"nvcc {build_cuda.release(NVCC)}")
     if UPDATE:
-        add_to_baseline(BASELINE, _version(), {kernel: found})
+        add_to_baseline(BASELINE, f"nvcc {build_cuda.release(NVCC)}", {kernel: found})
     elif kernel in known:
         registers, stack, shared, instructions, *_ = known[kernel]
         if code.registers > registers or code.stack > stack or code.shared > shared:

@@ -106,7 +106,9 @@ def _random_words(*shape: int) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason=NO_NVCC)
 @pytest.mark.parametrize(
-    ("source", "targets"), [("instances.cu", ("80", "90a")), ("hopper.cu", ("90a",))], ids=["instructions", "hopper"]
+    ("source", "targets"),
+    [("instances.cu", ("80", "90a")), ("hopper.cu", ("90a",)), ("hopper_instances.cu", ("90a",))],
+    ids=["instructions", "hopper", "hopper_tests"],
 )
 def test_compiles_with_nvcc(source: str, targets: tuple[str, ...], tmp_path: Path) -> None:
     generate = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]

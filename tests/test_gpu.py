@@ -291,6 +291,20 @@ def test_attention_head_dims(dims: tuple[int, int], dtype: torch.dtype, backend:
     oracle.check(oracle.Call(("causal", "alibi"), shape, dtype), backend, DEVICE)
 
 
+@pytest.mark.parametrize("names", [(), ("causal",), ("causal", "t5_decoder", "alibi", "sink")], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=_name)
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_sm_90a(dim: int, dtype: torch.dtype, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that run only when asked for, with several tiles of queries and keys for each multiprocessor."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the sm_90a kernels need a GPU of capability 9.0")
+    monkeypatch.setenv("FASTATTN_CUDA_HOPPER", "1")
+    call = oracle.Call(names, features.Shape(3, 16, 4, 700, 900, dim, dim), dtype)
+    operands = (call.leaves[name].to(DEVICE) for name in ("query", "key", "value"))
+    assert fastattn.explain(*operands, backend="cuda").plan["kernel"] == "hopper_forward"
+    oracle.check(call, "cuda", DEVICE)
+
+
 @pytest.mark.parametrize("backend", FUSED_ON_GPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
 @pytest.mark.parametrize("feature", [*features.MASKS, *features.BIASES])

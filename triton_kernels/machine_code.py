@@ -34,12 +34,17 @@ def _tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
+def disassemble(cubin: Path) -> str:
+    """The machine code of a cubin, an instruction a line."""
+    return subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+
+
 def read_machine_code(cubin: Path) -> MachineCode:
     """The only kernel of a cubin; with several, the most that any takes and the counts of all together."""
     usage = subprocess.run(
         [_tool("cuobjdump"), "-res-usage", str(cubin)], check=True, capture_output=True, text=True
     ).stdout
-    sass = subprocess.run([_tool("nvdisasm"), "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+    sass = disassemble(cubin)
 
     def most(what: str) -> int:
         return max(int(n) for n in re.findall(rf"{what}:(\d+)", usage))

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-LIMIT = 60  # instances of the whole library
+LIMIT = 60  # instances of the whole library, those of sm_90a aside
+HOPPER_LIMIT = 48  # instances for sm_90a alone
 
 TYPES = {"f16": "Half", "bf16": "BFloat16", "f32": "float"}
 HALF_TYPES = ("f16", "bf16")
 ALL_TYPES = ("f16", "bf16", "f32")
 DIMS = (32, 64, 96, 128, 192, 256)
+HOPPER_DIMS = (64, 96, 128, 192, 256)
+HOPPER_BACKWARD_DIMS = (64, 96, 128)
 DECODE_DIMS = (64, 128, 256)  # reading fewer columns than the kernel has costs it nothing
 
 
@@ -85,6 +88,31 @@ KERNELS = (
     # the two 16-bit types share one: they differ in a conversion
     Kernel("line_sum", "rows/line_sum.h", "LineSumParams", "line_sum<{type}>", "kLineThreads", "4", ("f16", "f32")),
     Kernel("part_sum", "rows/part_sum.h", "PartSumParams", "part_sum", "kRowThreads", "4"),
+    # sm_90a: with every stage as a branch, with none but intervals of keys, and that without held exponentials
+    Kernel(
+        "hopper_forward", "hopper/forward.h", "HopperForwardParams",
+        "hopper_attention_forward<HopperForwardConfig<{type}, {dim}, false>>",
+        "hopper_forward_tiles({dim}, false).threads()", "1", HALF_TYPES, HOPPER_DIMS,
+    ),
+    Kernel(
+        "hopper_forward_plain", "hopper/forward.h", "HopperForwardParams",
+        "hopper_attention_forward<HopperForwardConfig<{type}, {dim}, true>>",
+        "hopper_forward_tiles({dim}, true).threads()", "1", HALF_TYPES, HOPPER_DIMS,
+    ),
+    Kernel(
+        "hopper_forward_unpinned", "hopper/forward.h", "HopperForwardParams",
+        "hopper_attention_forward<HopperForwardConfig<{type}, {dim}, true, false>>",
+        "hopper_forward_tiles({dim}, true).threads()", "1", ("bf16",), (64, 128, 256),
+    ),
+    *(
+        Kernel(
+            f"hopper_backward_{side.lower()}{suffix}", f"hopper/backward_{side.lower()}.h", "HopperBackwardParams",
+            f"hopper_attention_backward_{side.lower()}<HopperBackward{side}Config<{{type}}, {{dim}}, {plain}>>",
+            f"HopperBackward{side}Tiles::kThreads", "1", HALF_TYPES, HOPPER_BACKWARD_DIMS,
+        )
+        for side in ("Q", "Kv")
+        for suffix, plain in (("", "false"), ("_plain", "true"))
+    ),
 )  # fmt: skip
 
 
@@ -131,8 +159,9 @@ def instances() -> Iterator[Instance]:
 def files() -> dict[Path, str]:
     """What every generated file must hold."""
     listed = list(instances())
-    if len(listed) > LIMIT:
-        raise ValueError(f"{len(listed)} instances, at most {LIMIT}")
+    hopper = sum(instance.kernel.name.startswith("hopper") for instance in listed)
+    if len(listed) - hopper > LIMIT or hopper > HOPPER_LIMIT:
+        raise ValueError(f"{len(listed) - hopper} and {hopper} instances, at most {LIMIT} and {HOPPER_LIMIT}")
     headers = sorted({str(Path(kernel.header).parent / "params.h") for kernel in KERNELS})
     declarations = (
         "// Written by generate_instances.py: the launch function of every kernel instance.\n"

@@ -3,6 +3,7 @@
 
 #include "arch/launch.h"
 #include "attention/params.h"
+#include "hopper/params.h"
 #include "rows/params.h"
 
 namespace fastattn::cuda {
@@ -67,5 +68,52 @@ void softmax_backward_f32(const Launch&, const SoftmaxGradientParams&);
 void line_sum_f16(const Launch&, const LineSumParams&);
 void line_sum_f32(const Launch&, const LineSumParams&);
 void part_sum(const Launch&, const PartSumParams&);
+void hopper_forward_f16_d64(const Launch&, const HopperForwardParams&);
+void hopper_forward_f16_d96(const Launch&, const HopperForwardParams&);
+void hopper_forward_f16_d128(const Launch&, const HopperForwardParams&);
+void hopper_forward_f16_d192(const Launch&, const HopperForwardParams&);
+void hopper_forward_f16_d256(const Launch&, const HopperForwardParams&);
+void hopper_forward_bf16_d64(const Launch&, const HopperForwardParams&);
+void hopper_forward_bf16_d96(const Launch&, const HopperForwardParams&);
+void hopper_forward_bf16_d128(const Launch&, const HopperForwardParams&);
+void hopper_forward_bf16_d192(const Launch&, const HopperForwardParams&);
+void hopper_forward_bf16_d256(const Launch&, const HopperForwardParams&);
+void hopper_forward_plain_f16_d64(const Launch&, const HopperForwardParams&);
+void hopper_forward_plain_f16_d96(const Launch&, const HopperForwardParams&);
+void hopper_forward_plain_f16_d128(const Launch&, const HopperForwardParams&);
+void hopper_forward_plain_f16_d192(const Launch&, const HopperForwardParams&);
+void hopper_forward_plain_f16_d256(const Launch&, const HopperForwardParams&);
+void hopper_forward_plain_bf16_d64(const Launch&, const HopperForwardParams&);
+void hopper_forward_plain_bf16_d96(const Launch&, const HopperForwardParams&);
+void hopper_forward_plain_bf16_d128(const Launch&, const HopperForwardParams&);
+void hopper_forward_plain_bf16_d192(const Launch&, const HopperForwardParams&);
+void hopper_forward_plain_bf16_d256(const Launch&, const HopperForwardParams&);
+void hopper_forward_unpinned_bf16_d64(const Launch&, const HopperForwardParams&);
+void hopper_forward_unpinned_bf16_d128(const Launch&, const HopperForwardParams&);
+void hopper_forward_unpinned_bf16_d256(const Launch&, const HopperForwardParams&);
+void hopper_backward_q_f16_d64(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_f16_d96(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_f16_d128(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_bf16_d64(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_bf16_d96(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_bf16_d128(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_plain_f16_d64(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_plain_f16_d96(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_plain_f16_d128(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_plain_bf16_d64(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_plain_bf16_d96(const Launch&, const HopperBackwardParams&);
+void hopper_backward_q_plain_bf16_d128(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_f16_d64(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_f16_d96(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_f16_d128(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_bf16_d64(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_bf16_d96(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_bf16_d128(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_plain_f16_d64(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_plain_f16_d96(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_plain_f16_d128(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_plain_bf16_d64(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_plain_bf16_d96(const Launch&, const HopperBackwardParams&);
+void hopper_backward_kv_plain_bf16_d128(const Launch&, const HopperBackwardParams&);
 
 }  // namespace fastattn::cuda

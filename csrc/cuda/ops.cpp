@@ -183,9 +183,13 @@ std::string cuda_plan(FASTATTN_PROBLEM_PARAMETERS) {
                                                  {"threads", plan.threads},
                                                  {"stages", plan.stages},
                                                  {"splits", plan.splits},
-                                                 {"shared_bytes", plan.shared_bytes}};
-  std::string json = std::string(R"({"kernel": ")") + (plan.decode ? "decode" : "forward") + '"';
-  for (const auto& [name, value] : entries) json += std::string(", \"") + name + "\": " + std::to_string(value);
+                                                 {"shared_bytes", plan.shared_bytes},
+                                                 {"registers", plan.registers},
+                                                 {"waves", plan.waves}};
+  std::string json = std::string(R"({"kernel": ")") + plan.kernel + '"';
+  for (const auto& [name, value] : entries)
+    if (value) json += std::string(", \"") + name + "\": " + std::to_string(value);
+  if (*plan.against_hopper) json += std::string(R"(, "not_hopper": ")") + plan.against_hopper + '"';
   return json + "}";
 }
 

@@ -36,11 +36,14 @@ def product(kind: str, ptx_type: str, n: int) -> str:
     registers = n // 2
     accumulators = ", ".join(f"%{i}" for i in range(registers))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
+    simulated_type = "true" if ptx_type == "f16" else "false"
     if kind == "shared":
+        simulated_a, simulated_flags = "nullptr, a", "kTransposeA, kTransposeB"
         template, parameter = "int kTransposeA, int kTransposeB", "uint64_t a"
         operand, inputs, after = "%{0}", '"l"(a)', 1
         flags, constants = ", %{0}, %{1}", '"n"(kTransposeA), "n"(kTransposeB)'
     else:
+        simulated_a, simulated_flags = "a, 0", "false, kTransposeB"
         template, parameter = "int kTransposeB", "const uint32_t (&a)[4]"
         operand, inputs, after = "{{%{0}, %{1}, %{2}, %{3}}}", '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])', 4
         flags, constants = ", %{0}", '"n"(kTransposeB)'
@@ -59,8 +62,7 @@ def product(kind: str, ptx_type: str, n: int) -> str:
         : {outputs}
         : {inputs}, "l"(b), "r"(static_cast<int>(accumulate)), {constants});
 #else
-    (void)d, (void)a, (void)b, (void)accumulate;
-    sim::unsupported("wgmma.mma_async", where);
+    sim::warpgroup_multiply(d, {n}, {simulated_a}, b, accumulate, {simulated_type}, {simulated_flags}, where);
 #endif
   }}
 """

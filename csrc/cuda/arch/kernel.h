@@ -74,7 +74,7 @@ inline void launch_kernel(const void* kernel, const char* name, int threads, std
 #define FASTATTN_KERNEL(name, Params, function, threads, min_blocks)                                \
   void name(const ::fastattn::cuda::Launch& launch, const Params& params) {                         \
     static_assert((min_blocks) >= 1);                                                               \
-    ::fastattn::cuda::sim::launch(#name, threads, launch, &params,                                  \
+    ::fastattn::cuda::sim::launch(#name, threads, min_blocks, launch, &params,                      \
                                   [](const void* p) { function(*static_cast<const Params*>(p)); }); \
   }
 

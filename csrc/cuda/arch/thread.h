@@ -27,6 +27,18 @@ inline int grid_size_y() { return sim::position().grid[1]; }
 inline int grid_size_z() { return sim::position().grid[2]; }
 #endif
 
+// The same, read where it is written: a thread_index() that is needed at both ends of a long loop takes a register all
+// the way.
+FASTATTN_DEVICE int thread_index_again() {
+#ifdef __CUDACC__
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+#else
+  return thread_index();
+#endif
+}
+
 FASTATTN_DEVICE int lane_index() { return thread_index() % kWarpSize; }
 
 // The same value in all lanes, and the compiler is told so: branches on it stay uniform.

@@ -18,10 +18,12 @@ void attention_backward(const Problem& problem, const BackwardInput& input, cons
 
 // What a forward call would run, for `explain`: tiles, stages, splits, shared memory.
 struct Plan {
-  bool decode = false;
+  const char* kernel = "forward";
   int dim = 0;             // that the kernel computes with
   int rows = 0, keys = 0;  // of a tile
   int threads = 0, shared_bytes = 0, stages = 0, splits = 1;
+  int registers = 0, waves = 0;     // of a thread that computes, and of blocks; zero where the compiler sees to it
+  const char* against_hopper = "";  // on a device of capability 9.0: why not the kernels of sm_90a
 };
 Plan attention_plan(const Problem& problem, const Device& device);
 

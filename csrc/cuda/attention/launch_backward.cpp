@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "../hopper/launch.h"
 #include "../instances.h"
 #include "call.h"
 #include "launch.h"
@@ -31,6 +32,7 @@ class Backward {
     dim = dim_index(std::max(p.head_dim, p.value_dim));
     rows = p.batch * p.query_heads * p.query_length;
     delta = floats(rows);
+    hopper = takes_hopper_backward(p, in.grad_out, device);
   }
 
   void run() {
@@ -88,6 +90,7 @@ class Backward {
     b.two_stages = fits(device, tiles.shared_bytes(true), 1);
     b.dkey = result_of("dkey", out.dkey);
     b.dvalue = result_of("dvalue", out.dvalue);
+    if (hopper) return hopper_backward_kv(p, b, device);
     const i64 blocks = b.tiles * p.kv_heads * p.batch;
     if (blocks) kBackwardKv[type_index(p)][dim](launch(blocks, tiles.shared_bytes(b.two_stages)), b);
   }
@@ -98,10 +101,15 @@ class Backward {
     b.tiles = static_cast<int>(ceil_div(p.query_length, tiles.rows));
     b.two_stages = fits(device, tiles.shared_bytes(true), 1);
     b.dquery = result_of("dquery", out.dquery);
+    if (hopper) b.tiles = hopper_partial_sums(p);
     const i64 blocks = b.tiles * p.query_heads * p.batch;
     if (out.dslopes) b.partial_slopes = floats(blocks);
     if (out.dtable) b.partial_ends = floats(2 * blocks);
-    if (blocks) kBackwardQ[type_index(p)][dim](launch(blocks, tiles.shared_bytes(b.two_stages)), b);
+    if (hopper) {
+      hopper_backward_q(p, b, device);
+    } else if (blocks) {
+      kBackwardQ[type_index(p)][dim](launch(blocks, tiles.shared_bytes(b.two_stages)), b);
+    }
     if (out.dslopes) sum_partials(b.partial_slopes, b.tiles, 1, 0, out.dslopes, false);
     if (out.dtable) {
       // a table of one entry has both ends in it
@@ -217,6 +225,7 @@ class Backward {
   float* partial_sink = nullptr;
   int delta_tiles = 0, dim = 0;
   i64 rows = 0;
+  bool hopper = false;
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "../hopper/launch.h"
 #include "../instances.h"
 #include "call.h"
 #include "launch.h"
@@ -27,7 +28,7 @@ int decode_index(const Problem& p) {
 
 Plan decode_plan(const Problem& p, const Device& device) {
   const DecodeTiles tiles = decode_tiles(kDecodeDims[decode_index(p)]);
-  Plan plan{true, tiles.dim, DecodeTiles::kRows, tiles.keys, tiles.threads(), tiles.shared_bytes(), 1, 1};
+  Plan plan{"decode", tiles.dim, DecodeTiles::kRows, tiles.keys, tiles.threads(), tiles.shared_bytes(), 1, 1};
   const i64 whole = ceil_div(p.query_length * p.group(), DecodeTiles::kRows) * p.kv_heads * p.batch;
   // Enough blocks to fill the device twice, and work for each: at least two steps over the keys.
   const i64 wanted = ceil_div(2 * device.multiprocessors, whole), most = ceil_div(p.key_length, 2 * tiles.step());
@@ -72,24 +73,44 @@ void decode(const Problem& p, const ForwardOutput& output, const Plan& plan, Wor
   attention_combine({checked("blocks", ceil_div(rows, CombineTiles::kRows)), 1, 1, 0, device.stream}, combine);
 }
 
+// Few queries have a kernel of their own; 0 splits where this is no such call.
+Plan few_queries_plan(const Problem& p, const Device& device) {
+  const bool few = p.query_length <= kFewQueries && p.dropout_p == 0 && p.batch * p.query_heads * p.query_length > 0;
+  Plan plan;
+  if (few) plan = decode_plan(p, device);
+  if (!few || plan.shared_bytes > device.shared_memory_per_block) plan.splits = 0;
+  return plan;
+}
+
+Plan rows_plan(const Problem& p, const Device& device) {
+  const ForwardTiles tiles = forward_tiles(kHeadDims[dim_index(width(p))]);
+  const bool two_stages = fits(device, tiles.shared_bytes(true), tiles.min_blocks);
+  Plan plan;
+  plan.dim = tiles.dim;
+  plan.rows = tiles.rows;
+  plan.keys = tiles.keys;
+  plan.threads = tiles.threads();
+  plan.shared_bytes = tiles.shared_bytes(two_stages);
+  plan.stages = two_stages ? 2 : 1;
+  return plan;
+}
+
 }  // namespace
 
 Plan attention_plan(const Problem& p, const Device& device) {
-  const bool few = p.query_length <= kFewQueries && p.dropout_p == 0 && p.batch * p.query_heads * p.query_length > 0;
-  if (few) {
-    const Plan plan = decode_plan(p, device);
-    if (plan.shared_bytes <= device.shared_memory_per_block) return plan;
-  }
-  const ForwardTiles tiles = forward_tiles(kHeadDims[dim_index(width(p))]);
-  const bool two_stages = fits(device, tiles.shared_bytes(true), tiles.min_blocks);
-  return {false, tiles.dim, tiles.rows, tiles.keys, tiles.threads(), tiles.shared_bytes(two_stages), two_stages ? 2 : 1,
-          1};
+  if (const Plan plan = few_queries_plan(p, device); plan.splits) return plan;
+  const char* against = reason_against_hopper(p, device);
+  if (!against) return hopper_forward_plan(p, device);
+  Plan plan = rows_plan(p, device);
+  if (device.capability / 10 == 9) plan.against_hopper = against;
+  return plan;
 }
 
 void attention_forward(const Problem& p, const ForwardOutput& output, Workspace& workspace, const Device& device) {
   if (p.batch * p.query_heads * p.query_length == 0) return;
-  const Plan plan = attention_plan(p, device);
-  if (plan.decode) return decode(p, output, plan, workspace, device);
+  if (const Plan plan = few_queries_plan(p, device); plan.splits) return decode(p, output, plan, workspace, device);
+  if (!reason_against_hopper(p, device)) return hopper_forward(p, output, workspace, device);
+  const Plan plan = rows_plan(p, device);
   ForwardParams params;
   params.attention = attention_of(p, workspace, device);
   params.out = result_of("out", output.out);

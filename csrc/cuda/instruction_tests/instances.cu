@@ -100,7 +100,7 @@ void run(const std::string& name, const Launch& launch, const Params& params) {
 extern "C" __attribute__((visibility("default"))) const char* fastattn_instruction_test(
     const char* name, const void* const* in, void* const* out, const int* n, const int* grid, int shared_bytes) {
   static char error[512];
-  fastattn::cuda::instruction_tests::Params params;
+  fastattn::cuda::instruction_tests::Params params{};
   for (int i = 0; i < 4; ++i) params.in[i] = in[i], params.out[i] = out[i], params.n[i] = n[i];
   try {
     fastattn::cuda::instruction_tests::run(

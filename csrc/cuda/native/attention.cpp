@@ -1,5 +1,6 @@
 // Attention in the simulator.
 #include "../attention/launch.h"
+#include "../sim/simulator.h"
 
 #include "device.h"
 #include "module.h"
@@ -42,7 +43,7 @@ py::dict plan(py::object problem) {
   Tensors tensors;
   const Plan plan = attention_plan(read_problem(tensors, problem), simulated());
   py::dict result;
-  result["kernel"] = plan.decode ? "decode" : "forward";
+  result["kernel"] = plan.kernel;
   result["dim"] = plan.dim;
   result["rows"] = plan.rows;
   result["keys"] = plan.keys;
@@ -50,10 +51,15 @@ py::dict plan(py::object problem) {
   result["shared_bytes"] = plan.shared_bytes;
   result["stages"] = plan.stages;
   result["splits"] = plan.splits;
+  if (plan.registers) result["registers"] = plan.registers;
+  if (plan.waves) result["waves"] = plan.waves;
+  if (*plan.against_hopper) result["not_hopper"] = plan.against_hopper;
   return result;
 }
 
-void set_device(int shared_memory_per_block, int multiprocessors) {
+void set_device(int shared_memory_per_block, int multiprocessors, int capability) {
+  simulated().capability = capability;
+  sim::options().shared_limit = shared_memory_per_block;
   simulated().shared_memory_per_block = shared_memory_per_block;
   simulated().multiprocessors = multiprocessors;
 }
@@ -67,7 +73,8 @@ FASTATTN_BIND(attention) {
              "Writes the gradients that are not None, parameters' contiguous in their parameter's shape.");
   module.def("attention_plan", &plan, "Tiles, stages and splits of a forward call.");
   module.def("set_device", &set_device, py::arg("shared_memory_per_block") = 166912, py::arg("multiprocessors") = 4,
-             "What the simulated device has: bytes of shared memory for a block, multiprocessors.");
+             py::arg("capability") = 80,
+             "What the simulated device has: bytes of shared memory for a block, multiprocessors, 10 * capability.");
 }
 
 }  // namespace fastattn::cuda::native

@@ -32,6 +32,8 @@ py::dict to_dict(const sim::Report& report) {
   result["threads"] = report.threads;
   result["shared_bytes"] = report.shared_bytes;
   result["products"] = report.products;
+  result["warpgroup_products"] = report.warpgroup_products;
+  result["tensor_copies"] = report.tensor_copies;
   result["shuffles"] = report.shuffles;
   result["warp_barriers"] = report.warp_barriers;
   result["block_barriers"] = report.block_barriers;
@@ -72,18 +74,22 @@ PYBIND11_MODULE(_native, module) {
             options.counters = py::cast<bool>(value);
           } else if (name == "shared_limit") {
             options.shared_limit = py::cast<int>(value);
+          } else if (name == "seed") {
+            options.seed = py::cast<uint64_t>(value);
           } else {
-            throw py::type_error("the simulator has options races, counters and shared_limit, not " + name);
+            throw py::type_error("the simulator has options races, counters, shared_limit and seed, not " + name);
           }
         }
         py::dict result;
         result["races"] = options.races;
         result["counters"] = options.counters;
         result["shared_limit"] = options.shared_limit;
+        result["seed"] = options.seed;
         return result;
       },
       "Changes the options that are named, and returns all: races (find unordered accesses to shared memory), counters "
-      "(wavefronts and sectors), shared_limit (bytes a block may have).");
+      "(wavefronts and sectors), shared_limit (bytes a block may have), seed (not 0: warps run and tensor copies "
+      "arrive in an order of chance).");
   module.def(
       "reports",
       [] {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "numbers.h"
 #include "sites.h"
 
 namespace fastattn::cuda::sim {
@@ -42,6 +43,18 @@ const char* operation_name(Operation operation) {
       return "named_barrier_sync";
     case Operation::kBarrierArrive:
       return "named_barrier_arrive";
+    case Operation::kElect:
+      return "elect_one";
+    case Operation::kWarpgroupMultiply:
+      return "a product of warpgroups";
+    case Operation::kWarpgroupFence:
+      return "warpgroup_fence";
+    case Operation::kWarpgroupCommit:
+      return "warpgroup_commit";
+    case Operation::kWarpgroupWait:
+      return "warpgroup_wait";
+    case Operation::kRegisters:
+      return "registers_increase or registers_decrease";
   }
   return "?";
 }
@@ -80,13 +93,14 @@ void Block::thread_main() {
   }
   // Outside the handler: a fiber must not be left while it handles an exception.
   Thread& self = block.self();
-  Thread* next = block.error_ ? nullptr : block.next_ready();
+  Thread* next = block.error_ ? nullptr : block.next_to_run();
   if (next != nullptr) current_position.thread = next->index;
   Fiber::jump(self.fiber, next != nullptr ? next->fiber : block.main_);
   std::terminate();  // a thread that ended was woken
 }
 
 Thread* Block::next_ready() {
+  if (in_random_order_) running_warp_ = random(warps_.size());
   for (size_t i = 0; i < warps_.size(); ++i) {
     const size_t w = running_warp_ + i < warps_.size() ? running_warp_ + i : running_warp_ + i - warps_.size();
     Warp& warp = warps_[w];
@@ -99,10 +113,26 @@ Thread* Block::next_ready() {
   return nullptr;
 }
 
+// Where nobody can go on, something arrives that somebody may wait for.
+Thread* Block::next_to_run() {
+  try {
+    for (;;) {
+      if (in_random_order_ && !all_exited() && random(8) == 0) transfers_.arrive();
+      if (Thread* next = next_ready()) return next;
+      if (all_exited()) return nullptr;
+      if (!transfers_.arrive() && !mbarriers_.give_up_waits()) return nullptr;
+    }
+  } catch (...) {  // not thrown here: this may be anyone's stack
+    error_ = std::current_exception();
+    return nullptr;
+  }
+}
+
 void Block::suspend() {
   Thread& self = this->self();
   const int index = current_position.thread;
-  Thread* next = next_ready();
+  Thread* next = next_to_run();
+  if (next == &self) return;  // what arrived is what it waits for
   if (next != nullptr) current_position.thread = next->index;
   Fiber::jump(self.fiber, next != nullptr ? next->fiber : main_);
   current_position.thread = index;
@@ -130,6 +160,8 @@ void Block::run(const char* kernel, int threads, const Launch& launch, const int
     thread.copies.clear();
     thread.copy_groups.clear();
     thread.uncommitted = 0;
+    thread.outgoing = {};
+    thread.wait = {};
     thread.fiber.prepare(thread_main);
   }
   warps_.resize(static_cast<size_t>(threads / kLanes));
@@ -137,14 +169,23 @@ void Block::run(const char* kernel, int threads, const Launch& launch, const int
     warp.ready = kAllLanes;
     warp.arrived = warp.exited = 0;
     warp.at_barrier = -1;
+    warp.registers = launch_registers_;
+    warp.registers_set = false;
+    warp.wanted_registers = 0;
   }
   running_warp_ = 0;
+  free_registers_ = 0;
+  warpgroups_.clear();
+  for (int warp = 0; warp < threads / kLanes; warp += kWarpsOfGroup) warpgroups_.emplace_back(warp);
   for (Barrier& barrier : barriers_) barrier = Barrier{};
 
   const auto shared_bytes = static_cast<size_t>(launch.shared_bytes);
   bytes_.assign(shared_bytes, kPoison);
   states_.assign(shared_bytes, kUnwritten);
   if (find_races_) races_.begin_block(threads, shared_bytes, times_);
+  async_reads_.begin_block(threads, shared_bytes);
+  mbarriers_.begin_block();
+  transfers_.begin_block();
 
   Thread* first = next_ready();
   current_position.thread = first->index;
@@ -153,14 +194,22 @@ void Block::run(const char* kernel, int threads, const Launch& launch, const int
   // Back here: everything has ended, something threw, or nobody can go on.
   for (Warp& warp : warps_) warp.requests.flush(traffics_);
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-  const bool ended = std::all_of(warps_.begin(), warps_.end(), [](const Warp& w) { return w.exited == kAllLanes; });
-  if (!ended) deadlock();
+  if (!all_exited()) deadlock();
+  check_registers();
+  transfers_.end_block();
+  mbarriers_.check_end();
+}
+
+bool Block::all_exited() const {
+  return std::all_of(warps_.begin(), warps_.end(), [](const Warp& warp) { return warp.exited == kAllLanes; });
 }
 
 void Block::exit_thread() {
   Warp& warp = this->warp();
   const uint32_t bit = 1u << current_position.thread % kLanes;
   warp.exited |= bit;
+  if (!self().outgoing.empty()) transfers_.check_exit();
+  warpgroup().check_exit(current_position.thread / kLanes, warp.where);
   if (warp.arrived != 0) {
     fail(warp.where, "divergent warp: " + lanes_text(warp.arrived) + " wait at " + operation_name(warp.operation) +
                          " (" + Sites::text(warp.where) + "), this thread has exited");
@@ -200,6 +249,93 @@ void Block::diverged(Warp& warp, const std::string& newcomer, Where where) {
                   Sites::text(warp.where) + ")");
 }
 
+// ---- Meetings of a warpgroup.
+
+bool Block::all_warps_arrived() {
+  const int first = current_position.thread / kGroupThreads * kGroupThreads;
+  Warp& mine = warp();
+  if (first + kGroupThreads > thread_count_) {
+    fail(mine.where, std::string(operation_name(mine.operation)) + ": the block ends before its warpgroup is complete");
+  }
+  bool all = true;
+  for (int thread = first; thread < first + kGroupThreads; thread += kLanes) {
+    const Warp& other = warp_of(thread);
+    if (other.arrived != kAllLanes) {
+      all = false;
+    } else if (other.parameter != mine.parameter || !same_place(other.where, mine.where)) {
+      fail(mine.where, "divergent warpgroup: this warp is at " + std::string(operation_name(mine.operation)) +
+                           ", warp " + std::to_string(thread / kLanes) + " waits at " +
+                           operation_name(other.operation) + " (" + Sites::text(other.where) + ")");
+    }
+  }
+  return all;
+}
+
+void Block::collect_arguments(void* (&all)[kGroupThreads]) {
+  const int first = current_position.thread / kGroupThreads * kGroupThreads;
+  for (int i = 0; i < kGroupThreads; ++i) all[i] = warp_of(first + i).arguments[i % kLanes];
+}
+
+void Block::release_warpgroup() {
+  const int first = current_position.thread / kGroupThreads * kGroupThreads;
+  Warp& mine = warp();
+  for (int thread = first; thread < first + kGroupThreads; thread += kLanes) {
+    Warp& other = warp_of(thread);
+    if (&other == &mine) continue;
+    other.arrived = 0;
+    other.ready = kAllLanes;
+    if (count_) other.requests.flush(traffics_);
+  }
+  release(mine);
+}
+
+// ---- setmaxnreg.  A warp gives registers back to the block's pool, or waits until the pool has what it asks for.
+
+void Block::set_registers(int count, bool increase, Where where) {
+  Warp& warp = this->warp();
+  int nothing = 0;
+  if (!arrive(warp, Operation::kRegisters, count, where, &nothing)) return suspend();
+  warp.arrived = 0;
+  const auto refuse = [&](const char* name) {
+    fail(where,
+         std::string(name) + " to " + std::to_string(count) + ", where the warp has " + std::to_string(warp.registers));
+  };
+  // What a thread begins with is for the compiler to say; here it is the most that the launch allows.
+  if (increase && warp.registers_set && count < warp.registers) refuse("registers_increase");
+  if (!increase && count > warp.registers) refuse("registers_decrease");
+  const bool keeps = increase && count <= warp.registers;
+  warp.registers_set = true;
+  warp.wait_where = where;
+  warp.wanted_registers = keeps ? 0 : count;
+  if (!keeps) grant_registers();
+  if (warp.wanted_registers != 0) return suspend();
+  resume_other_lanes(warp);
+}
+
+// At the end: all warps of a warpgroup must have made the same changes.
+void Block::check_registers() const {
+  for (size_t w = 0; w < warps_.size(); ++w) {
+    const size_t first = w / kWarpsOfGroup * kWarpsOfGroup;
+    if (warps_[w].registers == warps_[first].registers) continue;
+    fail_block("warps of one warpgroup have different numbers of registers: warp " + std::to_string(w) + " " +
+               std::to_string(warps_[w].registers) + ", warp " + std::to_string(first) + " " +
+               std::to_string(warps_[first].registers));
+  }
+}
+
+void Block::grant_registers() {
+  for (bool changed = true; std::exchange(changed, false);) {
+    for (Warp& warp : warps_) {
+      const int more = (warp.wanted_registers - warp.registers) * kLanes;
+      if (warp.wanted_registers == 0 || more > free_registers_) continue;
+      free_registers_ -= more;
+      warp.registers = std::exchange(warp.wanted_registers, 0);
+      if (&warp != &this->warp()) warp.ready = kAllLanes;
+      changed = true;
+    }
+  }
+}
+
 void Block::sync_warp(Where where) {
   int nothing = 0;
   meet(Operation::kSyncWarp, 0, where, nothing, [&](void**) {
@@ -234,7 +370,7 @@ void Block::barrier(Operation operation, int id, int threads, bool predicate, Wh
       resume_other_lanes(warp);
     } else {
       warp.at_barrier = id;
-      warp.barrier_where = where;
+      warp.wait_where = where;
       suspend();
     }
   }
@@ -300,16 +436,46 @@ void Block::fail(int thread, Where where, const std::string& message) {
                            name(thread) + ", " + Sites::text(where) + ": " + message);
 }
 
+void Block::check_arrived(const void* numbers, int bytes, const char* what, Where where) {
+  for (int at = 0; at + 4 <= bytes; at += 4) {
+    uint32_t bits;
+    std::memcpy(&bits, static_cast<const char*>(numbers) + at, 4);
+    if (is_in_flight(bits)) [[unlikely]] {
+      fail(where, std::string(what) + " of a number that depends on an accumulator whose product was not waited for");
+    }
+  }
+}
+
+void Block::fail_block(const std::string& message) const {
+  throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", " + block_text(linear_index()) + ": " +
+                           message);
+}
+
 std::string Block::waits_of(Warp& warp, int lane) const {
   const uint32_t bit = 1u << lane;
+  const MbarrierWait& wait =
+      threads_[static_cast<size_t>(&warp - warps_.data()) * kLanes + static_cast<size_t>(lane)].wait;
+  if (wait.address != 0) {
+    return "wait for parity " + std::to_string(wait.parity) + " (" + Sites::text(Sites::location(wait.site)) + ") of " +
+           mbarriers_.text(wait.address);
+  }
   if ((warp.exited & bit) != 0) return "exited";
+  if (warp.arrived == kAllLanes) {
+    return std::string("wait for the rest of their warpgroup at ") + operation_name(warp.operation) + " (" +
+           Sites::text(warp.where) + ")";
+  }
   if ((warp.arrived & bit) != 0) {
     return std::string("wait for the rest of their warp at ") + operation_name(warp.operation) + " (" +
            Sites::text(warp.where) + ")";
   }
+  if (warp.wanted_registers != 0) {
+    return "wait for " + std::to_string(warp.wanted_registers) + " registers (" + Sites::text(warp.wait_where) +
+           "), where they have " + std::to_string(warp.registers) + " and the block's pool has " +
+           std::to_string(free_registers_);
+  }
   if (warp.at_barrier >= 0) {
     const Barrier& barrier = barriers_[warp.at_barrier];
-    return "wait at barrier " + std::to_string(warp.at_barrier) + " (" + Sites::text(warp.barrier_where) + "), where " +
+    return "wait at barrier " + std::to_string(warp.at_barrier) + " (" + Sites::text(warp.wait_where) + "), where " +
            std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) + " threads have arrived";
   }
   return "can run";
@@ -325,8 +491,7 @@ void Block::deadlock() {
             " " + what;
     first = last + 1;
   }
-  throw std::runtime_error("simulated kernel " + std::string(kernel_) + ", " + block_text(linear_index()) +
-                           ": deadlock: " + text);
+  fail_block("deadlock: " + text);
 }
 
 // ---- Shared memory.
@@ -335,6 +500,10 @@ void Block::check_shared(int thread, uint32_t address, int bytes, const char* wh
   if (address % static_cast<uint32_t>(bytes) != 0) [[unlikely]] {
     fail(thread, where, std::string("misaligned ") + what + " of " + shared_text(address, bytes));
   }
+  check_bounds(thread, address, bytes, what, where);
+}
+
+void Block::check_bounds(int thread, uint32_t address, int bytes, const char* what, Where where) {
   if (address < kSharedBase || size_t{address} + static_cast<size_t>(bytes) > kSharedBase + bytes_.size())
       [[unlikely]] {
     fail(thread, where,
@@ -348,10 +517,20 @@ namespace {
 // Whether all bytes have the state.
 bool all_are(const uint8_t* states, int bytes, uint8_t state) {
   const uint64_t wanted = 0x0101010101010101u * state;
+  if (bytes > 16) return std::count(states, states + bytes, state) == bytes;
   uint64_t a = wanted, b = wanted;
   std::memcpy(&a, states, static_cast<size_t>(std::min(bytes, 8)));
   if (bytes == 16) std::memcpy(&b, states + 8, 8);
   return a == wanted && b == wanted;
+}
+
+// Whether a copy is to come to any of the bytes, or an mbarrier is there.
+bool any_is_reserved(const uint8_t* states, int bytes) {
+  if (bytes > 16) return std::any_of(states, states + bytes, [](uint8_t state) { return state >= kInFlight; });
+  uint64_t a = 0, b = 0;
+  std::memcpy(&a, states, static_cast<size_t>(std::min(bytes, 8)));
+  if (bytes == 16) std::memcpy(&b, states + 8, 8);
+  return ((a | b) & 0x0202020202020202u) != 0;
 }
 
 }  // namespace
@@ -360,6 +539,9 @@ void Block::check_readable(int thread, uint32_t address, int bytes, const char* 
   const uint8_t* states = &states_[address - kSharedBase];
   if (all_are(states, bytes, kWritten)) return;
   check_no_copy(thread, address, bytes, what, where);
+  if (std::find(states, states + bytes, uint8_t{kMbarrier}) != states + bytes) {
+    fail(thread, where, std::string(what) + " of " + shared_text(address, bytes) + ", where an mbarrier is");
+  }
   const auto first = std::find(states, states + bytes, uint8_t{kUnwritten}) - states;
   fail(thread, where,
        std::string(what) + " of " + shared_text(address, bytes) + ": byte " + std::to_string(first) +
@@ -379,6 +561,38 @@ void Block::check_no_copy(int thread, uint32_t address, int bytes, const char* w
       }
     }
   }
+  uint32_t site = 0;
+  if (int other; transfers_.find_load(address, bytes, other, site)) {
+    fail(thread, where,
+         std::string(what) + " of " + shared_text(address, bytes) + ", where a tensor copy is under way that " +
+             name(other) + " issued at " + Sites::text(Sites::location(site)) +
+             " and whose mbarrier has not completed");
+  }
+}
+
+void Block::check_write(int thread, uint32_t address, int bytes, const char* what, Where where) {
+  const uint8_t* states = &states_[address - kSharedBase];
+  if (any_is_reserved(states, bytes)) [[unlikely]] {
+    check_no_copy(thread, address, bytes, what, where);
+    fail(thread, where, std::string(what) + " of " + shared_text(address, bytes) + ", where an mbarrier is");
+  }
+  const Clock* clock = find_races_ ? time(thread).clock.get() : nullptr;
+  const AsyncReads::Read* read = async_reads_.find(thread, clock, address - kSharedBase, bytes);
+  if (read == nullptr) return;
+  const std::string reader = read->thread >= 0 ? "a store to global memory by " + name(read->thread)
+                                               : "a product of warps " + std::to_string(read->first_warp) + "-" +
+                                                     std::to_string(read->first_warp + AsyncReads::kParts - 1);
+  fail(thread, where,
+       std::string(async_reads_.is_under_way(*read) ? "" : "race: ") + what + " of " + shared_text(address, bytes) +
+           (async_reads_.is_under_way(*read) ? ", which " : " is not ordered after the wait for ") + reader + " at " +
+           Sites::text(Sites::location(read->site)) + (async_reads_.is_under_way(*read) ? " is still reading" : ""));
+}
+
+void Block::begin_write(int thread, uint32_t address, int bytes, const char* what, Where where) {
+  check_write(thread, address, bytes, what, where);
+  if (!find_races_) return;
+  check_race(thread, races_.write(thread, time(thread), address - kSharedBase, bytes, Sites::number(where)), address,
+             bytes, what, where);
 }
 
 void Block::mark(uint32_t address, int bytes, ByteState state) {
@@ -387,7 +601,14 @@ void Block::mark(uint32_t address, int bytes, ByteState state) {
 
 void Block::race_error(int thread, const Conflict& conflict, uint32_t address, int bytes, const char* what,
                        Where where) {
-  const std::string other = conflict.thread >= 0 ? name(conflict.thread) : "warp " + std::to_string(conflict.warp);
+  const std::string other = conflict.thread >= thread_count_ ? "a tensor copy"
+                            : conflict.thread >= 0           ? name(conflict.thread)
+                                                             : "warp " + std::to_string(conflict.warp);
+  if (conflict.unfenced) {
+    fail(thread, where,
+         std::string("missing fence_async_shared: ") + what + " of " + shared_text(address, bytes) + ", which " +
+             other + " wrote at " + Sites::text(Sites::location(conflict.site)) + " with no proxy fence since");
+  }
   fail(thread, where,
        std::string("race: ") + what + " of " + shared_text(address, bytes) + " is not ordered after the " +
            (conflict.was_write ? "write by " : "read by ") + other + " at " +
@@ -396,7 +617,9 @@ void Block::race_error(int thread, const Conflict& conflict, uint32_t address, i
 
 // ---- Launches.
 
-void Block::begin_launch(const char* kernel, int threads, const Launch& launch) {
+void Block::begin_launch(const char* kernel, int threads, int min_blocks, const Launch& launch) {
+  constexpr int kRegisters = 65536, kMost = 240;
+  launch_registers_ = std::min(kMost, kRegisters / (threads * min_blocks) / 8 * 8);
   report_ = Report{};
   report_.kernel = kernel;
   report_.grid[0] = launch.grid_x, report_.grid[1] = launch.grid_y, report_.grid[2] = launch.grid_z;
@@ -405,6 +628,8 @@ void Block::begin_launch(const char* kernel, int threads, const Launch& launch) 
   find_races_ = options().races;
   count_ = options().counters;
   global_races_.begin_launch();
+  in_random_order_ = options().seed != 0;
+  random_ = options().seed * 2 + 1;
 }
 
 Report Block::end_launch() {

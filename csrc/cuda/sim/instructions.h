@@ -4,9 +4,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <source_location>
 
 #include "../arch/launch.h"
+#include "../arch/tensor_map.h"
 
 namespace fastattn::cuda::sim {
 
@@ -24,7 +26,8 @@ extern Position current_position;
 inline const Position& position() { return current_position; }
 
 // The launch of a kernel: `body(params)` is the program of one thread.
-void launch(const char* kernel, int threads, const Launch& launch, const void* params, void (*body)(const void*));
+void launch(const char* kernel, int threads, int min_blocks, const Launch& launch, const void* params,
+            void (*body)(const void*));
 
 [[noreturn]] void unsupported(const char* instruction, Where where);
 
@@ -53,6 +56,39 @@ void copy_async_wait(int pending, Where where);
 void load_matrix(uint32_t* r, int matrices, bool transposed, uint32_t row, Where where);
 void store_matrix(uint32_t row, const uint32_t* r, int matrices, bool transposed, Where where);
 void multiply_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool half, Where where);
+
+// Warpgroups.
+void registers_increase(int registers, Where where);
+void registers_decrease(int registers, Where where);
+// `a`: registers, or null and the descriptor counts.
+void warpgroup_multiply(float* d, int n, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor,
+                        bool accumulate, bool half, bool transposed_a, bool transposed_b, Where where);
+void warpgroup_fence(Where where);
+void warpgroup_commit(Where where);
+void warpgroup_wait(int pending, Where where);
+
+// mbarriers, and copies that run beside the threads.
+void mbarrier_init(uint32_t barrier, uint32_t arrivals, Where where);
+void mbarrier_init_fence(Where where);
+void mbarrier_invalidate(uint32_t barrier, Where where);
+void mbarrier_arrive(uint32_t barrier, Where where);
+void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes, Where where);
+void mbarrier_expect(uint32_t barrier, uint32_t bytes, Where where);
+bool mbarrier_try_wait(uint32_t barrier, uint32_t parity, Where where);
+void mbarrier_wait(uint32_t barrier, uint32_t parity, Where where);
+void fence_async_shared(Where where);
+bool elect_one(Where where);
+void prefetch_tensor_map(const TensorMap* map, Where where);
+using Coordinates = std::initializer_list<int>;
+void tensor_load(uint32_t to, const TensorMap* map, uint32_t barrier, Coordinates at, Where where);
+void tensor_store(const TensorMap* map, uint32_t from, Coordinates at, Where where);
+void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, Where where);
+void bulk_reduce_add(float* to, uint32_t from, uint32_t bytes, Where where);
+void bulk_commit(Where where);
+void bulk_wait(int pending, bool only_reads, Where where);
+
+// What the registers of an accumulator hold before its products are waited for: a NaN that arithmetic hands on.
+inline constexpr uint32_t kInFlightBits = 0x7FD5BAD5u;
 
 // Numbers.
 uint16_t round_to_16(float value, bool half);  // to nearest even; NaN becomes 0x7FFF, as cvt makes it

@@ -36,7 +36,8 @@ Options& options() {
 const std::vector<Report>& reports() { return latest_reports; }
 void clear_reports() { latest_reports.clear(); }
 
-void launch(const char* kernel, int threads, const Launch& launch, const void* params, void (*body)(const void*)) {
+void launch(const char* kernel, int threads, int min_blocks, const Launch& launch, const void* params,
+            void (*body)(const void*)) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   if (threads < kLanes || threads > 1024 || threads % kLanes != 0) {
     refuse(kernel, std::to_string(threads) + " threads: not a multiple of 32 up to 1024");
@@ -47,7 +48,7 @@ void launch(const char* kernel, int threads, const Launch& launch, const void* p
     refuse(kernel, std::to_string(launch.shared_bytes) + " bytes of shared memory, where a block may have " +
                        std::to_string(options().shared_limit));
   }
-  block.begin_launch(kernel, threads, launch);
+  block.begin_launch(kernel, threads, min_blocks, launch);
   struct Finish {  // also after an error
     ~Finish() { keep(block.end_launch()); }
   } finish;

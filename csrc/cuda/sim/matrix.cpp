@@ -4,16 +4,15 @@
 #include "numbers.h"
 #include "sites.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// One binary for all machines; products of two 16-bit numbers are exact, so a fused multiply-add changes nothing.
-#define FASTATTN_CLONES __attribute__((target_clones("avx2,fma", "default")))
-#else
-#define FASTATTN_CLONES
-#endif
-
 namespace fastattn::cuda::sim {
 
-uint16_t round_to_16(float value, bool half) { return half ? float_to_half(value) : float_to_bfloat16(value); }
+uint16_t round_to_16(float value, bool half) {
+  if (is_in_flight(to_bits(value))) [[unlikely]] {
+    block.fail_block("a number is rounded that depends on an accumulator whose product " +
+                     block.name(current_position.thread) + " did not wait for");
+  }
+  return half ? float_to_half(value) : float_to_bfloat16(value);
+}
 float widen_from_16(uint16_t value, bool half) { return half ? half_to_float(value) : bfloat16_to_float(value); }
 
 namespace {
@@ -154,12 +153,7 @@ void store_rows(void** all, int matrices, bool transposed, Where where) {
       const int thread = first + matrix * 8 + i;
       const uint32_t address = static_cast<const Matrices*>(all[matrix * 8 + i])->row;
       block.check_shared(thread, address, kRowBytes, "store_matrix", where);
-      block.check_no_copy(thread, address, kRowBytes, "store_matrix", where);
-      if (block.find_races()) {
-        block.check_race(thread,
-                         block.races().write(thread, block.time(thread), address - kSharedBase, kRowBytes, site),
-                         address, kRowBytes, "store_matrix", where);
-      }
+      block.begin_write(thread, address, kRowBytes, "store_matrix", where);
       std::memcpy(block.shared(address), rows[i], kRowBytes);
       block.mark(address, kRowBytes, kWritten);
     }

@@ -44,8 +44,24 @@ std::string complaint(uintptr_t begin, uintptr_t end) {
          std::to_string(offset);
 }
 
-// Bounds, permission, alignment, order.
 void check_global(const void* address, int bytes, bool write, bool atomic, const char* what, Where where) {
+  if (const auto past = reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes); past != 0) {
+    block.fail(where, std::string("misaligned ") + what + " of " + std::to_string(bytes) +
+                          " bytes of global memory, at an address that is " + std::to_string(past) +
+                          " past a multiple of its size");
+  }
+  check_global_bytes(address, bytes, write, atomic, what, where);
+}
+
+void count_access(Access access, Where where, uint64_t address, int bytes) {
+  if (block.count()) {
+    block.warp().requests.access(current_position.thread % kLanes, Sites::number(where), access, address, bytes);
+  }
+}
+
+}  // namespace
+
+void check_global_bytes(const void* address, int bytes, bool write, bool atomic, const char* what, Where where) {
   const auto begin = reinterpret_cast<uintptr_t>(address), end = begin + static_cast<uintptr_t>(bytes);
   Found& last = write ? last_written : last_read;
   if (last.range >= ranges.size() || !allows(ranges[last.range], begin, end, write)) [[unlikely]] {
@@ -59,11 +75,6 @@ void check_global(const void* address, int bytes, bool write, bool atomic, const
     last.may_be_written = std::any_of(ranges.begin(), ranges.end(), [&](const Range& r) {
       return r.writable && r.begin < found->end && found->begin < r.end;
     });
-  }
-  if (begin % static_cast<uintptr_t>(bytes) != 0) {
-    block.fail(where, std::string("misaligned ") + what + " of " + std::to_string(bytes) +
-                          " bytes of global memory, at an address that is " +
-                          std::to_string(begin % static_cast<uintptr_t>(bytes)) + " past a multiple of its size");
   }
   if (!block.find_races() || !last.may_be_written) return;
   const int thread = current_position.thread;
@@ -79,14 +90,6 @@ void check_global(const void* address, int bytes, bool write, bool atomic, const
                         (conflict.several_blocks ? " and others" : "") + ", " + block.name(conflict.thread) + ", at " +
                         Sites::text(Sites::location(conflict.site)));
 }
-
-void count_access(Access access, Where where, uint64_t address, int bytes) {
-  if (block.count()) {
-    block.warp().requests.access(current_position.thread % kLanes, Sites::number(where), access, address, bytes);
-  }
-}
-
-}  // namespace
 
 void Memory::register_range(const void* begin, size_t bytes, bool writable, std::string name) {
   const auto at = reinterpret_cast<uintptr_t>(begin);
@@ -126,12 +129,8 @@ void load_shared(void* to, uint32_t address, int bytes, Where where) {
 void store_shared(uint32_t address, const void* from, int bytes, Where where) {
   const int thread = current_position.thread;
   block.check_shared(thread, address, bytes, "store", where);
-  block.check_no_copy(thread, address, bytes, "store", where);
-  if (block.find_races()) {
-    block.check_race(
-        thread, block.races().write(thread, block.time(thread), address - kSharedBase, bytes, Sites::number(where)),
-        address, bytes, "store", where);
-  }
+  block.check_arrived(from, bytes, "store", where);
+  block.begin_write(thread, address, bytes, "store", where);
   std::memcpy(block.shared(address), from, static_cast<size_t>(bytes));
   block.mark(address, bytes, kWritten);
   count_access(Access::kSharedStore, where, address, bytes);
@@ -147,6 +146,7 @@ void load_global(void* to, const void* address, int bytes, bool constant, Where 
 }
 
 void store_global(void* address, const void* from, int bytes, Where where) {
+  block.check_arrived(from, bytes, "store", where);
   check_global(address, bytes, true, false, "store", where);
   std::memcpy(address, from, static_cast<size_t>(bytes));
   count_access(Access::kGlobalStore, where, reinterpret_cast<uintptr_t>(address), bytes);
@@ -173,7 +173,7 @@ int atomic_add(int* address, int value, Where where) { return add(address, value
 void copy_async(uint32_t to, const void* from, int bytes, bool valid, Where where) {
   const int index = current_position.thread;
   block.check_shared(index, to, bytes, "asynchronous copy", where);
-  block.check_no_copy(index, to, bytes, "asynchronous copy", where);
+  block.check_write(index, to, bytes, "asynchronous copy", where);
   if (valid) check_global(from, bytes, false, false, "asynchronous copy", where);
   if (block.find_races()) {
     block.check_race(index, block.races().check_write(index, block.time(index), to - kSharedBase, bytes), to, bytes,

@@ -5,6 +5,13 @@
 
 #include "instructions.h"
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// One binary for all machines; products of two 16-bit numbers are exact, so a fused multiply-add changes nothing.
+#define FASTATTN_CLONES __attribute__((target_clones("avx2,fma", "default")))
+#else
+#define FASTATTN_CLONES
+#endif
+
 namespace fastattn::cuda::sim {
 
 inline float half_to_float(uint16_t value) {
@@ -17,6 +24,9 @@ inline float half_to_float(uint16_t value) {
 }
 
 inline float bfloat16_to_float(uint16_t value) { return from_bits<float>(uint32_t{value} << 16); }
+
+// Whether the number comes from an accumulator whose product is under way; of either sign.
+inline bool is_in_flight(uint32_t bits) { return (bits & 0x7FFFFFFFu) == kInFlightBits; }
 
 // Both round to nearest even; NaN becomes 0x7FFF, as the cvt instruction makes it.
 inline uint16_t float_to_half(float value) {

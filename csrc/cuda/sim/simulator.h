@@ -22,6 +22,7 @@ struct Options {
   bool races = true;          // find unordered accesses to shared memory
   bool counters = true;       // count wavefronts and sectors
   int shared_limit = 166912;  // bytes of dynamic shared memory that a block may have: 163 KB, sm_80
+  uint64_t seed = 0;          // not 0: warps run, and tensor copies arrive, in an order of chance
 };
 // To begin with, races are as FASTATTN_SIMULATOR_RACES says (0 or 1).
 Options& options();
@@ -69,7 +70,9 @@ struct Report {
   int threads = 0;
   int shared_bytes = 0;
   Traffic traffic[static_cast<int>(Access::kCount)];
-  int64_t products = 0;        // mma instructions of warps
+  int64_t products = 0;  // mma instructions of warps
+  int64_t warpgroup_products = 0;
+  int64_t tensor_copies = 0;   // loads, stores and reductions beside the threads
   int64_t shuffles = 0;        // shuffles and votes of warps
   int64_t warp_barriers = 0;   // sync_warp
   int64_t block_barriers = 0;  // arrivals of warps at barriers

@@ -8,6 +8,7 @@ uint32_t shuffle(Shuffle kind, uint32_t value, int lane, Where where) {
     int lane;
     uint32_t result;
   } mine{value, lane, 0};
+  block.check_arrived(&value, 4, "shuffle", where);
   block.meet(Operation::kShuffle, static_cast<int>(kind), where, mine, [kind](void** all) {
     ++block.report().shuffles;
     for (int i = 0; i < kLanes; ++i) {
@@ -46,6 +47,19 @@ uint32_t ballot(bool predicate, Where where) {
     for (int i = 0; i < kLanes; ++i) static_cast<Arguments*>(all[i])->result = bits;
   });
   return mine.result;
+}
+
+bool elect_one(Where where) {
+  int nothing = 0;
+  block.meet(Operation::kElect, 0, where, nothing, [](void**) {});
+  return current_position.thread % kLanes == 0;
+}
+
+// Each thread by itself: what it wrote, and what others wrote that it knows of, is there for copies and products.
+void fence_async_shared(Where) {
+  if (!block.find_races()) return;
+  block.races().fence(block.time(current_position.thread));
+  block.advance_warp();
 }
 
 void sync_warp(Where where) { block.sync_warp(where); }

@@ -1,0 +1,88 @@
+#include "call.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <iterator>
+
+#include "launch.h"
+
+namespace fastattn::cuda {
+namespace {
+
+#ifdef FASTATTN_CUDA_ARCHS
+constexpr bool kBuilt = std::string_view(FASTATTN_CUDA_ARCHS).find("90a") != std::string_view::npos;
+#else
+constexpr bool kBuilt = true;  // the simulator has every instruction
+#endif
+
+// What a section of heads may take of L2's 50 MB.
+constexpr i64 kSectionBytes = i64{32} << 20;
+
+bool same_row_everywhere(const View& x) { return x.size[2] > 1 && x.stride[2] == 0; }
+
+}  // namespace
+
+std::string_view hopper_asked() {
+  const char* value = std::getenv("FASTATTN_CUDA_HOPPER");
+  return value && *value ? value : "0";
+}
+
+int hopper_dim_index(const Problem& p) {
+  const int dim = static_cast<int>(std::max(p.head_dim, p.value_dim));
+  return static_cast<int>(std::lower_bound(std::begin(kHopperDims), std::end(kHopperDims), dim) - kHopperDims);
+}
+
+bool is_plain(const Attention& a) {
+  return !a.scaled && !a.negate && a.softcap_out == 0 && !a.query_ids.data && !a.mask.data && !a.slopes.data &&
+         !a.table && !a.bias.data && !a.dropout_seed;
+}
+
+MappedOperand map_of(const Problem& p, const Operand& x, i64 heads, i64 length, i64 columns, int dim, int rows) {
+  TensorLayout layout;
+  layout.data = x.data;
+  layout.element = p.query.dtype == DType::kFloat16 ? TensorElement::kHalf : TensorElement::kBFloat16;
+  layout.rank = 4;
+  const i64 sizes[4] = {columns, length, heads, p.batch}, strides[4] = {1, x.row, x.head, x.batch};
+  for (int axis = 0; axis < 4; ++axis) {
+    layout.size[axis] = static_cast<uint64_t>(strides[axis] == 0 ? 1 : sizes[axis]);
+    if (axis > 0) layout.stride_bytes[axis - 1] = static_cast<uint64_t>(strides[axis] == 0 ? 16 : 2 * strides[axis]);
+  }
+  layout.swizzle = dim % 64 == 0 ? Swizzle::k128 : Swizzle::k64;
+  layout.box[0] = dim % 64 == 0 ? 64 : 32;
+  layout.box[1] = static_cast<uint32_t>(rows);
+  layout.box[2] = layout.box[3] = 1;
+  return {encode_tensor_map(layout), x.head != 0, x.batch != 0};
+}
+
+MappedOperand map_of(const Problem& p, const Result& x, i64 heads, i64 length, i64 columns, int dim, int rows) {
+  if (!x.data) return {};
+  return map_of(p, Operand{x.data, x.batch, x.head, x.row}, heads, length, columns, dim, rows);
+}
+
+Schedule schedule_of(const Problem& p, i64 length, int rows, i64 heads, i64 group, i64 bytes) {
+  Schedule order;
+  order.tiles = static_cast<int>(ceil_div(length, rows));
+  order.pairs = checked("batch times heads", p.batch * heads);
+  order.total = checked("tiles", order.tiles * p.batch * heads, kMostBlocks / 4);
+  i64 section = group;
+  while (2 * section <= order.pairs && 2 * section / group * bytes <= kSectionBytes) section *= 2;
+  order.section = static_cast<int>(std::min<i64>(section, order.pairs));
+  return order;
+}
+
+const char* reason_against_hopper(const Problem& p, const Device& device) {
+  if (device.capability / 10 != 9) return "not a device of capability 9.0";
+  if (!kBuilt) return "the library was built without sm_90a";
+  if (hopper_asked() == "0") return "not asked for with FASTATTN_CUDA_HOPPER=1";
+  if (p.key_length == 0) return "no keys";
+  if (same_row_everywhere(p.query) || same_row_everywhere(p.key) || same_row_everywhere(p.value))
+    return "an operand is broadcast along its length";
+  return nullptr;
+}
+
+bool takes_hopper_backward(const Problem& p, const View& grad_out, const Device& device) {
+  return !reason_against_hopper(p, device) && hopper_dim_index(p) < kHopperBackwardDims && p.query_length > 0 &&
+         p.batch > 0 && p.query_heads > 0 && !same_row_everywhere(grad_out);
+}
+
+}  // namespace fastattn::cuda

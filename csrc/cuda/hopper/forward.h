@@ -1,0 +1,198 @@
+// Attention forward on sm_90a: a block per multiprocessor that stays, a warpgroup that brings tiles, two or three that
+// compute.
+//
+// A warpgroup of consumers keeps two products in flight: S of tile n, and the accumulation of tile n + 1's weights. The
+// softmax of tile n runs while the latter does, and, where groups alternate, while another group has the tensor cores.
+#pragma once
+
+#include "producer.h"
+#include "row_store.h"
+#include "softmax.h"
+
+namespace fastattn::cuda {
+
+// Barriers of some of the block's threads: a turn at the tensor cores for each group.
+inline constexpr int kTurnBarrier = 1;
+
+// A bool that the compiler knows, where a function takes either.
+template <bool kValue>
+struct Known {
+  FASTATTN_DEVICE operator bool() const { return kValue; }
+};
+
+template <class Config>
+FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const HopperBlock<Config>& block, int group) {
+  using T = typename Config::T;
+  using Block = HopperBlock<Config>;
+  using QueryTile = typename Config::QueryTile;
+  using KeyTile = typename Config::KeyTile;
+  constexpr int kKeys = Config::kKeys, kGroups = Config::kGroups;
+  constexpr bool kAlternate = Config::kAlternate, kOwnOut = Config::kOwnOut;
+  const Attention& p = params.attention;
+  const RowStore<T, QueryTile, kOwnOut> store{params.out, params.rows_out, block.out(),
+                                              group,      p.query_length,  p.value_dim};
+  const SharedAddress own_queries = block.queries() + 64 * group * QueryTile::kRowBytes;
+  int use = 0, round = 0;  // of the ring: the tile whose weights are at hand; tiles of queries so far
+  if (kAlternate && group == 0) named_barrier_arrive(kTurnBarrier, 2 * kGroupThreads);
+
+  for_own_rows<Config>(params.schedule, params.attention, [&](const QueryRows& rows) {
+    // Needed for a moment in each tile, and too much to keep where a tile has every stage: the first row of this lane,
+    // and what the tile of rows knows of itself.
+    const auto row = [&] {
+      const int thread = thread_index_again();
+      return rows.m0 + 64 * group + (thread >> 1 & 48) + (thread >> 2 & 7);  // 16 to a warp
+    };
+    const auto context_at = [&] { return block.context((thread_index_again() >> 5) - 4); };
+    const auto context = [&] {
+      if constexpr (Config::kPlain) return rows.context;
+      return load_context(context_at());
+    };
+    if constexpr (!Config::kPlain) {
+      sync_warp();  // after the reads of the tile before
+      if (lane_index() == 0) store_context(context_at(), rows.context);
+      sync_warp();
+    }
+    OwnRows own{{-infinity(), -infinity()}, {0.0f, 0.0f}, {1.0f, 1.0f}};
+    uint32_t poisoned = 0;
+    float acc[Config::kDim / 2];
+    FASTATTN_UNROLL
+    for (int i = 0; i < Config::kDim / 2; ++i) acc[i] = 0.0f;
+
+    if (rows.start < rows.end) {
+      uint32_t weights[kKeys / 16][4];
+      // Checkers arrive for every tile, early where they do not look: their phase is waited for too, or they could fall
+      // behind by the length of the ring, where its parity is the same again.
+      const auto wait_values = [&](bool checked) {
+        if (!checked) mbarrier_wait(block.values_full(use), Block::phase(use));
+        mbarrier_wait(block.values_checked(use), Block::phase(use));
+      };
+      // after the product with the values of tile n
+      const auto release_values = [&](int n, bool checked) {
+        if (checked) {
+          const Vec4 found = load_shared<Vec4>(block.checks(use));
+          if (found.x[0] | found.x[1] | found.x[2])
+            poisoned |= rows_that_see<Config>(block.checks(use), p, context(), row(), n * kKeys);
+        }
+        warp_arrive(block.values_empty(use));
+      };
+
+      mbarrier_wait(block.queries_full(), round & 1);
+      int n = rows.end - 1;
+      {
+        float s[kKeys / 2];
+        mbarrier_wait(block.keys_full(use), Block::phase(use));
+        warpgroup_fence();
+        issue_rows_product<T, QueryTile, KeyTile>(s, own_queries, block.keys(use));
+        warpgroup_commit();
+        warpgroup_wait<0>();
+        settle(s);
+        warp_arrive(block.keys_empty(use));
+        finish_keys<Config>(s, p, context(), row(), n * kKeys, masks_at<Config>(p, rows.context, n));
+        weigh(s, own, p.multiplier);
+        if constexpr (!Config::kPlain) {
+          if (p.dropout_seed) drop(s, p, context(), row(), n * kKeys);
+        }
+        pack_weights<T>(weights, s);
+      }
+      const auto step = [&](auto masked) {
+        float s[kKeys / 2];
+        const bool checked = checked_at<Config>(p, rows.context, n + 1);
+        mbarrier_wait(block.keys_full(use + 1), Block::phase(use + 1));
+        if (kAlternate) named_barrier_sync(kTurnBarrier + group, 2 * kGroupThreads);
+        warpgroup_fence();
+        issue_rows_product<T, QueryTile, KeyTile>(s, own_queries, block.keys(use + 1));
+        warpgroup_commit();
+        wait_values(checked);
+        warpgroup_fence();
+        issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
+        warpgroup_commit();
+        if (kAlternate) named_barrier_arrive(kTurnBarrier + (group + 1) % kGroups, 2 * kGroupThreads);
+        warpgroup_wait<1>();
+        settle(s);
+        warp_arrive(block.keys_empty(use + 1));
+        finish_keys<Config>(s, p, context(), row(), n * kKeys, masked);
+        weigh(s, own, p.multiplier);
+        if constexpr (!Config::kPlain) {
+          if (p.dropout_seed) drop(s, p, context(), row(), n * kKeys);
+        }
+        if constexpr (Config::kPin) finish_before(own.sum[0] + own.sum[1]);
+        warpgroup_wait<0>();
+        settle(acc);
+        release_values(n + 1, checked);
+        pack_weights<T>(weights, s);
+        rescale(acc, own);
+        ++use;
+      };
+      for (--n; n >= rows.start; --n) {
+        if constexpr (Config::kPlain) {
+          if (masks_at<Config>(p, rows.context, n)) {
+            step(Known<true>{});
+          } else {
+            step(Known<false>{});
+          }
+        } else {
+          step(masks_at<Config>(p, rows.context, n));
+        }
+      }
+      if constexpr (kOwnOut) warp_arrive(block.queries_empty());
+      const bool checked = checked_at<Config>(p, rows.context, rows.start);
+      wait_values(checked);
+      warpgroup_fence();
+      issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
+      warpgroup_commit();
+      warpgroup_wait<0>();
+      settle(acc);
+      release_values(rows.start, checked);
+      ++use;
+    }
+
+    const int b = context().batch, h = context().head;
+    const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
+    const i64 row0 = (static_cast<i64>(b) * p.heads + h) * p.query_length;
+    float factor[2];
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const RowEnd end = end_row(own.largest[half] * p.multiplier, quad_sum(own.sum[half]), sink);
+      const int i = row() + 8 * half;
+      factor[half] = poisoned >> half & 1 ? not_a_number() : end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
+      if (i < p.query_length && (lane_index() & 3) == 0) store_row_end(end, params.lse, params.statistics, row0 + i);
+    }
+    if (rows.start < rows.end) {
+      store(rows.m0, b, h, acc, factor);
+      if constexpr (!kOwnOut) warp_arrive(block.queries_empty());
+      ++round;
+    } else {
+      store.zeros(rows.m0, b, h);
+    }
+  });
+  if (kOwnOut && store.issues()) bulk_wait_read<0>();  // shared memory is there until the last copy has read it
+}
+
+template <class Config>
+FASTATTN_DEVICE void hopper_attention_forward(const HopperForwardParams& params) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const HopperBlock<Config> block;
+  const int warp = warp_index();
+  if (thread_index() == 0) {
+    prefetch_tensor_map(&params.query.map);
+    prefetch_tensor_map(&params.key.map);
+    prefetch_tensor_map(&params.value.map);
+    prefetch_tensor_map(&params.out.map);
+    block.init();
+  }
+  sync_block();
+  if (warp < 4) {
+    registers_decrease<Config::kProducerRegisters>();
+    if (warp == 0) {
+      if (elect_one()) load_tiles<Config>(params, block);
+    } else {
+      check_tiles<Config>(params, block, warp_index() - 1);
+    }
+  } else {
+    registers_increase<Config::kRegisters>();
+    consume_tiles<Config>(params, block, warp_index() / 4 - 1);
+  }
+#endif
+}
+
+}  // namespace fastattn::cuda

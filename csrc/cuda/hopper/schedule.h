@@ -1,0 +1,72 @@
+// Which tiles of query rows a block computes, and what it knows of each: the same arithmetic in the producer, in the
+// checkers and in every consumer, so that nobody has to tell the others.
+//
+// A block per multiprocessor stays for the whole launch.  Round i gives tile i * blocks + block to each block, and odd
+// rounds run backwards: with the longest rows of a causal mask first, whoever got the longest tile of one round gets
+// the shortest of the next, and the sums differ by no more than one round's difference.
+#pragma once
+
+#include "../attention/scores.h"
+#include "params.h"
+
+namespace fastattn::cuda {
+
+struct QueryRows {
+  RowContext context;
+  int m0;
+  int start, end;  // tiles of keys
+};
+
+// The t-th in order: a tile of a head, and which batch and head.
+FASTATTN_DEVICE void place_of(const Schedule& order, int t, int& tile, int& pair) {
+  const int whole = order.section * order.tiles, first = t / whole * order.section, rest = t % whole;
+  const int pairs = smaller(order.section, order.pairs - first);
+  tile = rest / pairs;
+  pair = first + rest % pairs;
+  if (order.longest_first) tile = order.tiles - 1 - tile;
+}
+
+template <class Config>
+FASTATTN_DEVICE QueryRows query_rows(const Schedule& order, const Attention& p, int t) {
+  int tile, pair;
+  place_of(order, t, tile, pair);
+  QueryRows rows;
+  rows.m0 = tile * Config::kRows;
+  rows.context = row_context(p, pair / p.heads, pair % p.heads, rows.m0, rows.m0 + Config::kRows - 1);
+  const Range& keys = rows.context.keys;
+  rows.start = larger(keys.lo, 0) / Config::kKeys;
+  rows.end = keys.hi > 0 ? (keys.hi + Config::kKeys - 1) / Config::kKeys : 0;
+  return rows;
+}
+
+// Calls f(tile) for the tiles of this block, in order.
+template <class F>
+FASTATTN_DEVICE void for_own_tiles(const Schedule& order, F f) {
+  const int blocks = grid_size();
+  // from a round that runs forwards to one that runs backwards, and then what is left of two rounds
+  int step = 2 * (blocks - block_index()) - 1;
+  FASTATTN_NO_UNROLL
+  for (int t = block_index(); t < order.total; t += step, step = 2 * blocks - step) f(t);
+}
+
+// Calls f(QueryRows) for the tiles of query rows of this block.
+template <class Config, class F>
+FASTATTN_DEVICE void for_own_rows(const Schedule& order, const Attention& p, F f) {
+  for_own_tiles(order, [&](int t) { f(query_rows<Config>(order, p, t)); });
+}
+
+// Whether a tile of keys needs a look at single elements.
+template <class Config>
+FASTATTN_DEVICE bool masks_at(const Attention& p, const RowContext& context, int n) {
+  const int n0 = n * Config::kKeys, n1 = n0 + Config::kKeys;
+  if constexpr (Config::kPlain) return n0 < context.keys.full_lo || n1 > context.keys.full_hi;
+  return needs_masks(p, context.keys, n0, n1);
+}
+
+// Whether its values are looked at before they are used (needs_care of scores.h).
+template <class Config>
+FASTATTN_DEVICE bool checked_at(const Attention& p, const RowContext& context, int n) {
+  return masks_at<Config>(p, context, n) || (!Config::kPlain && p.bias.data);
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,168 @@
+// Scores of one warpgroup's rows: masks and biases, the online softmax, and what becomes of values that are not finite.
+#pragma once
+
+#include "../attention/dropout.h"
+#include "../attention/row_end.h"
+#include "block.h"
+
+namespace fastattn::cuda {
+
+// The two rows of a lane, of a tile of query rows: 0 is `row`, 1 is row + 8.
+struct OwnRows {
+  float largest[2], sum[2];  // so far; sums are of this lane's columns
+  float rescale[2];          // from before the last tile to after it
+};
+
+// Calls f(part, first column) for parts of at most 64 columns of a tile of scores, as float (&)[1][columns / 8][4]: a
+// part's elements fit the bits of one word.
+template <int kFirst = 0, int N, class F>
+FASTATTN_DEVICE void in_parts(float (&s)[N], F f) {
+  constexpr int kColumns = N / 4 - kFirst < 8 ? N / 4 - kFirst : 8;
+  f(*reinterpret_cast<float (*)[1][kColumns][4]>(&s[4 * kFirst]), 8 * kFirst);
+  if constexpr (kFirst + kColumns < N / 4) in_parts<kFirst + kColumns>(s, f);
+}
+
+// -inf outside [lo, hi) of each row's columns, counted from the column of s[0].
+template <int N>
+FASTATTN_DEVICE void keep_between(float (&s)[N], const int (&lo)[2], const int (&hi)[2]) {
+  FASTATTN_UNROLL
+  for (int i = 0; i < N; ++i) {
+    const int j = i / 4 * 8 + (i & 1), half = i >> 1 & 1;
+    s[i] = j >= lo[half] && j < hi[half] ? s[i] : -infinity();
+  }
+}
+
+// The interval masks: rows are queries and columns keys, or the other way round.
+template <class Place, int N>
+FASTATTN_DEVICE void apply_intervals(float (&s)[N], const Attention& p, const Interval& v, const Place& at) {
+  int lo[2], hi[2];
+  FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = at.row + 8 * half;
+    if constexpr (Place::kTransposed) {
+      const Range queries = queries_of_keys(p, v, row, row);
+      lo[half] = queries.lo;
+      hi[half] = queries.hi;
+    } else {
+      keys_of_query(p, v, row + v.offset, lo[half], hi[half]);
+    }
+    lo[half] -= at.column;
+    hi[half] -= at.column;
+  }
+  keep_between(s, lo, hi);
+}
+
+// The place of a part of a tile, from in_parts.
+template <class Place>
+FASTATTN_DEVICE Place part_of(Place at, int first) {
+  at.column += first;
+  return at;
+}
+
+// From raw products to scores, -inf where masked.
+template <class Config, class Place, int N>
+FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interval& v, const Place& at, Side side,
+                                 bool masked) {
+  if constexpr (!Config::kPlain) {
+    const bool elements = masked && (p.query_ids.data || p.mask.data);
+    in_parts(s, [&](auto& part, int first) {
+      const Place here = part_of(at, first);
+      scale_and_cap<Place>(part, p);
+      add_biases(part, p, v, here, side);
+      if (elements) apply_masks(part, p, v, here);
+    });
+    if (elements) return;
+  }
+  if (masked) apply_intervals(s, p, v, at);
+}
+
+// The same of tile n of the keys of a tile of query rows.
+template <class Config, int N>
+FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowContext& context, int row, int n0,
+                                 bool masked) {
+  const Place<> at{row, n0 + 2 * (lane_index() & 3), context.batch, context.head};
+  finish_tile<Config>(s, p, context.interval, at, side_of(p, context.first, context.last, n0, n0 + Config::kKeys),
+                      masked);
+}
+
+// Scores become weights relative to the largest so far; `own.rescale` takes what was summed before to the same.
+template <int N>
+FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, float multiplier) {
+  FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float largest = own.largest[half];
+    FASTATTN_UNROLL
+    for (int i = 2 * half; i < N; i += 4) largest = fmaxf(largest, fmaxf(s[i], s[i + 1]));
+    largest = quad_max(largest);
+    // a row that has seen nothing yet keeps a finite pivot, so that -inf - -inf never happens
+    const float pivot = largest == -infinity() ? 0.0f : largest * multiplier;
+    own.rescale[half] = exp2_approx(own.largest[half] * multiplier - pivot);
+    own.largest[half] = largest;
+    float sum = own.sum[half] * own.rescale[half];
+    FASTATTN_UNROLL
+    for (int i = 2 * half; i < N; i += 4) {
+      s[i] = exp2_approx(fmaf(s[i], multiplier, -pivot));
+      s[i + 1] = exp2_approx(fmaf(s[i + 1], multiplier, -pivot));
+      sum += s[i] + s[i + 1];
+    }
+    own.sum[half] = sum;
+  }
+}
+
+template <int N>
+FASTATTN_DEVICE void drop(float (&s)[N], const Attention& p, const RowContext& context, int row, int n0) {
+  in_parts(s, [&](auto& part, int first) {
+    uint32_t bits[1];
+    const Place<> at{row, n0 + 2 * (lane_index() & 3) + first, context.batch, context.head};
+    keep_bits<1, sizeof(part) / sizeof(part[0][0])>(bits, p, at);
+    each(part, [&](float& x, int, int n, int r) { x = has(bits[0], n, r) ? x : 0.0f; });
+  });
+}
+
+template <class T, int N>
+FASTATTN_DEVICE void pack_weights(uint32_t (&packed)[N / 8][4], const float (&s)[N]) {
+  FASTATTN_UNROLL
+  for (int i = 0; i < N / 2; ++i) packed[i / 4][i % 4] = pack2<T>(s[2 * i], s[2 * i + 1]);
+}
+
+template <int N>
+FASTATTN_DEVICE void rescale(float (&acc)[N], const OwnRows& own) {
+  FASTATTN_UNROLL
+  for (int i = 0; i < N; ++i) acc[i] *= own.rescale[i >> 1 & 1];
+}
+
+// Which of this lane's rows see a value that is not finite, among the checked ones of a tile (bit `half`).  Rare.
+template <class Config>
+FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p, const RowContext& context, int row,
+                                       int n0) {
+  const int b = context.batch, h = context.head;
+  uint32_t sees = 0;
+  FASTATTN_NO_UNROLL
+  for (int column = 2 * (lane_index() & 3); column < Config::kKeys; column += 8) {
+    FASTATTN_NO_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      if (load_shared<uint8_t>(checks + 16 + column + (r & 1)) == 0) continue;
+      const int i = row + 8 * (r >> 1), j = n0 + column + (r & 1);
+      int lo, hi;
+      keys_of_query(p, context.interval, i + context.interval.offset, lo, hi);
+      bool seen = j >= lo && j < hi && i < p.query_length;
+      if constexpr (!Config::kPlain) {
+        if (seen && p.query_ids.data)
+          seen = load_constant(p.query_ids.data + b * p.query_ids.batch + i) ==
+                 load_constant(p.key_ids.data + b * p.key_ids.batch + j);
+        if (seen && p.mask.data)
+          seen = load_constant(static_cast<const uint8_t*>(p.mask.data) + b * p.mask.batch + h * p.mask.head +
+                               i * p.mask.row + j * p.mask.column) != 0;
+        if (seen && p.bias.data)
+          with_reader(p.bias.data, p.bias_element, [&](auto read) {
+            seen = read(b * p.bias.batch + h * p.bias.head + (i * p.bias_row + j * p.bias_column)) != -infinity();
+          });
+      }
+      sees |= static_cast<uint32_t>(seen) << (r >> 1);
+    }
+  }
+  sees |= shuffle_xor(sees, 1);
+  return sees | shuffle_xor(sees, 2);
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,132 @@
+// Tiles of the sm_90a kernels and what they take: one pure table, read by the kernels at compile time, by the host when
+// it launches, and by `explain`.
+//
+// Shared memory and registers of a multiprocessor are spent by one block: 227 KB, and 64K registers that the warpgroups
+// share as they say (setmaxnreg).  A warpgroup of consumers owns 64 rows; a thread of it holds D / 2 accumulators of
+// the output, keys / 2 scores and keys / 4 registers of weights, which are the left operand of the second product.
+#pragma once
+
+namespace fastattn::cuda {
+
+inline constexpr int kHopperDims[] = {64, 96, 128, 192, 256};
+inline constexpr int kHopperBackwardDims = 3;      // of these, that the backward has
+inline constexpr int kHopperSharedBytes = 232448;  // that a block may have
+inline constexpr int kHopperRegisters = 65536;     // of a multiprocessor
+inline constexpr int kCheckers = 3;  // warps of the producers' warpgroup that look for NaN among the values
+
+struct HopperForwardTiles {
+  int dim, groups, keys, stages;  // groups: warpgroups of consumers
+  bool alternate;  // consumers take turns at the tensor cores, so that one's softmax meets another's products
+
+  constexpr int rows() const { return 64 * groups; }
+  constexpr int threads() const { return 128 * (groups + 1); }
+
+  // Registers of a thread.  All start with what the launch gives, and that is all there is: consumers wait for ever for
+  // more than producers give up.
+  constexpr int launch_registers() const { return kHopperRegisters / threads() / 8 * 8; }
+  constexpr int producer_registers() const { return groups == 3 ? 32 : 24; }
+  constexpr int consumer_registers() const { return groups == 3 ? 160 : 240; }
+  constexpr int held_registers() const { return dim / 2 + keys / 2 + keys / 4; }  // accumulators, scores, weights
+
+  // Shared memory: queries; stages of keys; stages of values; output where there is room, else it takes the queries'
+  // place; for each stage which values are not finite; a copy of the tile's context for each warp of consumers;
+  // barriers.
+  constexpr int query_bytes() const { return 2 * rows() * dim; }
+  constexpr int key_bytes() const { return 2 * keys * dim; }
+  constexpr int keys_at() const { return query_bytes(); }
+  constexpr int values_at() const { return keys_at() + stages * key_bytes(); }
+  constexpr int after_values() const { return values_at() + stages * key_bytes(); }
+  constexpr int check_bytes() const { return 16 + (keys + 15) / 16 * 16; }  // a word per checker, a byte per key
+  constexpr int barriers() const { return 2 + 5 * stages; }
+  constexpr int context_bytes() const { return 4 * groups * 48; }
+  constexpr int small_bytes() const { return stages * check_bytes() + context_bytes() + 8 * barriers(); }
+  constexpr bool own_out() const { return after_values() + query_bytes() + small_bytes() <= kHopperSharedBytes; }
+  constexpr int out_at() const { return own_out() ? after_values() : 0; }
+  constexpr int checks_at() const { return after_values() + (own_out() ? query_bytes() : 0); }
+  constexpr int contexts_at() const { return checks_at() + stages * check_bytes(); }
+  constexpr int barriers_at() const { return contexts_at() + context_bytes(); }
+  constexpr int shared_bytes() const { return barriers_at() + 8 * barriers(); }
+
+  constexpr bool fits() const {
+    return shared_bytes() <= kHopperSharedBytes && held_registers() <= consumer_registers() - 16 &&
+           producer_registers() + groups * consumer_registers() <= (groups + 1) * launch_registers();
+  }
+};
+
+// `plain`: no stage but intervals of keys (causal, windows, lengths, prefixes), a sink and dropout's absence.
+constexpr HopperForwardTiles hopper_forward_tiles(int dim, bool plain) {
+  switch (dim) {
+    case 64:
+      return plain ? HopperForwardTiles{64, 3, 128, 4, true} : HopperForwardTiles{64, 2, 128, 4, true};
+    case 96:
+      return {96, 2, 128, 2, true};
+    case 128:
+      return {128, 2, 128, 2, true};
+    case 192:
+      return {192, 2, plain ? 112 : 96, 2, false};
+    default:
+      return {256, 2, plain ? 80 : 64, 2, false};
+  }
+}
+
+// dQ: two groups of 64 query rows, which hold queries and gradients of the output while keys and values come by.
+struct HopperBackwardQTiles {
+  int dim, keys, stages;
+  static constexpr int kGroups = 2, kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
+  static constexpr int kProducerRegisters = 24, kRegisters = 240;
+  constexpr int held_registers() const { return dim / 2 + keys + keys / 4; }  // accumulators, scores and dS, dS packed
+  // queries; gradients; stages of keys and values; contexts; a number for each warp to add up; barriers
+  constexpr int grads_at() const { return 2 * kRows * dim; }
+  constexpr int ring_at() const { return 2 * grads_at(); }
+  constexpr int stage_bytes() const { return 4 * keys * dim; }
+  constexpr int contexts_at() const { return ring_at() + stages * stage_bytes(); }
+  constexpr int sums_at() const { return contexts_at() + 4 * kGroups * 48; }
+  constexpr int barriers_at() const { return sums_at() + 4 * 4 * kGroups; }
+  constexpr int shared_bytes() const { return barriers_at() + 8 * (2 + 3 * stages); }
+  constexpr bool fits() const { return shared_bytes() <= kHopperSharedBytes && held_registers() <= kRegisters - 16; }
+};
+
+constexpr HopperBackwardQTiles hopper_backward_q_tiles(int dim, bool plain) {
+  switch (dim) {
+    case 64:
+      return {64, plain ? 128 : 64, 2};
+    case 96:
+      return {96, plain ? 96 : 64, 2};
+    default:
+      return {128, plain ? 80 : 64, 2};
+  }
+}
+
+// dK and dV: two groups of 64 keys, which hold keys and values while queries and gradients come by.  Above D = 128
+// their accumulators do not fit beside the scores.
+struct HopperBackwardKvTiles {
+  int dim, queries, stages;
+  static constexpr int kGroups = 2, kKeys = 64 * kGroups, kThreads = 128 * (kGroups + 1);
+  static constexpr int kProducerRegisters = 24, kRegisters = 240;
+  constexpr int held_registers() const {
+    return dim + queries + queries / 2;
+  }  // dK, dV; scores, dP; weights and dS packed
+  // keys; values; stages of queries, gradients and three numbers for each row; barriers
+  constexpr int values_at() const { return 2 * kKeys * dim; }
+  constexpr int ring_at() const { return 2 * values_at(); }
+  constexpr int stage_bytes() const { return 4 * queries * dim; }
+  constexpr int statistics_at() const { return ring_at() + stages * stage_bytes(); }
+  constexpr int barriers_at() const { return statistics_at() + stages * 12 * queries; }
+  constexpr int shared_bytes() const { return barriers_at() + 8 * (3 + 3 * stages); }
+  constexpr bool fits() const { return shared_bytes() <= kHopperSharedBytes && held_registers() <= kRegisters - 16; }
+};
+
+constexpr HopperBackwardKvTiles hopper_backward_kv_tiles(int dim, bool plain) {
+  return {dim, plain || dim < 96 ? 64 : 32, 2};
+}
+
+template <class Tiles>
+constexpr bool all_fit(Tiles (*tiles)(int, bool), int dims) {
+  for (int n = 0; n < dims; ++n)
+    if (!tiles(kHopperDims[n], true).fits() || !tiles(kHopperDims[n], false).fits()) return false;
+  return true;
+}
+static_assert(all_fit(hopper_forward_tiles, 5) && all_fit(hopper_backward_q_tiles, kHopperBackwardDims) &&
+              all_fit(hopper_backward_kv_tiles, kHopperBackwardDims));
+
+}  // namespace fastattn::cuda
