@@ -1,4 +1,4 @@
-# make demo | test | aot | lint | format | wheel | sdist | bench | report | gpu | clean
+# make demo | test | aot | sanitize | lint | format | wheel | sdist | bench | report | gpu | clean
 # variables: PYTHON, TORCH, TRITON, PIP_ARGS, PYTEST_ARGS; of wheel: CUDA, ARCHS
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE_SOURCES := setup.py $(wildcard build_*.py) $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test aot lint format wheel sdist bench report gpu install clean
+.PHONY: demo test aot sanitize lint format wheel sdist bench report gpu install clean
 
 demo: install
 	$(PY) -m fastattn demo
@@ -30,6 +30,19 @@ test: install
 # each of some thousand kernels.  AOT_UPDATE=1 writes the files.
 aot: install
 	AOT_ALL=1 $(PY) -m pytest $(PYTEST_ARGS) tests/test_triton_aot.py tests/test_cuda_resources.py
+
+# The CPU kernels and what calls them under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
+# Python is not built for it: the libraries are preloaded, leaks are not looked for, and torch's own ones are not seen.
+SANITIZE := build/sanitize
+SANITIZERS = $(foreach library,libasan.so libubsan.so,$(shell $${CXX:-g++} -print-file-name=$(library)))
+SANITIZED ?= tests/test_cpu_backend.py tests/test_cpu_decode.py tests/test_cpu_math.py tests/test_masked_softmax.py \
+	tests/test_apply_rotary.py tests/test_additive_attention.py tests/test_lengths_and_views.py tests/test_masked_values.py
+sanitize: install
+	FASTATTN_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1" \
+		$(PY) setup.py -q build_ext --build-lib $(SANITIZE) --build-temp $(SANITIZE)/objects
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		FASTATTN_CPU_LIBRARY=$(CURDIR)/$(SANITIZE)/fastattn/lib/libfastattn_cpu.so \
+		$(PY) -m pytest $(PYTEST_ARGS) $(SANITIZED)
 
 lint: install
 	$(PY) -m ruff check .

@@ -4,6 +4,7 @@ no download.  What cannot be loaded is told in one sentence with the command tha
 from __future__ import annotations
 
 import json
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +18,11 @@ OLDEST_TORCH = (2, 10)
 BUILD_CPU = "pip install --no-build-isolation -e ."
 BUILD_CUDA = f"FASTATTN_CUDA=1 {BUILD_CPU}   (needs nvcc)"
 
-library_path: Path = Path(__file__).parent / "lib" / "libfastattn_cpu.so"
+_lib = Path(__file__).parent / "lib"
+# FASTATTN_CPU_LIBRARY names another build of the library: one with sanitizers (make sanitize), say.
+library_path: Path = Path(os.environ.get("FASTATTN_CPU_LIBRARY") or _lib / "libfastattn_cpu.so")
 load_error: str | None = None
-cuda_library_path: Path = library_path.with_name("libfastattn_cuda.so")
+cuda_library_path: Path = _lib / "libfastattn_cuda.so"
 cuda_load_error: str | None = None
 
 
