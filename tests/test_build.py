@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -111,3 +112,28 @@ def test_instances_of_one_architecture_are_compiled_for_it_alone() -> None:
         assert build_cuda.archs_of(path, ["80", "90a"]) == (["90a"] if alone else ["80", "90a"])
         # a library without it links to the instance, which is empty there and refused by the launcher
         assert build_cuda.archs_of(path, ["80"]) == ["80"]
+
+
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="no aarch64-linux-gnu-g++ (g++-aarch64-linux-gnu)"
+)
+def test_the_kernels_compile_for_arm64() -> None:
+    """The generic path, without a warning.  Nothing here runs it: `info` says so there."""
+    command = [
+        "aarch64-linux-gnu-g++",
+        "-std=c++20",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-psabi",
+        "-S",
+        "-o",
+        "/dev/null",
+    ]
+    for source, flags in (
+        ("kernels.cpp", ["-DFASTATTN_ISA=baseline", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]),
+        ("dispatch.cpp", []),
+    ):
+        done = subprocess.run([*command, *flags, str(ROOT / "csrc" / "cpu" / source)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]

@@ -126,6 +126,9 @@ std::string describe() {
     if (candidate.supported()) supported += (supported.empty() ? "" : ", ") + name;
   }
   std::string text = "{\"isa\": \"" + isa + "\", \"compiled\": [" + compiled + "], \"supported\": [" + supported + "]";
+#if !defined(__x86_64__)
+  text += ", \"proof\": \"compile-checked only: no run of the tests on this architecture is recorded\"";
+#endif
   if (!error.empty()) text += ", \"error\": \"" + error + "\"";
   return text + "}";
 }
