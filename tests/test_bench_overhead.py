@@ -48,10 +48,12 @@ def test_the_benchmark_holds_calls_to_the_baseline(tmp_path: Path) -> None:
         pytest.skip("not a checkout: the benchmark is not part of the wheel")
     stored = tmp_path / "overhead.json"
     stored.write_text(json.dumps({"ratios": {"forward, plain, fastattn": 1e-3, "forward, plain, fastattn-sdpa": 1e3}}))
+    # as a worker of pytest-xdist, pytest-benchmark would measure nothing
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "--benchmark-max-time=0.01",
          "--benchmark-min-rounds=3", "-k", "stored or (forward and plain and not training)"],
-        capture_output=True, text=True, env={**os.environ, "OVERHEAD_BASELINE": str(stored), "OVERHEAD_UPDATE": ""},
+        capture_output=True, text=True, env={**environment, "OVERHEAD_BASELINE": str(stored), "OVERHEAD_UPDATE": ""},
     )  # fmt: skip
     assert done.returncode == 1, done.stdout
     assert "in the baseline" in done.stdout and "1 failed" in done.stdout

@@ -46,7 +46,7 @@ def problem_weights(
         and problem.query_offset == leading
     )
     masks = replace(problem, window_right=-1) if plain_causal else problem
-    only_dense = problem.slopes is None and problem.table is None
+    only_dense = all(x is None for x in (problem.slopes, problem.table, problem.row_table, problem.col_table))
     weights = attention_weights(
         WeightArguments(
             query=query,
@@ -75,7 +75,7 @@ def _is_structured(problem: Problem) -> bool:
 def _select(problem: Problem, heads: Sequence[int]) -> Problem:
     """The problem of some query heads, each with a key head of its own."""
     index = torch.tensor(list(heads), dtype=torch.int64, device=problem.device)
-    group = problem.num_heads // max(problem.num_kv_heads, 1)
+    kv_index = index // (problem.num_heads // max(problem.num_kv_heads, 1))
 
     def chosen(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.shape[1] == 1 else x.index_select(1, index)
@@ -83,10 +83,12 @@ def _select(problem: Problem, heads: Sequence[int]) -> Problem:
     return replace(
         problem,
         query=problem.query.index_select(1, index),
-        key=problem.key.index_select(1, index // group),
-        value=problem.value.index_select(1, index // group),
+        key=problem.key.index_select(1, kv_index),
+        value=problem.value.index_select(1, kv_index),
         slopes=chosen(problem.slopes),
         table=chosen(problem.table),
         dense_mask=chosen(problem.dense_mask),
         dense_bias=chosen(problem.dense_bias),
+        row_table=chosen(problem.row_table),
+        col_table=None if problem.col_table is None else problem.col_table.index_select(1, kv_index),
     )
