@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from fastattn.bench.report import case_key, size
-from fastattn.bench.results import Row
+from fastattn.bench.results import Row, replace_csv
 
 Same = dict[str, Row]  # the other variants of a row's case and direction, by name
 OURS = ("fastattn", "fastattn-mha")
@@ -250,16 +250,10 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     """Merge into the file, as results.write does with rows: the newest of equal keys stays."""
     merged = {one.key(): one for one in read_outcomes(path)}
     merged |= {one.key(): one for one in outcomes}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, OUTCOME_FIELDS, lineterminator="\n")
-        writer.writeheader()
-        for one in merged.values():
-            line = asdict(one)
-            line["measured"] = "" if one.measured is None else f"{one.measured:.6g}"
-            writer.writerow(line)
-    partial.replace(path)
+    lines = [asdict(one) for one in merged.values()]
+    for line in lines:
+        line["measured"] = "" if line["measured"] is None else f"{line['measured']:.6g}"
+    replace_csv(path, OUTCOME_FIELDS, lines)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -184,14 +184,18 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     """Merge rows into the file: the newest of equal keys stays, the order is stable."""
     merged = {row.key(): row for row in read(path)}
     merged |= {row.key(): row for row in rows}
+    replace_csv(path, FIELDS, ({name: _text(value) for name, value in asdict(row).items()} for row in merged.values()))
+
+
+def replace_csv(path: Path, fields: Sequence[str], lines: Iterable[dict[str, object]]) -> None:
+    """A new file in the place of the old one; a run that is killed leaves one of the two."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
-        for row in merged.values():
-            writer.writerow({name: _text(value) for name, value in asdict(row).items()})
-    partial.replace(path)  # a run that is killed leaves the old file or the new one
+        writer.writerows(lines)
+    partial.replace(path)
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 import fastattn
 from fastattn import nn as fnn
+from fastattn import reference
+from fastattn.nn.readout import problem_weights
+from fastattn.problem import Problem
 
 N, S, T = 3, 7, 5
 FEEDFORWARD = 24
@@ -285,6 +288,19 @@ def test_weights_with_a_position(name: str, kv_heads: int) -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     assert not weights.triu(1).any()
     torch.testing.assert_close(module(x, x, x, is_causal=True)[1], weights.mean(1))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_weights_of_some_heads_with_tables(groups: int) -> None:
+    """Chosen heads keep their own row table, and the column table of their key head."""
+    heads, dim, length = 4, 8, 12
+    q, k = torch.randn(2, heads, length, dim), torch.randn(2, heads // groups, length, dim)
+    tables = {"row_table": torch.randn(2, heads, length, 5), "col_table": torch.randn(2, heads // groups, 5, length)}
+    problem = Problem(query=q, key=k, value=k, scale=0.3, columns_left=2, **tables)
+    every = problem_weights(problem)
+    exact = torch.softmax(0.3 * q @ k.repeat_interleave(groups, 1).mT + reference.bias(problem, torch.float32), dim=-1)
+    torch.testing.assert_close(every, exact)
+    torch.testing.assert_close(problem_weights(problem, heads=[3, 1]), exact[:, [3, 1]])
 
 
 def test_grouped_heads_are_repeated_heads() -> None:
