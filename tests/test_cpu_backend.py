@@ -133,7 +133,11 @@ def check(problem: Problem) -> None:
     # the backward computes P a second time: S, the exponent and its exponential round again
     recomputed = 4 * torch.finfo(problem.parameter_dtype).eps
     assert_within_budget("out", out, exact_out, peer_out, rounding)
-    relaxed = torch.finfo(problem.parameter_dtype).eps if dtype != torch.bfloat16 or problem.query_cos is None else u
+    relaxed = torch.finfo(problem.parameter_dtype).eps
+    if dtype == torch.bfloat16 and problem.query_cos is not None:
+        relaxed = u
+    elif dtype == torch.float16 and native.cpu_info()["isa"] == "amx":
+        relaxed = 2.0**-16  # operands are two bfloat16 numbers: all of a float16, 16 bits of one that is rotated
     assert_within_budget("lse", lse, exact_lse, peer_lse, 4 * relaxed)
     for name, grad in grads.items():
         assert grad.shape == getattr(problem, name).shape
@@ -282,7 +286,9 @@ def test_exponential_over_its_range() -> None:
         exact = torch.sigmoid(q.double())
         # the logits themselves are rounded to u |x| in base 2
         allowed = tolerance + torch.finfo(dtype).eps * q.double().abs()
-        assert ((out.double().flatten() - exact).abs() <= allowed * exact).all()
+        # subnormal numbers, and subnormal pieces of a number (csrc/cpu/pieces.h), are zero
+        slack = torch.finfo(dtype).tiny
+        assert ((out.double().flatten() - exact).abs() <= allowed * exact + slack).all()
         exact_lse = torch.nn.functional.softplus(q.double(), threshold=100)
         assert ((lse.double().flatten() - exact_lse).abs() <= 2 * tolerance * (1 + exact_lse)).all()
 

@@ -147,9 +147,10 @@ class AdditiveForward {
       }
     }
     const T reference = now == -kInfinity<T> ? T(0) : now;
-    s.sum[row] += scorer.plain
-                      ? row_exp<true, PlainMode<T>::kExpDegree>(score, live.low, live.high, reference, scorer.factor)
-                      : row_exp<false, PlainMode<T>::kExpDegree>(score, live.low, live.high, reference, scorer.factor);
+    s.sum[row] += scorer.plain ? reduce_add<T>(row_exp<true, PlainMode<T>::kExpDegree>(score, live.low, live.high,
+                                                                                       reference, scorer.factor))
+                               : reduce_add<T>(row_exp<false, PlainMode<T>::kExpDegree>(score, live.low, live.high,
+                                                                                        reference, scorer.factor));
     if (p.dropout_p > 0) {
       scorer.dropout_factors(i, origin, live.low, live.high, s.temp);
       for (i64 j = live.low; j < live.high; ++j) score[j] *= s.temp[j];

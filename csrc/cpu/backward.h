@@ -69,6 +69,7 @@ class Backward {
  private:
   static constexpr i64 kLane = kLanes<Acc>;
   static constexpr i64 kRows = Tile::kRows;
+  static constexpr i64 kPieces = Mode::kPieces;
   static constexpr i64 kDepthRows = Mode::kPair == 1 ? 1 : kTileRegisters ? 32 : 2;  // what gemm's depth is made of
   static constexpr i64 kItems = 32;  // wanted work items: enough for most machines, few enough to keep dQ buffers small
   static constexpr i64 kLeastItems = 8;
@@ -162,23 +163,24 @@ class Backward {
   };
 
   i64 padded_dim(i64 dim) const { return round_up(larger(dim, i64{1}), 16); }
+  i64 pairs_piece() const { return kRows / 2 * engine.stride(); }
 
   Scratch layout(Arena& arena) const {
     Scratch s;
     s.tile = engine.layout(arena);
-    const i64 tile = engine.tile;
+    const i64 stride = engine.stride();
     constexpr bool paired = Mode::kPair == 2;
-    s.key_rows = arena.take<B>(dq_width * tile / Mode::kPair);
-    s.query_columns = arena.take<A>(paired ? kRows * engine.depth : 0);
-    s.grad_columns = arena.take<A>(paired ? kRows * engine.value_depth : 0);
-    s.ds_rows = arena.take<A>(paired ? Tile::kStrip * tile : 0);
-    s.weight_pairs = arena.take<B>(paired ? kRows / 2 * tile : 0);
-    s.ds_pairs = arena.take<B>(paired ? kRows / 2 * tile : 0);
-    s.dkey = arena.take<Acc>(padded_dim(p.head_dim) * tile);
-    s.dvalue = arena.take<Acc>(padded_dim(p.value_dim) * tile);
+    s.key_rows = arena.take<B>(dq_width * kPieces * engine.tile / Mode::kPair);
+    s.query_columns = arena.take<A>(paired ? kRows * kPieces * engine.depth : 0);
+    s.grad_columns = arena.take<A>(paired ? kRows * kPieces * engine.value_depth : 0);
+    s.ds_rows = arena.take<A>(paired ? Tile::kStrip * kPieces * stride : 0);
+    s.weight_pairs = arena.take<B>(paired ? kPieces * pairs_piece() : 0);
+    s.ds_pairs = arena.take<B>(paired ? kPieces * pairs_piece() : 0);
+    s.dkey = arena.take<Acc>(padded_dim(p.head_dim) * stride);
+    s.dvalue = arena.take<Acc>(padded_dim(p.value_dim) * stride);
     s.dquery = arena.take<Acc>(chunks == 1 && out.dquery ? p.group() * dq_rows * dq_width : 0);
     s.table = arena.take<Acc>(out.dtable ? p.table.size[2] : 0);
-    s.ignored = arena.take<uint8_t>(tile);
+    s.ignored = arena.take<uint8_t>(engine.tile);
     return s;
   }
 
@@ -215,8 +217,8 @@ class Backward {
       if (out.dquery)
         pack_depth<Mode>(engine.key_source(b, kv_head), origin, keys.count, keys.padded, dq_width, s.tile.staging,
                          s.key_rows, s.ignored);
-      std::memset(s.dkey, 0, padded_dim(p.head_dim) * engine.tile * sizeof(Acc));
-      std::memset(s.dvalue, 0, padded_dim(p.value_dim) * engine.tile * sizeof(Acc));
+      std::memset(s.dkey, 0, padded_dim(p.head_dim) * engine.stride() * sizeof(Acc));
+      std::memset(s.dvalue, 0, padded_dim(p.value_dim) * engine.stride() * sizeof(Acc));
       for (i64 h = head; h < head + group; ++h) head_tile(s, keys, h, dq_of(h), chunk);
       if (out.dkey) write_columns(s, s.dkey, p.head_dim, keys, out.dkey, true);
       if (out.dvalue) write_columns(s, s.dvalue, p.value_dim, keys, out.dvalue, false);
@@ -291,41 +293,50 @@ class Backward {
   // What follows dS of a strip while it is in cache: dQ, and, for paired operands, P and dS as pairs of rows.
   void strip_products(const Scratch& s, const typename Tile::Keys& keys, const typename Tile::Span& q,
                       const typename Tile::Span& part, Acc* dq) const {
-    const i64 tile = engine.tile, first = part.first - q.first;
+    const i64 stride = engine.stride(), first = part.first - q.first;
     const A* ds_rows;
     if constexpr (Mode::kPair == 2) {
       for (i64 r = part.rows; r % 2; ++r)  // an odd last row has a row of zeros for a partner
-        for (Acc* const row : {s.tile.scores + (first + r) * tile, s.tile.products + (first + r) * tile})
+        for (Acc* const row : {s.tile.scores + (first + r) * stride, s.tile.products + (first + r) * stride})
           std::memset(row + q.begin, 0, (q.end - q.begin) * sizeof(Acc));
+#if defined(FASTATTN_BF16_OPERANDS)
       for (i64 r = 0; r < part.rows; r += 2) {
-        const i64 at = (first + r) * tile + q.begin, pair = (first + r) / 2 * tile + q.begin;
-        A* const row = s.ds_rows + r * tile + q.begin;
-        pair_rows(s.tile.scores + at, s.tile.scores + at + tile, q.end - q.begin, s.weight_pairs + pair, nullptr,
-                  nullptr);
-        pair_rows(s.tile.products + at, s.tile.products + at + tile, q.end - q.begin, s.ds_pairs + pair, row,
-                  row + tile);
+        const Acc *const p0 = s.tile.scores + (first + r) * stride, *const ds0 = s.tile.products + (first + r) * stride;
+        A* const row = s.ds_rows + r * kPieces * stride;
+        const i64 pair = (first + r) / 2 * stride;
+        for (i64 j = q.begin; j < q.end; j += kLane)
+          store_pairs<kPieces>(load(p0 + j), load(p0 + stride + j), s.weight_pairs + pair + j, pairs_piece());
+        for (i64 j = q.begin; j < q.end; j += kLane)
+          store_pairs<kPieces>(load(ds0 + j), load(ds0 + stride + j), s.ds_pairs + pair + j, pairs_piece(), row + j,
+                               row + kPieces * stride + j, stride);
       }
+#endif
       ds_rows = s.ds_rows;
     } else {
-      ds_rows = s.tile.products + first * tile;
+      ds_rows = s.tile.products + first * stride;
     }
+    const i64 key_piece = keys.padded / Mode::kPair * Mode::kPanel;
     if (dq && part.begin < part.end)
-      gemm<Mode>(part.rows, round_up(p.head_dim, kLane), part.end - part.begin, ds_rows + part.begin, tile, 1,
-                 s.key_rows + part.begin / Mode::kPair * Mode::kPanel, Mode::kPanel,
-                 keys.padded / Mode::kPair * Mode::kPanel, dq + first * dq_width, dq_width, true);
+      gemm<Mode>(part.rows, round_up(p.head_dim, kLane), part.end - part.begin, ds_rows + part.begin, kPieces * stride,
+                 1, s.key_rows + part.begin / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * key_piece,
+                 dq + first * dq_width, dq_width, true, stride, key_piece);
   }
 
   // dV^T += dO^T P and dK^T += Q^T dS, panels with the same rows together.
   void column_products(const Scratch& s, const typename Tile::Span& q, const RowRanges& ranges) const {
-    const i64 tile = engine.tile;
+    const i64 stride = engine.stride();
     const A *query = s.tile.query, *grad = s.tile.grad_out;
     i64 row = 1, query_depth = engine.depth, grad_depth = engine.value_depth;
     if constexpr (Mode::kPair == 2) {
       row = round_up(q.rows, 32);
-      std::memset(s.tile.query + q.rows * engine.depth, 0, (row - q.rows) * engine.depth * sizeof(A));
-      std::memset(s.tile.grad_out + q.rows * engine.value_depth, 0, (row - q.rows) * engine.value_depth * sizeof(A));
-      transpose_rows(s.tile.query, row, engine.depth, s.query_columns);
-      transpose_rows(s.tile.grad_out, row, engine.value_depth, s.grad_columns);
+      const auto turn = [&](A* rows, i64 width, A* columns) {
+        std::memset(rows + q.rows * kPieces * width, 0, (row - q.rows) * kPieces * width * sizeof(A));
+#if defined(FASTATTN_BF16_OPERANDS)
+        transpose_rows<kPieces>(rows, row, width, columns);
+#endif
+      };
+      turn(s.tile.query, engine.depth, s.query_columns);
+      turn(s.tile.grad_out, engine.value_depth, s.grad_columns);
       query = s.query_columns, grad = s.grad_columns;
       query_depth = grad_depth = 1;
     }
@@ -336,19 +347,20 @@ class Backward {
       const i64 columns = smaller(n * Mode::kPanel, q.end) - begin, queries = round_up(last - first, kDepthRows);
       const B *weights, *ds;
       if constexpr (Mode::kPair == 2) {
-        weights = s.weight_pairs + first / 2 * tile + begin, ds = s.ds_pairs + first / 2 * tile + begin;
+        weights = s.weight_pairs + first / 2 * stride + begin, ds = s.ds_pairs + first / 2 * stride + begin;
         for (i64 r = round_up(last, 2); r < first + queries; r += 2)  // rows of zeros fill up the depth
           for (B* const pairs : {s.weight_pairs, s.ds_pairs})
-            std::memset(pairs + r / 2 * tile + begin, 0, columns * sizeof(B));
+            for (i64 piece = 0; piece < kPieces; ++piece)
+              std::memset(pairs + piece * pairs_piece() + r / 2 * stride + begin, 0, columns * sizeof(B));
       } else {
-        weights = s.tile.scores + first * tile + begin, ds = s.tile.products + first * tile + begin;
+        weights = s.tile.scores + first * stride + begin, ds = s.tile.products + first * stride + begin;
       }
       if (out.dvalue)
-        gemm<Mode>(p.value_dim, columns, queries, grad + first * grad_depth, row, grad_depth, weights, tile,
-                   Mode::kPanel, s.dvalue + begin, tile, true);
+        gemm<Mode>(p.value_dim, columns, queries, grad + first * grad_depth, kPieces * row, grad_depth, weights, stride,
+                   Mode::kPanel, s.dvalue + begin, stride, true, row, pairs_piece());
       if (out.dkey)
-        gemm<Mode>(p.head_dim, columns, queries, query + first * query_depth, row, query_depth, ds, tile, Mode::kPanel,
-                   s.dkey + begin, tile, true);
+        gemm<Mode>(p.head_dim, columns, queries, query + first * query_depth, kPieces * row, query_depth, ds, stride,
+                   Mode::kPanel, s.dkey + begin, stride, true, row, pairs_piece());
     }
   }
 
@@ -404,7 +416,7 @@ class Backward {
     const Acc scale = static_cast<Acc>(p.scale);
     const RowSource<Acc> source = engine.key_source(keys.b, keys.kv_head);
     for (i64 j = 0; j < keys.count; j += kLane) {
-      columns_to_rows(columns, engine.tile, j, width, s.tile.staging, width);
+      columns_to_rows(columns, engine.stride(), j, width, s.tile.staging, width);
       for (i64 k = 0; k < smaller(kLane, keys.count - j); ++k) {
         Acc* const row = s.tile.staging + k * width;
         if (is_key) {

@@ -242,8 +242,9 @@ class Decode {
       const Acc top = row_max(score, live.low, live.high);
       const Acc reference = top == -kInfinity<Acc> ? Acc(0) : top;
       s.maximum[r] = top;
-      s.sum[r] = scorer.plain ? row_exp<true, 5>(score, live.low, live.high, reference, scorer.factor)
-                              : row_exp<false, 5>(score, live.low, live.high, reference, scorer.factor);
+      s.sum[r] = scorer.plain
+                     ? reduce_add<Acc>(row_exp<true, 5>(score, live.low, live.high, reference, scorer.factor))
+                     : reduce_add<Acc>(row_exp<false, 5>(score, live.low, live.high, reference, scorer.factor));
       if (p.dropout_p > 0) {
         scorer.dropout_factors(i, origin, live.low, live.high, s.temp);
         for (i64 j = live.low; j < live.high; ++j) score[j] *= s.temp[j];

@@ -22,8 +22,8 @@ class Forward {
   // A strip's scores stay in the first-level cache between the two products and the softmax; a wide tile costs fewer
   // passes over the accumulator.  Tile registers want more rows at once.
   static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
-  static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 512;
-  static constexpr i64 kStrip = kTiles ? 64 : 12;
+  static constexpr i64 kMaxTile = sizeof(Acc) == 8 ? 256 : 512;
+  static constexpr i64 kStrip = kTiles ? 32 : 12;
   static constexpr i64 kWholeStrips = kTiles ? 64 : 48;
 
   Forward(const Problem& problem, const ForwardOutput& output, i64 threads) : p(problem), o(output) {
@@ -48,6 +48,7 @@ class Forward {
   static constexpr i64 kLane = kLanes<Acc>;
   static constexpr i64 kBlock = kLanes<B> * Mode::kPair;  // transposed block of pack_transposed
   static constexpr i64 kMaxHeads = 16;
+  static constexpr i64 kPieces = Mode::kPieces;
 
   const Problem& p;
   const ForwardOutput& o;
@@ -73,7 +74,8 @@ class Forward {
 
   struct Scratch {
     A* query;
-    Acc *accumulator, *maximum, *sum, *scores, *staging, *temp;
+    Acc *accumulator, *maximum, *scores, *staging, *temp;
+    Acc* sum;  // of each row lane by lane
     A* weights;
     B *keys, *values;
     uint8_t *query_bad, *key_bad, *value_bad;
@@ -82,22 +84,26 @@ class Forward {
   Scratch layout(Arena& arena) const {
     const i64 rows = round_up(rows_per_block * heads_per_block, kStrip);
     Scratch s;
-    s.query = arena.take<A>(rows * larger(depth, i64{1}));
+    s.query = arena.take<A>(rows * kPieces * larger(depth, i64{1}));
     s.accumulator = arena.take<Acc>(rows * value_width);
     s.maximum = arena.take<Acc>(rows);
-    s.sum = arena.take<Acc>(rows);
-    s.scores = arena.take<Acc>(kStrip * tile);
-    s.weights = Mode::kPair == 2 ? arena.take<A>(kStrip * tile) : nullptr;
-    s.keys = arena.take<B>(round_up(tile, Mode::kPanel) * larger(depth / Mode::kPair, i64{1}));
-    s.values = arena.take<B>(value_width * tile / Mode::kPair);
+    s.sum = arena.take<Acc>(rows * kLane);
+    s.scores = arena.take<Acc>(kStrip * score_row());
+    s.weights = Mode::kPair == 2 ? arena.take<A>(kStrip * weight_row()) : nullptr;
+    s.keys = arena.take<B>(round_up(tile, Mode::kPanel) * kPieces * larger(depth / Mode::kPair, i64{1}));
+    s.values = arena.take<B>(value_width * kPieces * tile / Mode::kPair);
     const i64 staging_row = larger(larger(width, value_width), tile);
-    s.staging = arena.take<Acc>((kLanes<B> + 1) * staging_row);
+    s.staging = arena.take<Acc>(kPackRows<Mode> * staging_row);
     s.temp = arena.take<Acc>(2 * staging_row);
     s.query_bad = arena.take<uint8_t>(rows);
     s.key_bad = arena.take<uint8_t>(tile);
     s.value_bad = arena.take<uint8_t>(tile);
     return s;
   }
+
+  // Rows of tiles are read many at a time: a line more than a power of two, and they do not share sets of the cache.
+  i64 score_row() const { return tile + (kTiles ? kLane : 0); }
+  i64 weight_row() const { return kPieces * tile + (kTiles ? 64 / i64{sizeof(A)} : 0); }
 
   struct Block {  // the rows of one item: `heads` times `rows`, head-major
     i64 b, kv_head, head, heads, first, rows;
@@ -139,20 +145,23 @@ class Forward {
     bool bad_queries = false;
     for (i64 g = 0; g < item.heads; ++g) {
       scorers[g] = Scorer<Acc>(p, item.b, item.head + g);
-      bad_queries |= pack_rows<Mode>(query_source(item, item.head + g, scorers[g].geometry), item.first, item.rows,
-                                     depth, s.staging, s.query + g * item.rows * depth, s.query_bad + g * item.rows);
+      bad_queries |=
+          pack_rows<Mode>(query_source(item, item.head + g, scorers[g].geometry), item.first, item.rows, depth,
+                          s.staging, s.query + g * item.rows * kPieces * depth, s.query_bad + g * item.rows);
     }
     const BatchGeometry& geometry = scorers[0].geometry;
     const i64 count = item.count();
     std::memset(s.accumulator, 0, count * value_width * sizeof(Acc));
-    for (i64 r = 0; r < count; ++r) s.maximum[r] = -kInfinity<Acc>, s.sum[r] = 0;
+    std::memset(s.sum, 0, count * kLane * sizeof(Acc));
+    for (i64 r = 0; r < count; ++r) s.maximum[r] = -kInfinity<Acc>;
 
     const RowSource<Acc> key_rows =
         RowSource<Acc>(p.key, item.b, item.kv_head).rotated(p.key_cos, p.key_sin, 0, p.interleaved);
     const RowSource<Acc> value_rows(p.value, item.b, item.kv_head);
     const i64 low = geometry.visible(item.first).low, high = geometry.visible(item.first + item.rows - 1).high;
-    for (i64 origin = round_down(low, tile); origin < high; origin += tile) {
-      const i64 keys = smaller(tile, high - origin);
+    for (i64 border = round_down(low, tile); border < high; border += tile) {
+      const i64 origin = larger(border, round_down(low, Mode::kPanel));  // nobody sees the tile's first keys
+      const i64 keys = smaller(border + tile, high) - origin;
       const i64 padded = round_up(keys, Mode::kColumnMultiple);
       if (document_columns(p, item.b, item.first, item.rows, origin, {0, keys}).empty()) continue;
       const bool bad_keys =
@@ -164,14 +173,14 @@ class Forward {
               bad_keys || bad_queries ? &key_rows : nullptr, bad_values ? &value_rows : nullptr);
     }
     for (i64 r = 0; r < count; ++r)
-      finish_row(scorers[item.head_of(r)], o, item.query_of(r), s.maximum[r], s.sum[r], s.accumulator + r * value_width,
-                 value_width);
+      finish_row(scorers[item.head_of(r)], o, item.query_of(r), s.maximum[r], reduce_add<Acc>(load(s.sum + r * kLane)),
+                 s.accumulator + r * value_width, value_width);
   }
 
   // One strip of rows against one packed tile.  Non-null sources say that the tile has flagged rows.
   void strip(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
              i64 keys, i64 padded, const RowSource<Acc>* bad_keys, const RowSource<Acc>* bad_values) const {
-    // The columns any row of the strip sees, in whole panels.
+    // The columns any row of the strip sees, in whole vectors.
     const BatchGeometry& geometry = scorers[0].geometry;
     const bool one_head = item.head_of(first_row) == item.head_of(first_row + rows - 1);
     const i64 i0 = one_head ? item.query_of(first_row) : item.first;
@@ -180,67 +189,99 @@ class Forward {
         p, item.b, i0, i1 - i0 + 1, origin,
         {larger(geometry.visible(i0).low - origin, i64{0}), smaller(geometry.visible(i1).high - origin, keys)});
     if (columns.empty()) return;
-    const i64 begin = round_down(columns.low, Mode::kPanel);
+    const i64 begin = round_down(columns.low, Mode::kColumnMultiple);
     const i64 end = smaller(round_up(columns.high, Mode::kColumnMultiple), padded);
 
-    const A* query = s.query + first_row * depth;
+    const A* query = s.query + first_row * kPieces * depth;
     const i64 steps = depth / Mode::kPair;
-    gemm<Mode>(rows, end - begin, depth, query, depth, 1, s.keys + begin * steps, Mode::kPanel, Mode::kPanel * steps,
-               s.scores + begin, tile, false);
+    for (i64 from = begin, to; from < end; from = to) {  // the rest of a panel, then whole ones
+      to = from % Mode::kPanel ? smaller(round_up(from, Mode::kPanel), end) : end;
+      const i64 inside = from % Mode::kPanel;
+      gemm<Mode>(rows, to - from, depth, query, kPieces * depth, 1, s.keys + (from - inside) * kPieces * steps + inside,
+                 Mode::kPanel, Mode::kPanel * kPieces * steps, s.scores + from, score_row(), false, depth,
+                 Mode::kPanel * steps);
+    }
     if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, smaller(end, keys), *bad_keys);
 
-    A* const weights = Mode::kPair == 2 ? s.weights : reinterpret_cast<A*>(s.scores);
+    Interval live[kStrip];
+    alignas(64) Acc largest[kStates] = {};
     for (i64 r = 0; r < rows; ++r) {
       const i64 row = first_row + r;
-      const Scorer<Acc>& scorer = scorers[item.head_of(row)];
-      Acc* const score = s.scores + r * tile;
-      A* const weight = weights + r * tile;
-      const Interval live = scorer.apply(item.query_of(row), origin, begin, end, score, s.temp, nullptr);
-      if (live.low < live.high)
-        softmax_step(scorer, item.query_of(row), s, row, origin, live.low, live.high, score, weight);
-      if (begin < live.low) std::memset(weight + begin, 0, (live.low - begin) * sizeof(A));
-      if (live.high < end) std::memset(weight + live.high, 0, (end - live.high) * sizeof(A));
+      Acc* const score = s.scores + r * score_row();
+      live[r] = scorers[item.head_of(row)].apply(item.query_of(row), origin, begin, end, score, s.temp, nullptr);
+      largest[r] = row_max(score, live[r].low, live[r].high);
     }
-    const i64 value_panel = padded / Mode::kPair * Mode::kPanel;
-    gemm<Mode>(rows, round_up(p.value_dim, kLane), end - begin, weights + begin, tile, 1,
-               s.values + begin / Mode::kPair * Mode::kPanel, Mode::kPanel, value_panel,
-               s.accumulator + first_row * value_width, value_width, true);
+    weigh(item, scorers, s, first_row, rows, origin, {begin, end}, live, largest);
+    const A* const weights = weights_of(s);
+    const i64 value_piece = padded / Mode::kPair * Mode::kPanel;
+    gemm<Mode>(rows, round_up(p.value_dim, kLane), end - begin, weights + begin, weight_row(), 1,
+               s.values + begin / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * value_piece,
+               s.accumulator + first_row * value_width, value_width, true, tile, value_piece);
     if (bad_values)
       fix_values(item, scorers, s, first_row, rows, origin, begin, smaller(end, keys), weights, *bad_values);
   }
 
-  void softmax_step(const Scorer<Acc>& scorer, i64 i, const Scratch& s, i64 row, i64 origin, i64 begin, i64 end,
-                    Acc* score, A* weight) const {
-    const Acc before = s.maximum[row];
-    const Acc now = larger(before, row_max(score, begin, end));
-    const Acc reference = now == -kInfinity<Acc> ? Acc(0) : now;
-    const Acc factor = scorer.factor;
-    if (now != before) {
-      s.maximum[row] = now;
-      if (before != -kInfinity<Acc>) {
-        const Acc shrink = exp2<Mode::kExpDegree>(splat((before - now) * factor))[0];
-        s.sum[row] *= shrink;
+  // Where weights are as wide as scores, they take their place.
+  A* weights_of(const Scratch& s) const { return Mode::kPair == 2 ? s.weights : reinterpret_cast<A*>(s.scores); }
+
+  static constexpr i64 kStates = (kStrip + kLane - 1) / kLane * kLane;
+
+  // Scores to weights, zero outside of what a row sees, and the running maxima, sums and accumulators with them.
+  // `largest` holds the rows' maxima over this tile.
+  void weigh(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
+             Interval columns, const Interval* live, const Acc* largest) const {
+    const Acc factor = scorers[0].factor;  // of all heads
+    alignas(64) Acc before[kStates] = {}, now[kStates], reference[kStates], shrink[kStates];
+    std::memcpy(before, s.maximum + first_row, rows * sizeof(Acc));
+    for (i64 r = 0; r < rows; r += kLane) {  // rows side by side
+      const Vec<Acc> zero = {}, none = splat(-kInfinity<Acc>);
+      const Vec<Acc> m = load(before + r), top = vmax(m, load(largest + r));
+      store(now + r, top);
+      store(reference + r, top == none ? zero : top);
+      store(shrink + r, m == none ? zero : exp2<Mode::kExpDegree>((m - top) * factor));
+    }
+    std::memcpy(s.maximum + first_row, now, rows * sizeof(Acc));
+
+    A* const weights = weights_of(s);
+    for (i64 r = 0; r < rows; ++r) {
+      const i64 row = first_row + r;
+      Acc* const sum = s.sum + row * kLane;
+      if (now[r] != before[r]) {
         Acc* const acc = s.accumulator + row * value_width;
-        for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * shrink);
+        store(sum, load(sum) * shrink[r]);
+        for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * shrink[r]);
+      }
+      A* const weight = weights + r * weight_row();
+      const Interval seen = live[r];
+      if (!seen.empty())
+        store(sum, load(sum) + row_weights(scorers[item.head_of(row)], item.query_of(row), s, origin, seen,
+                                           s.scores + r * score_row(), reference[r], factor, weight));
+      for (i64 piece = 0; piece < kPieces; ++piece) {
+        A* const part = weight + piece * tile;
+        if (columns.low < seen.low) std::memset(part + columns.low, 0, (seen.low - columns.low) * sizeof(A));
+        if (seen.high < columns.high) std::memset(part + seen.high, 0, (columns.high - seen.high) * sizeof(A));
       }
     }
+  }
+
+  // The weights of one row as an operand, dropout applied; returns their sum without it, lane by lane.
+  FASTATTN_INLINE Vec<Acc> row_weights(const Scorer<Acc>& scorer, i64 i, const Scratch& s, i64 origin, Interval seen,
+                                       Acc* score, Acc reference, Acc factor, A* weight) const {
+    const i64 begin = seen.low, end = seen.high;
+#if defined(FASTATTN_BF16_OPERANDS)
+    if constexpr (Mode::kPair == 2)
+      if (p.dropout_p == 0)
+        return scorer.plain ? row_exp_operand<true, Mode>(score, begin, end, reference, factor, weight, tile)
+                            : row_exp_operand<false, Mode>(score, begin, end, reference, factor, weight, tile);
+#endif
+    const Vec<Acc> sum = scorer.plain ? row_exp<true, Mode::kExpDegree>(score, begin, end, reference, factor)
+                                      : row_exp<false, Mode::kExpDegree>(score, begin, end, reference, factor);
     if (p.dropout_p > 0) {
-      s.sum[row] += scorer.plain ? row_exp<true, Mode::kExpDegree>(score, begin, end, reference, factor)
-                                 : row_exp<false, Mode::kExpDegree>(score, begin, end, reference, factor);
       scorer.dropout_factors(i, origin, begin, end, s.temp);
       for (i64 j = begin; j < end; ++j) score[j] *= s.temp[j];
-      to_operand_row(score, begin, end, weight);
-      return;
+      to_operand<Mode>(score + begin, end - begin, weight + begin, tile);
     }
-#if defined(FASTATTN_BF16_OPERANDS)
-    if constexpr (Mode::kPair == 2) {
-      s.sum[row] += scorer.plain ? row_exp_bf16<true>(score, begin, end, reference, factor, weight)
-                                 : row_exp_bf16<false>(score, begin, end, reference, factor, weight);
-      return;
-    }
-#endif
-    s.sum[row] += scorer.plain ? row_exp<true, Mode::kExpDegree>(score, begin, end, reference, factor)
-                               : row_exp<false, Mode::kExpDegree>(score, begin, end, reference, factor);
+    return sum;
   }
 
   // Scores of visible pairs with a flagged query or key, from the original numbers.
@@ -255,7 +296,7 @@ class Forward {
         if (!scorers[g].visible(i, origin + j)) continue;
         source.load(origin + j, key);
         query_source(item, item.head + g, scorers[g].geometry).load(i, query);
-        s.scores[r * tile + j] = dot(query, key, p.head_dim);
+        s.scores[r * score_row() + j] = dot(query, key, p.head_dim);
       }
   }
 
@@ -268,11 +309,14 @@ class Forward {
       for (i64 r = 0; r < rows; ++r) {
         const i64 row = first_row + r;
         if (!scorers[item.head_of(row)].visible(item.query_of(row), origin + j)) continue;
-        Acc weight;
-        if constexpr (Mode::kPair == 2)
-          weight = bf16_to_float(weights[r * tile + j]);
-        else
-          weight = weights[r * tile + j];
+        Acc weight = 0;
+        for (i64 piece = 0; piece < kPieces; ++piece) {
+          const A part = weights[r * weight_row() + piece * tile + j];
+          if constexpr (Mode::kPair == 2)
+            weight += bf16_to_float(part);
+          else
+            weight = part;
+        }
         Acc* const acc = s.accumulator + row * value_width;
         for (i64 d = 0; d < p.value_dim; ++d) acc[d] += weight * value[d];
       }

@@ -5,6 +5,7 @@
 // row-major matrix is the case b_panel = kPanel.  C is row-major.
 // For bfloat16 operands an element of B is a pair (k, k + 1) of one column in 32 bits, A has its depth dense, and
 // depth counts single elements and is a multiple of kDepthMultiple.
+// Where a number is a sum of kPieces such operands (pieces.h), the pieces of A are a_piece apart, those of B b_piece.
 // n is a multiple of the vector length; C has room for kRowMultiple rows (the surplus is scribbled on).
 #pragma once
 
@@ -35,6 +36,7 @@ struct PlainMode {
   using A = Number;
   using B = Number;
   static constexpr int kPair = 1;           // elements of depth in one element of B
+  static constexpr int kPieces = 1;         // operands that a number is the sum of
   static constexpr int kDepthMultiple = 1;  // depth is padded with zeros to a multiple of this
   static constexpr int kRowMultiple = 1;
   static constexpr int kExpDegree = sizeof(Number) == 4 ? 5 : 13;  // of exp2's polynomial
@@ -47,17 +49,20 @@ using Float64Mode = PlainMode<double>;
 
 #if defined(__AVX512BF16__)
 #define FASTATTN_BF16_OPERANDS 1
-struct BFloat16Mode {
+template <int kCount>
+struct BFloat16Pieces {
   using Acc = float;
   using A = bf16;
   using B = uint32_t;
   static constexpr int kPair = 2;
+  static constexpr int kPieces = kCount;
   static constexpr int kDepthMultiple = 32;
   static constexpr int kRowMultiple = 16;
-  static constexpr int kExpDegree = 4;
+  static constexpr int kExpDegree = kCount == 1 ? 4 : 5;
   static constexpr int kColumnMultiple = 32;
   static constexpr int kPanel = kVectors * kLanes<float>;
 };
+using BFloat16Mode = BFloat16Pieces<1>;
 #endif
 
 // c + a b, lane by lane; a pair of b makes two products.
@@ -121,13 +126,16 @@ inline void panel_product(i64 m, i64 depth, const typename Mode::A* a, i64 a_row
 
 template <class Mode>
 inline void gemm(i64 m, i64 n, i64 depth, const typename Mode::A* a, i64 a_row, i64 a_depth, const typename Mode::B* b,
-                 i64 b_row, i64 b_panel, typename Mode::Acc* c, i64 c_row, bool accumulate) {
+                 i64 b_row, i64 b_panel, typename Mode::Acc* c, i64 c_row, bool accumulate,
+                 [[maybe_unused]] i64 a_piece = 0, [[maybe_unused]] i64 b_piece = 0) {
 #if defined(__AMX_BF16__)
   if constexpr (Mode::kPair == 2) {
-    amx_gemm<Mode::kPanel>(m, n, depth, a, a_row, b, b_row, b_panel, c, c_row, accumulate);
+    amx_gemm<Mode::kPanel, Mode::kPieces>(m, n, depth, a, a_row, a_piece, b, b_row, b_panel, b_piece, c, c_row,
+                                          accumulate);
     return;
   }
 #endif
+  static_assert(kTileRegisters || Mode::kPieces == 1, "pieces pay where products cost next to nothing");
   constexpr int lanes = kLanes<typename Mode::Acc>;
   const i64 steps = depth / Mode::kPair, step = a_depth * Mode::kPair;
   for (; n >= Mode::kPanel; n -= Mode::kPanel, b += b_panel, c += Mode::kPanel)

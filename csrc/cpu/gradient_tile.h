@@ -22,6 +22,7 @@ class GradientTile {
   static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 384;
   static constexpr i64 kStrip = kTiles ? 64 : 12;
   static constexpr i64 kRows = kTiles ? 128 : 96;  // queries of a tile
+  static constexpr i64 kPieces = Mode::kPieces;
 
   const Problem& p;
   const BackwardInput& in;
@@ -37,6 +38,10 @@ class GradientTile {
     value_width = round_up(value_depth, kBlock);
   }
 
+  // From one row of keys to the next in scores, products and what is made of them.  Rows of tiles are read many at a
+  // time: a line more than a power of two, and they do not share sets of the cache.
+  i64 stride() const { return tile + (kTiles ? kLane : 0); }
+
   struct Scratch {
     B *keys, *values;        // K^T and V^T, packed
     A *query, *grad_out;     // rows
@@ -47,14 +52,14 @@ class GradientTile {
 
   Scratch layout(Arena& arena) const {
     Scratch s;
-    s.keys = arena.take<B>(round_up(tile, Mode::kPanel) * (depth / Mode::kPair));
-    s.values = arena.take<B>(round_up(tile, Mode::kPanel) * (value_depth / Mode::kPair));
-    s.query = arena.take<A>(kRows * depth);
-    s.grad_out = arena.take<A>(kRows * value_depth);
-    s.scores = arena.take<Acc>(kRows * tile);
-    s.products = arena.take<Acc>(kRows * tile);
+    s.keys = arena.take<B>(round_up(tile, Mode::kPanel) * kPieces * (depth / Mode::kPair));
+    s.values = arena.take<B>(round_up(tile, Mode::kPanel) * kPieces * (value_depth / Mode::kPair));
+    s.query = arena.take<A>(kRows * kPieces * depth);
+    s.grad_out = arena.take<A>(kRows * kPieces * value_depth);
+    s.scores = arena.take<Acc>(kRows * stride());
+    s.products = arena.take<Acc>(kRows * stride());
     const i64 row = round_up(larger(larger(width, value_width), tile), larger(i64{16}, i64{Mode::kPanel}));
-    s.staging = arena.take<Acc>((kLanes<B> + 1) * row);
+    s.staging = arena.take<Acc>(kPackRows<Mode> * row);
     s.temp = arena.take<Acc>(2 * row);
     s.cap_gradient = arena.take<Acc>(tile);
     s.dropout = arena.take<Acc>(tile);
@@ -119,31 +124,33 @@ class GradientTile {
   template <class RowFunction, class StripFunction>
   void compute(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q, RowFunction row,
                StripFunction strip) const {
-    const i64 steps = depth / Mode::kPair, value_steps = value_depth / Mode::kPair;
     for (i64 first = 0; first < q.rows; first += kStrip) {
       const i64 rows = smaller(kStrip, q.rows - first);
-      Acc* const scores = s.scores + first * tile;
-      Acc* const products = s.products + first * tile;
+      Acc* const scores = s.scores + first * stride();
+      Acc* const products = s.products + first * stride();
       Span part;
       if (!span(scorer.geometry, keys, q.first + first, rows, &part)) part = Span{q.first + first, rows, q.end, q.end};
       for (Acc* const out : {scores, products})
         for (i64 r = 0; r < rows; ++r) {
-          if (q.begin < part.begin) std::memset(out + r * tile + q.begin, 0, (part.begin - q.begin) * sizeof(Acc));
-          if (part.end < q.end) std::memset(out + r * tile + part.end, 0, (q.end - part.end) * sizeof(Acc));
+          if (q.begin < part.begin) std::memset(out + r * stride() + q.begin, 0, (part.begin - q.begin) * sizeof(Acc));
+          if (part.end < q.end) std::memset(out + r * stride() + part.end, 0, (q.end - part.end) * sizeof(Acc));
         }
       if (part.begin == part.end) {
         strip(part);
         continue;
       }
-      gemm<Mode>(rows, part.end - part.begin, depth, s.query + first * depth, depth, 1, s.keys + part.begin * steps,
-                 Mode::kPanel, Mode::kPanel * steps, scores + part.begin, tile, false);
-      gemm<Mode>(rows, part.end - part.begin, value_depth, s.grad_out + first * value_depth, value_depth, 1,
-                 s.values + part.begin * value_steps, Mode::kPanel, Mode::kPanel * value_steps, products + part.begin,
-                 tile, false);
+      const auto multiply = [&](const A* a, i64 n, const B* b, Acc* c) {
+        const i64 piece = Mode::kPanel * (n / Mode::kPair);
+        gemm<Mode>(rows, part.end - part.begin, n, a + first * kPieces * n, kPieces * n, 1,
+                   b + part.begin * kPieces * (n / Mode::kPair), Mode::kPanel, kPieces * piece, c + part.begin,
+                   stride(), false, n, piece);
+      };
+      multiply(s.query, depth, s.keys, scores);
+      multiply(s.grad_out, value_depth, s.values, products);
       if (keys.bad_keys || keys.bad_values || q.bad_queries || q.bad_grads) fix_products(s, scorer, keys, q, part);
       for (i64 r = first; r < first + rows; ++r) {
-        Acc* const product = s.products + r * tile;
-        const Interval live = differentiate_row(s, scorer, keys, q.first + r, part, s.scores + r * tile, product);
+        Acc* const product = s.products + r * stride();
+        const Interval live = differentiate_row(s, scorer, keys, q.first + r, part, s.scores + r * stride(), product);
         row(q.first + r, product);
         if (scorer.cap != 0)
           for (i64 j = live.low; j < live.high; j += kLane)
@@ -162,18 +169,18 @@ class GradientTile {
         const bool any =
             (keys.bad_keys && s.key_bad[j]) || (q.bad_queries && s.query_bad[r]) || (q.bad_grads && s.grad_bad[r]);
         if (!any || !scorer.visible(q.first + r, keys.origin + j)) continue;
-        const Acc weight = s.scores[r * tile + j], ds = s.products[r * tile + j];
+        const Acc weight = s.scores[r * stride() + j], ds = s.products[r * stride() + j];
         if (keys.bad_keys && s.key_bad[j]) {
           key_source(keys.b, keys.kv_head).load(keys.origin + j, numbers);
           for (i64 d = 0; d < p.head_dim; ++d) dq[r * dq_row + d] += ds * numbers[d];
         }
         if (q.bad_queries && s.query_bad[r]) {
           query_source(scorer.b, scorer.h, scorer.geometry).load(q.first + r, numbers);
-          for (i64 d = 0; d < p.head_dim; ++d) dkey[d * tile + j] += ds * numbers[d];
+          for (i64 d = 0; d < p.head_dim; ++d) dkey[d * stride() + j] += ds * numbers[d];
         }
         if (q.bad_grads && s.grad_bad[r]) {
           grad_source(scorer.b, scorer.h).load(q.first + r, numbers);
-          for (i64 d = 0; d < p.value_dim; ++d) dvalue[d * tile + j] += weight * numbers[d];
+          for (i64 d = 0; d < p.value_dim; ++d) dvalue[d * stride() + j] += weight * numbers[d];
         }
       }
   }
@@ -237,12 +244,12 @@ class GradientTile {
         if (score) {
           query_source(scorer.b, scorer.h, scorer.geometry).load(q.first + r, left);
           key_source(keys.b, keys.kv_head).load(keys.origin + j, right);
-          s.scores[r * tile + j] = dot(left, right, p.head_dim);
+          s.scores[r * stride() + j] = dot(left, right, p.head_dim);
         }
         if (product) {
           grad_source(scorer.b, scorer.h).load(q.first + r, left);
           value_source(keys.b, keys.kv_head).load(keys.origin + j, right);
-          s.products[r * tile + j] = dot(left, right, p.value_dim);
+          s.products[r * stride() + j] = dot(left, right, p.value_dim);
         }
       }
   }

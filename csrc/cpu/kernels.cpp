@@ -17,39 +17,44 @@ using ModeOfBFloat16 = BFloat16Mode;
 #else
 using ModeOfBFloat16 = Float32Mode;
 #endif
+// Where a tile product does sixteen times the work of a multiply-add, six of them are the faster float32, and three the
+// faster float16.  Their operands cost more to pack: it pays from so many queries and keys on.
+#if defined(__AMX_BF16__)
+using ModeOfFloat32 = BFloat16Pieces<3>;
+using ModeOfFloat16 = BFloat16Pieces<2>;
+#else
+using ModeOfFloat32 = Float32Mode;
+using ModeOfFloat16 = Float32Mode;
+#endif
+constexpr i64 kLeastToSplit32 = 128, kLeastToSplit16 = 64;
 
-static void run_forward(const Problem& problem, const ForwardOutput& output, const Parallel& parallel) {
-  switch (problem.query.dtype) {
+// call(mode), with the kind of arithmetic this problem is computed in, forward and backward
+template <class Call>
+static auto with_mode(const Problem& p, Call call) {
+  const i64 length = smaller(p.query_length, p.key_length);
+  switch (p.query.dtype) {
     case DType::kFloat64:
-      return forward<Float64Mode>(problem, output, parallel);
+      return call(Float64Mode{});
     case DType::kBFloat16:
-      return forward<ModeOfBFloat16>(problem, output, parallel);
+      return call(ModeOfBFloat16{});
+    case DType::kFloat16:
+      return length < kLeastToSplit16 ? call(Float32Mode{}) : call(ModeOfFloat16{});
     default:
-      return forward<Float32Mode>(problem, output, parallel);
+      return length < kLeastToSplit32 ? call(Float32Mode{}) : call(ModeOfFloat32{});
   }
 }
 
+static void run_forward(const Problem& problem, const ForwardOutput& output, const Parallel& parallel) {
+  with_mode(problem, [&]<class Mode>(Mode) { forward<Mode>(problem, output, parallel); });
+}
+
 static ForwardPlan run_plan(const Problem& problem, i64 threads) {
-  switch (problem.query.dtype) {
-    case DType::kFloat64:
-      return forward_plan<Float64Mode>(problem, threads);
-    case DType::kBFloat16:
-      return forward_plan<ModeOfBFloat16>(problem, threads);
-    default:
-      return forward_plan<Float32Mode>(problem, threads);
-  }
+  return with_mode(problem, [&]<class Mode>(Mode) { return forward_plan<Mode>(problem, threads); });
 }
 
 static void run_backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
                          const Parallel& parallel) {
-  switch (problem.query.dtype) {
-    case DType::kFloat64:
-      return backward<Float64Mode>(problem, input, output, parallel);
-    case DType::kBFloat16:
-      return backward<ModeOfBFloat16>(problem, input, output, parallel);
-    default:
-      return backward<Float32Mode>(problem, input, output, parallel);
-  }
+  with_mode(problem, [&]<class Mode>(Mode) { backward<Mode>(problem, input, output, parallel); });
 }
 
 static void run_softmax_forward(const Problem& problem, const SoftmaxForward& views, const Parallel& parallel) {

@@ -68,9 +68,10 @@ class SoftmaxRows {
     if (!seen.empty()) {
       const Interval live = masked_scores(scorer, i, seen, s);
       const T top = row_max(s.row, live.low, live.high);
-      const T total = top == -kInfinity<T>
-                          ? T(0)
-                          : row_exp<false, PlainMode<T>::kExpDegree>(s.row, live.low, live.high, top, scorer.factor);
+      const T total =
+          top == -kInfinity<T>
+              ? T(0)
+              : reduce_add<T>(row_exp<false, PlainMode<T>::kExpDegree>(s.row, live.low, live.high, top, scorer.factor));
       if (total >= T(1)) {
         const T share = T(1) / total;
         for (i64 j = live.low; j < live.high; j += kLanes<T>) store(s.row + j, load(s.row + j) * share);

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "gemm.h"
+#include "pieces.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -64,11 +64,17 @@ struct RowSource {
   }
 };
 
-template <class T>
-inline void to_operand(const T* row, i64 n, T* out) {
-  std::memcpy(out, row, n * sizeof(T));
+// n numbers as operands, the pieces `apart` elements from each other; n is a multiple of 16 where operands are pairs.
+template <class Mode>
+inline void to_operand(const typename Mode::Acc* row, i64 n, typename Mode::A* out, [[maybe_unused]] i64 apart) {
+  if constexpr (Mode::kPair == 1) {
+    if (row != out) std::memcpy(out, row, n * sizeof(*out));
+  } else {
+#if defined(FASTATTN_BF16_OPERANDS)
+    for (i64 i = 0; i < n; i += kLanes<float>) store_pieces<Mode::kPieces>(load(row + i), out + i, apart);
+#endif
+  }
 }
-inline void to_operand(const float* row, i64 n, bf16* out) { round_to_bf16(row, n, out); }
 
 // Copies n elements and says whether all are finite.
 template <class T>
@@ -85,80 +91,11 @@ FASTATTN_INLINE bool copy_finite(const T* row, i64 n, T* out) {
   return bad == 0;
 }
 
-// A row as an operand: zeros if it is not finite (and then the answer is false).  Columns past the source's are left
-// alone in `out` and must be zero in `staging`.
-template <class Mode>
-inline bool load_operand(const RowSource<typename Mode::Acc>& source, i64 row, i64 width, typename Mode::Acc* staging,
-                         typename Mode::A* out) {
-  using A = typename Mode::A;
-  constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
-  if (source.dtype == own && source.column_stride == 1 && !source.cosine) {
-    const A* from = reinterpret_cast<const A*>(source.data) + row * source.row_stride;
-    const bool finite = copy_finite(from, source.columns, out);
-    if (source.columns < width) std::memset(out + source.columns, 0, (width - source.columns) * sizeof(A));
-    if (!finite) std::memset(out, 0, width * sizeof(A));
-    return finite;
-  }
-  source.load(row, staging);
-  if (!all_finite(staging, source.columns)) {
-    std::memset(staging, 0, source.columns * sizeof(*staging));
-    std::memset(out, 0, width * sizeof(A));
-    return false;
-  }
-  to_operand(staging, width, out);
-  return true;
-}
-
-// A operand: rows [first, first + rows) one after the other, `width` elements apart, padded with zero columns.
-// Returns whether any row was flagged.
-template <class Mode>
-inline bool pack_rows(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 width,
-                      typename Mode::Acc* staging, typename Mode::A* out, uint8_t* bad) {
-  bool any = false;
-  std::memset(staging, 0, width * sizeof(*staging));
-  for (i64 r = 0; r < rows; ++r) {
-    bad[r] = !load_operand<Mode>(source, first + r, width, staging, out + r * width);
-    any |= bad[r];
-  }
-  return any;
-}
-
-// Whole vectors of B operands straight from a row in memory: the way of the usual calls (dense rows that fill whole
-// vectors, no rotation), several times as fast as the general one.
-enum class Straight { kNo, kOwn, kHalf, kBFloat16 };
-
-template <class Mode>
-inline Straight straight(const RowSource<typename Mode::Acc>& source) {
-  using A = typename Mode::A;
-  constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
-  if (source.column_stride != 1 || source.cosine || source.columns % (kLanes<typename Mode::B> * Mode::kPair))
-    return Straight::kNo;
-  if (source.dtype == own) return Straight::kOwn;
-#if defined(__F16C__)
-  if (sizeof(A) == 4 && source.dtype == DType::kFloat16) return Straight::kHalf;
-#endif
-#if defined(__AVX2__)
-  if (sizeof(A) == 4 && source.dtype == DType::kBFloat16) return Straight::kBFloat16;
-#endif
-  return Straight::kNo;
-}
-
-template <class B, Straight kFrom>
-FASTATTN_INLINE Vec<B> load_straight(const char* row, i64 k) {
-  if constexpr (kFrom == Straight::kOwn) {
-    return load(reinterpret_cast<const B*>(row) + k);
-  } else {
-    if constexpr (kFrom == Straight::kHalf) return load_numbers(reinterpret_cast<const Half*>(row) + k);
-    return load_numbers(reinterpret_cast<const BFloat16*>(row) + k);
-  }
-}
-
 // Whether everything seen was finite: an exponent of all ones carries into the sign when its last bit is added.
-template <class Mode>
+template <class B, int kPair>
 struct FiniteCheck {
-  using B = typename Mode::B;
   using Bits = std::conditional_t<sizeof(B) == 4, uint32_t, uint64_t>;
-  static constexpr Bits kExponent = Mode::kPair == 2 ? Bits{0x7f807f80u}
+  static constexpr Bits kExponent = kPair == 2       ? Bits{0x7f807f80u}
                                     : sizeof(B) == 4 ? Bits{0x7f800000u}
                                                      : static_cast<Bits>(0x7ff0000000000000ull);
   static constexpr Bits kOne = kExponent & ~(kExponent << 1),
@@ -173,29 +110,146 @@ struct FiniteCheck {
   }
 };
 
+#if defined(FASTATTN_BF16_OPERANDS)
+// n numbers, a multiple of 16, as pieces; whether all are finite.
+template <int kPieces, class T>
+inline bool split_row(const T* row, i64 n, bf16* out, i64 apart) {
+  FiniteCheck<float, 1> check;
+  for (i64 i = 0; i < n; i += 16) {
+    const Vec<float> x = load_numbers(row + i);
+    check.add(x);
+    store_pieces<kPieces>(x, out + i, apart);
+  }
+  return check.finite();
+}
+#endif
+
+// A row as an operand, its pieces `width` apart: zeros if it is not finite (and then the answer is false).  Columns
+// past the source's must be zero in `staging`.
+template <class Mode>
+inline bool load_operand(const RowSource<typename Mode::Acc>& source, i64 row, i64 width, typename Mode::Acc* staging,
+                         typename Mode::A* out) {
+  using A = typename Mode::A;
+  constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
+#if defined(FASTATTN_BF16_OPERANDS)
+  if constexpr (Mode::kPieces > 1)
+    if (source.column_stride == 1 && !source.cosine && source.columns % 16 == 0 && source.columns == width) {
+      const char* const from = source.data + row * source.row_stride * element_size(source.dtype);
+      const bool finite = source.dtype == DType::kFloat16
+                              ? split_row<Mode::kPieces>(reinterpret_cast<const Half*>(from), width, out, width)
+                              : split_row<Mode::kPieces>(reinterpret_cast<const float*>(from), width, out, width);
+      if (!finite) std::memset(out, 0, Mode::kPieces * width * sizeof(A));
+      return finite;
+    }
+#endif
+  if (Mode::kPieces == 1 && source.dtype == own && source.column_stride == 1 && !source.cosine) {
+    const A* from = reinterpret_cast<const A*>(source.data) + row * source.row_stride;
+    const bool finite = copy_finite(from, source.columns, out);
+    if (source.columns < width) std::memset(out + source.columns, 0, (width - source.columns) * sizeof(A));
+    if (!finite) std::memset(out, 0, width * sizeof(A));
+    return finite;
+  }
+  source.load(row, staging);
+  if (!all_finite(staging, source.columns)) {
+    std::memset(staging, 0, source.columns * sizeof(*staging));
+    std::memset(out, 0, Mode::kPieces * width * sizeof(A));
+    return false;
+  }
+  to_operand<Mode>(staging, width, out, width);
+  return true;
+}
+
+// A operand: rows [first, first + rows) one after the other, each with its pieces of `width` elements, padded with zero
+// columns.  Returns whether any row was flagged.
+template <class Mode>
+inline bool pack_rows(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 width,
+                      typename Mode::Acc* staging, typename Mode::A* out, uint8_t* bad) {
+  bool any = false;
+  std::memset(staging, 0, width * sizeof(*staging));
+  for (i64 r = 0; r < rows; ++r) {
+    bad[r] = !load_operand<Mode>(source, first + r, width, staging, out + r * Mode::kPieces * width);
+    any |= bad[r];
+  }
+  return any;
+}
+
+// Whole vectors of B operands straight from a row in memory: the way of the usual calls (dense rows that fill whole
+// vectors, no rotation), several times as fast as the general one.
+enum class Straight { kNo, kOwn, kHalf, kBFloat16 };
+
+template <class Mode>
+inline Straight straight(const RowSource<typename Mode::Acc>& source) {
+  constexpr bool split = Mode::kPieces > 1;
+  using A = std::conditional_t<split, float, typename Mode::A>;
+  constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
+  if (source.column_stride != 1 || source.cosine || source.columns % (kLanes<typename Mode::B> * Mode::kPair))
+    return Straight::kNo;
+  if (source.dtype == own) return Straight::kOwn;
+#if defined(__F16C__)
+  if (sizeof(A) == 4 && source.dtype == DType::kFloat16) return Straight::kHalf;
+#endif
+#if defined(__AVX2__)
+  if (sizeof(A) == 4 && !split && source.dtype == DType::kBFloat16) return Straight::kBFloat16;
+#endif
+  return Straight::kNo;
+}
+
+template <class B, Straight kFrom>
+FASTATTN_INLINE Vec<B> load_straight(const char* row, i64 k) {
+  if constexpr (kFrom == Straight::kOwn) {
+    return load(reinterpret_cast<const B*>(row) + k);
+  } else {
+    if constexpr (kFrom == Straight::kHalf) return load_numbers(reinterpret_cast<const Half*>(row) + k);
+    return load_numbers(reinterpret_cast<const BFloat16*>(row) + k);
+  }
+}
+
 // One transposed block: `lanes` rows from `row` on.  False, with nothing promised of `panel`, if one is not finite.
 template <class Mode, Straight kFrom>
 inline bool transpose_block(const char* row, i64 row_bytes, i64 steps, typename Mode::B* panel) {
   using B = typename Mode::B;
   constexpr int lanes = kLanes<B>;
-  FiniteCheck<Mode> check;
-  for (i64 k = 0; k < steps; k += lanes) {
-    Vec<B> v[lanes];
+  if constexpr (Mode::kPieces > 1) {
+    FiniteCheck<float, 1> check;
+    for (i64 k = 0; k < steps; k += lanes / 2) {
+      Vec<float> v[lanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      v[i] = load_straight<B, kFrom>(row + i * row_bytes, k);
-      check.add(v[i]);
+      for (int i = 0; i < lanes; ++i) {
+        v[i] = load_straight<float, kFrom>(row + i * row_bytes, 2 * k);
+        check.add(v[i]);
+      }
+      transpose<float>(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < lanes / 2; ++i) {
+        Vec<float> a[Mode::kPieces], b[Mode::kPieces];
+        split<Mode::kPieces>(v[2 * i], a);
+        split<Mode::kPieces>(v[2 * i + 1], b);
+        for (int piece = 0; piece < Mode::kPieces; ++piece)
+          store(panel + (piece * steps + k + i) * Mode::kPanel, pair_halves(a[piece], b[piece]));
+      }
     }
-    transpose<B>(v);
+    return check.finite();
+  } else {
+    FiniteCheck<B, Mode::kPair> check;
+    for (i64 k = 0; k < steps; k += lanes) {
+      Vec<B> v[lanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) store(panel + (k + i) * Mode::kPanel, v[i]);
+      for (int i = 0; i < lanes; ++i) {
+        v[i] = load_straight<B, kFrom>(row + i * row_bytes, k);
+        check.add(v[i]);
+      }
+      transpose<B>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) store(panel + (k + i) * Mode::kPanel, v[i]);
+    }
+    return check.finite();
   }
-  return check.finite();
 }
 
 template <class Mode>
 inline bool transpose_straight(Straight from, const char* row, i64 row_bytes, i64 steps, typename Mode::B* panel) {
   if (from == Straight::kOwn) return transpose_block<Mode, Straight::kOwn>(row, row_bytes, steps, panel);
+  if constexpr (Mode::kPieces > 1) return transpose_block<Mode, Straight::kHalf>(row, row_bytes, steps, panel);
   if constexpr (Mode::kPair == 1 && sizeof(typename Mode::A) == 4) {
     if (from == Straight::kHalf) return transpose_block<Mode, Straight::kHalf>(row, row_bytes, steps, panel);
     if (from == Straight::kBFloat16) return transpose_block<Mode, Straight::kBFloat16>(row, row_bytes, steps, panel);
@@ -203,8 +257,11 @@ inline bool transpose_straight(Straight from, const char* row, i64 row_bytes, i6
   return false;
 }
 
-// B operand with the rows of the tensor as columns (K^T, V^T): panels of [depth / kPair][kPanel].  `staging` holds
-// lanes + 1 rows of `width` numbers, where width is the depth rounded up to whole transposed blocks.
+// B operand with the rows of the tensor as columns (K^T, V^T): panels of [kPieces][depth / kPair][kPanel].  `staging`
+// holds kPackRows rows of `width` numbers, where width is the depth rounded up to whole transposed blocks.
+template <class Mode>
+constexpr i64 kPackRows = kLanes<typename Mode::B> * Mode::kPieces + 1;
+
 template <class Mode>
 inline bool pack_transposed(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 padded_rows,
                             i64 depth, i64 width, typename Mode::Acc* staging, typename Mode::B* out, uint8_t* bad) {
@@ -213,14 +270,15 @@ inline bool pack_transposed(const RowSource<typename Mode::Acc>& source, i64 fir
   constexpr int lanes = kLanes<B>;
   const i64 steps = depth / Mode::kPair;
   const i64 stride = width / Mode::kPair;
-  Acc* const row = staging + lanes * width;
-  B* const block = reinterpret_cast<B*>(staging);
+  constexpr int pieces = Mode::kPieces;
+  Acc* const row = staging + lanes * pieces * width;
+  B* const block = reinterpret_cast<B*>(staging);  // lanes rows of all pieces
   std::memset(static_cast<void*>(row), 0, width * sizeof(Acc));
   bool any = false;
   const Straight from = straight<Mode>(source);
   const i64 row_bytes = source.row_stride * element_size(source.dtype);
   for (i64 r = 0; r < padded_rows; r += lanes) {
-    B* const panel = out + r / Mode::kPanel * (steps * Mode::kPanel) + r % Mode::kPanel;
+    B* const panel = out + r / Mode::kPanel * (pieces * steps * Mode::kPanel) + r % Mode::kPanel;
     if (from != Straight::kNo && r + lanes <= rows &&
         transpose_straight<Mode>(from, source.data + (first + r) * row_bytes, row_bytes, steps, panel)) {
       std::memset(bad + r, 0, lanes);
@@ -229,20 +287,21 @@ inline bool pack_transposed(const RowSource<typename Mode::Acc>& source, i64 fir
     for (i64 i = 0; i < lanes; ++i) {
       if (r + i < rows) {
         bad[r + i] = !load_operand<Mode>(source, first + r + i, width, row,
-                                         reinterpret_cast<typename Mode::A*>(block + i * stride));
+                                         reinterpret_cast<typename Mode::A*>(block + i * pieces * stride));
         any |= bad[r + i];
       } else {
-        std::memset(static_cast<void*>(block + i * stride), 0, stride * sizeof(B));
+        std::memset(static_cast<void*>(block + i * pieces * stride), 0, pieces * stride * sizeof(B));
       }
     }
-    for (i64 k = 0; k < steps; k += lanes) {
-      Vec<B> v[lanes];
+    for (i64 piece = 0; piece < pieces; ++piece)
+      for (i64 k = 0; k < steps; k += lanes) {
+        Vec<B> v[lanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) v[i] = load(block + i * stride + k);
-      transpose<B>(v);
-      const i64 count = smaller(i64{lanes}, steps - k);
-      for (i64 i = 0; i < count; ++i) store(panel + (k + i) * Mode::kPanel, v[i]);
-    }
+        for (int i = 0; i < lanes; ++i) v[i] = load(block + (i * pieces + piece) * stride + k);
+        transpose<B>(v);
+        const i64 count = smaller(i64{lanes}, steps - k);
+        for (i64 i = 0; i < count; ++i) store(panel + (piece * steps + k + i) * Mode::kPanel, v[i]);
+      }
   }
   return any;
 }
@@ -254,25 +313,44 @@ inline bool panel_rows(const char* row, i64 row_bytes, i64 rows, i64 columns, i6
                        typename Mode::B* target) {
   using B = typename Mode::B;
   constexpr int lanes = kLanes<B>;
-  FiniteCheck<Mode> check;
-  for (i64 r = 0; r < rows; r += Mode::kPair, row += Mode::kPair * row_bytes, target += Mode::kPanel) {
-    for (i64 n = 0; n < width; n += lanes * Mode::kPair) {
-      B* const cell = target + n / Mode::kPanel * panel_size + n % Mode::kPanel;
-      if (n >= columns) {
-        for (int i = 0; i < Mode::kPair; ++i) store(cell + i * lanes, Vec<B>{});
-      } else if constexpr (Mode::kPair == 1) {
-        const Vec<B> v = load_straight<B, kFrom>(row, n);
-        check.add(v);
-        store(cell, v);
-      } else {  // two rows as one row of pairs, the first one in the low halves
-        const Vec<B> a = load_straight<B, kFrom>(row, n / 2), b = load_straight<B, kFrom>(row + row_bytes, n / 2);
-        check.add(a);
-        check.add(b);
-        interleave<uint16_t>((Vec<uint16_t>)a, (Vec<uint16_t>)b, reinterpret_cast<uint16_t*>(cell));
+  if constexpr (Mode::kPieces > 1) {
+    FiniteCheck<float, 1> check;
+    for (i64 r = 0; r < rows; r += 2, row += 2 * row_bytes, target += Mode::kPanel)
+      for (i64 n = 0; n < width; n += lanes) {
+        Vec<float> x = {}, y = {}, a[Mode::kPieces], b[Mode::kPieces];
+        if (n < columns) {
+          x = load_straight<float, kFrom>(row, n), y = load_straight<float, kFrom>(row + row_bytes, n);
+          check.add(x);
+          check.add(y);
+        }
+        split<Mode::kPieces>(x, a);
+        split<Mode::kPieces>(y, b);
+        B* const cell = target + n / Mode::kPanel * Mode::kPieces * panel_size + n % Mode::kPanel;
+        for (int piece = 0; piece < Mode::kPieces; ++piece)
+          store(cell + piece * panel_size, pair_halves(a[piece], b[piece]));
+      }
+    return check.finite();
+  } else {
+    FiniteCheck<B, Mode::kPair> check;
+    for (i64 r = 0; r < rows; r += Mode::kPair, row += Mode::kPair * row_bytes, target += Mode::kPanel) {
+      for (i64 n = 0; n < width; n += lanes * Mode::kPair) {
+        B* const cell = target + n / Mode::kPanel * panel_size + n % Mode::kPanel;
+        if (n >= columns) {
+          for (int i = 0; i < Mode::kPair; ++i) store(cell + i * lanes, Vec<B>{});
+        } else if constexpr (Mode::kPair == 1) {
+          const Vec<B> v = load_straight<B, kFrom>(row, n);
+          check.add(v);
+          store(cell, v);
+        } else {  // two rows as one row of pairs, the first one in the low halves
+          const Vec<B> a = load_straight<B, kFrom>(row, n / 2), b = load_straight<B, kFrom>(row + row_bytes, n / 2);
+          check.add(a);
+          check.add(b);
+          interleave<uint16_t>((Vec<uint16_t>)a, (Vec<uint16_t>)b, reinterpret_cast<uint16_t*>(cell));
+        }
       }
     }
+    return check.finite();
   }
-  return check.finite();
 }
 
 template <class Mode>
@@ -280,6 +358,8 @@ inline bool panel_rows_straight(Straight from, const char* row, i64 row_bytes, i
                                 i64 panel_size, typename Mode::B* target) {
   if (from == Straight::kOwn)
     return panel_rows<Mode, Straight::kOwn>(row, row_bytes, rows, columns, width, panel_size, target);
+  if constexpr (Mode::kPieces > 1)
+    return panel_rows<Mode, Straight::kHalf>(row, row_bytes, rows, columns, width, panel_size, target);
   if constexpr (Mode::kPair == 1 && sizeof(typename Mode::A) == 4) {
     if (from == Straight::kHalf)
       return panel_rows<Mode, Straight::kHalf>(row, row_bytes, rows, columns, width, panel_size, target);
@@ -289,14 +369,15 @@ inline bool panel_rows_straight(Straight from, const char* row, i64 row_bytes, i
   return false;
 }
 
-// B operand with the rows of the tensor as depth (V, K): panels of [padded_rows / kPair][kPanel] over the columns.
-// `staging` holds three rows of `width` numbers, where width is the columns rounded up to whole panels.
+// B operand with the rows of the tensor as depth (V, K): panels of [kPieces][padded_rows / kPair][kPanel] over the
+// columns.  `staging` holds kPackRows rows of `width` numbers, where width is the columns rounded up to whole panels.
 template <class Mode>
 inline bool pack_depth(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 padded_rows, i64 width,
                        typename Mode::Acc* staging, typename Mode::B* out, uint8_t* bad) {
   using A = typename Mode::A;
   const i64 panel_size = padded_rows / Mode::kPair * Mode::kPanel;
-  A* const operands = reinterpret_cast<A*>(staging + width);  // kPair rows
+  constexpr int pieces = Mode::kPieces;
+  A* const operands = reinterpret_cast<A*>(staging + width);  // kPair rows of all pieces
   bool any = false;
   std::memset(staging, 0, width * sizeof(*staging));
   const Straight from = straight<Mode>(source);
@@ -312,57 +393,49 @@ inline bool pack_depth(const RowSource<typename Mode::Acc>& source, i64 first, i
     }
     for (i64 i = 0; i < Mode::kPair; ++i) {
       if (r + i < rows) {
-        bad[r + i] = !load_operand<Mode>(source, first + r + i, width, staging, operands + i * width);
+        bad[r + i] = !load_operand<Mode>(source, first + r + i, width, staging, operands + i * pieces * width);
         any |= bad[r + i];
       } else {
-        std::memset(operands + i * width, 0, width * sizeof(A));
+        std::memset(operands + i * pieces * width, 0, pieces * width * sizeof(A));
       }
     }
     typename Mode::B* const target = out + r / Mode::kPair * Mode::kPanel;
-    for (i64 n = 0; n < width; n += Mode::kPanel) {
-      typename Mode::B* const cell = target + n / Mode::kPanel * panel_size;
+    for (i64 n = 0; n < pieces * width; n += Mode::kPanel) {
+      const i64 piece = n / width, panel = (n - piece * width) / Mode::kPanel;
+      typename Mode::B* const cell = target + (panel * pieces + piece) * panel_size;
       if constexpr (Mode::kPair == 1)
         std::memcpy(cell, operands + n, Mode::kPanel * sizeof(A));
-      else
-        for (i64 k = 0; k < Mode::kPanel; ++k)  // two rows as one row of pairs, the first one in the low halves
-          cell[k] = static_cast<uint32_t>(operands[n + k]) | static_cast<uint32_t>(operands[width + n + k]) << 16;
+      else  // two rows as one row of pairs, the first one in the low halves
+        for (i64 k = 0; k < Mode::kPanel; k += kLanes<uint16_t>)
+          interleave<uint16_t>(load(operands + n + k), load(operands + pieces * width + n + k),
+                               reinterpret_cast<uint16_t*>(cell + k));
     }
   }
   return any;
 }
 
 #if defined(FASTATTN_BF16_OPERANDS)
-// The transpose of a packed A operand of `rows` (a multiple of 32) rows of `width` bf16: width rows of `rows`.
+// The transpose of a packed A operand of `rows` (a multiple of 32) rows of `width` elements (of each piece): width rows
+// of `rows` (of each piece).
+template <int kPieces>
 inline void transpose_rows(const bf16* in, i64 rows, i64 width, bf16* out) {
+  const i64 stride = kPieces * width;
   for (i64 r = 0; r < rows; r += 32)
-    for (i64 k = 0; k < width; k += 16) {
+    for (i64 k = 0; k < stride; k += 16) {
       Vec<uint32_t> v[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        const bf16* cell = in + (r + 2 * i) * width + k;
+        const bf16* cell = in + (r + 2 * i) * stride + k;
         const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cell)));
-        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cell + width)));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cell + stride)));
         v[i] = (Vec<uint32_t>)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
       }
       transpose<uint32_t>(v);
+      const i64 piece = k / width, column = k - piece * width;
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) store(reinterpret_cast<uint32_t*>(out + (k + i) * rows + r), v[i]);
+      for (int i = 0; i < 16; ++i)
+        store(reinterpret_cast<uint32_t*>(out + ((column + i) * kPieces + piece) * rows + r), v[i]);
     }
-}
-
-// Two rows of numbers as one row of pairs, n a multiple of 16; the rows themselves also as bf16 if `low` is given.
-inline void pair_rows(const float* a, const float* b, i64 n, uint32_t* out, bf16* low, bf16* high) {
-  alignas(64) static constexpr uint16_t kAlternate[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i alternate = _mm512_load_si512(kAlternate);
-  for (i64 j = 0; j < n; j += 16) {
-    const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(b + j), _mm512_loadu_ps(a + j));
-    if (low) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + j), _mm512_castsi512_si256(rows));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + j), _mm512_extracti64x4_epi64(rows, 1));
-    }
-    _mm512_storeu_si512(out + j, _mm512_permutexvar_epi16(alternate, rows));
-  }
 }
 #endif
 

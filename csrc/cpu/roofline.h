@@ -42,6 +42,21 @@ FASTATTN_INLINE void keep(V& v) {
 template <class Mode>
 inline double peak_flops(double budget) {
   using Acc = typename Mode::Acc;
+#if defined(__AMX_BF16__)
+  if constexpr (Mode::kPair == 2) {
+    TileScope<Mode> tiles;
+    constexpr i64 turns = 5000;
+    const double seconds = least_seconds(budget, [] {
+      for (i64 turn = 0; turn < turns; ++turn) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    });
+    return 2.0 * 16 * 16 * 32 * 4 * turns / seconds;
+  }
+#endif
   constexpr int n = kVectorRegisters >= 32 ? 24 : 12;
   constexpr i64 turns = 20000;
   const double seconds = least_seconds(budget, [] {
@@ -94,7 +109,8 @@ inline double weights_per_second(double budget) {
   Acc total = 0;
   const double seconds = least_seconds(budget, [&] {
     for (int turn = 0; turn < turns; ++turn)
-      total += row_max(row.data(), 0, n) + row_exp<true, Mode::kExpDegree>(row.data(), 0, n, Acc(0), Acc(0.0625));
+      total += row_max(row.data(), 0, n) +
+               reduce_add<Acc>(row_exp<true, Mode::kExpDegree>(row.data(), 0, n, Acc(0), Acc(0.0625)));
   });
   return total == Acc(-1) ? 0 : turns * n / seconds;
 }

@@ -246,37 +246,37 @@ FASTATTN_INLINE Vec<T> exponent(Vec<T> s, T reference, T factor) {
   return (s - reference) * factor;
 }
 
-template <class T>
-inline void to_operand_row(const T* row, i64 begin, i64 end, T* out) {
-  if (row != out) std::memcpy(out + begin, row + begin, (end - begin) * sizeof(T));
-}
-inline void to_operand_row(const float* row, i64 begin, i64 end, bf16* out) {
-  round_to_bf16(row + begin, end - begin, out + begin);
-}
-
-// p = 2^(factor * (s - reference)) over [begin, end) as numbers, in place; returns the sum.
+// p = 2^(factor * (s - reference)) over [begin, end) as numbers, in place; returns their sum, lane by lane.
 template <bool kPlain, int kDegree, class T>
-inline T row_exp(T* s, i64 begin, i64 end, T reference, T factor) {
+inline Vec<T> row_exp(T* s, i64 begin, i64 end, T reference, T factor) {
   Vec<T> sum = {};
   for (i64 j = begin; j < end; j += kLanes<T>) {
     const Vec<T> p = exp2<kDegree>(exponent<kPlain>(load(s + j), reference, factor));
     sum += p;
     store(s + j, p);
   }
-  return reduce_add<T>(sum);
+  return sum;
 }
 
 #if defined(FASTATTN_BF16_OPERANDS)
-// The same, straight into a bfloat16 operand row.
-template <bool kPlain>
-inline float row_exp_bf16(const float* s, i64 begin, i64 end, float reference, float factor, bf16* out) {
-  Vec<float> sum = {};
-  for (i64 j = begin; j < end; j += 16) {
-    const Vec<float> p = exp2<BFloat16Mode::kExpDegree>(exponent<kPlain>(load(s + j), reference, factor));
-    sum += p;
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), (__m256i)_mm512_cvtneps_pbh((__m512)p));
+// The same, straight into an operand row, whose pieces are `apart` elements from each other.
+template <bool kPlain, class Mode>
+inline Vec<float> row_exp_operand(const float* s, i64 begin, i64 end, float reference, float factor, bf16* out,
+                                  i64 apart) {
+  const auto weight = [&](i64 j) { return exp2<Mode::kExpDegree>(exponent<kPlain>(load(s + j), reference, factor)); };
+  Vec<float> sum = {}, odd = {};
+  i64 j = begin;
+  for (; j + 32 <= end; j += 32) {
+    const Vec<float> p = weight(j), q = weight(j + 16);
+    sum += p, odd += q;
+    store_pieces<Mode::kPieces>(p, q, out + j, apart);
   }
-  return reduce_add<float>(sum);
+  if (j < end) {
+    const Vec<float> p = weight(j);
+    sum += p;
+    store_pieces<Mode::kPieces>(p, out + j, apart);
+  }
+  return sum + odd;
 }
 #endif
 
