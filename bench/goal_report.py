@@ -25,6 +25,8 @@ def print_goals(outcomes: list[Outcome], console: Console) -> None:
         for one in missed:
             note = f" [dim]{escape(one.note)}[/dim]" if one.note else ""
             measured = one.text or "not measured"
+            if one.needed is not None:
+                note = f", which takes {one.needed:.0%} of what the machine can do ({one.ceiling}){note}"
             console.print(f"  {escape(one.claim)}, {case_of(one)}: {measured} instead of {one.threshold}{note}")
 
 

@@ -187,6 +187,10 @@ class Outcome:
     text: str  # `measured` as a reader wants it
     met: str  # yes | no | "" where nothing was measured
     note: str = ""
+    # Of a speedup: the share of the ceiling in `ceiling` that it would take.  Above 1 the goal asks for more than the
+    # machine can do by this measure.
+    needed: float | None = None
+    ceiling: str = ""
 
     def key(self) -> tuple[str, ...]:
         return tuple(str(getattr(self, name)) for name in OUTCOME_KEY)
@@ -196,6 +200,7 @@ OUTCOME_KEY = (
     "device", "isa", "threads", "torch", "fastattn", "commit", "claim", "against", "case", "direction", "dtype", "size",
 )  # fmt: skip
 OUTCOME_FIELDS = tuple(field.name for field in fields(Outcome))
+NUMBERS = ("measured", "needed")
 
 
 def evaluate(rows: Iterable[Row], goals: Iterable[Goal] = CPU_GOALS) -> list[Outcome]:
@@ -221,9 +226,16 @@ def evaluate(rows: Iterable[Row], goals: Iterable[Goal] = CPU_GOALS) -> list[Out
                     row.date, row.device, row.isa, row.threads, row.torch, row.fastattn, row.commit, goal.claim,
                     goal.metric, " ".join(goal.against), goal.threshold, row.case, row.direction, row.dtype, size(row),
                     value, goal.text(value), "" if value is None else "yes" if goal.met(value) else "no", note,
+                    _needed(goal, row, value), row.ceiling,
                 )
             )  # fmt: skip
     return found
+
+
+def _needed(goal: Goal, row: Row, value: float | None) -> float | None:
+    if goal.metric != "speedup" or goal.least is None or not value or row.fraction is None:
+        return None
+    return row.fraction * goal.least / value
 
 
 def _group(row: Row) -> tuple[object, ...]:
@@ -239,7 +251,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
                 **{
                     **{name: record.get(name) or "" for name in OUTCOME_FIELDS},
                     "threads": int(record["threads"]),
-                    "measured": float(record["measured"]) if record["measured"] else None,
+                    **{name: float(record[name]) if record.get(name) else None for name in NUMBERS},
                 }  # type: ignore[arg-type]
             )
             for record in csv.DictReader(file)
@@ -252,7 +264,8 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     merged |= {one.key(): one for one in outcomes}
     lines = [asdict(one) for one in merged.values()]
     for line in lines:
-        line["measured"] = "" if line["measured"] is None else f"{line['measured']:.6g}"
+        for name in NUMBERS:
+            line[name] = "" if line[name] is None else f"{line[name]:.6g}"
     replace_csv(path, OUTCOME_FIELDS, lines)
 
 
@@ -267,6 +280,7 @@ class Summary:
     met: int
     measured: int
     unmeasured: int
+    beyond: int  # of those missed, how many ask for more than the ceiling
 
     @property
     def holds(self) -> bool:
@@ -285,5 +299,6 @@ def summarize(outcomes: Iterable[Outcome]) -> list[Summary]:
             measured.reverse()
         met = sum(m.met == "yes" for m in measured)
         worst, best = (measured[0], measured[-1]) if measured else (None, None)
-        found.append(Summary(claim, threshold, worst, best, met, len(measured), len(members) - len(measured)))
+        beyond = sum(m.met == "no" and (m.needed or 0.0) > 1 for m in measured)
+        found.append(Summary(claim, threshold, worst, best, met, len(measured), len(members) - len(measured), beyond))
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn.bench import breakdown, cpu_suites, goal_report, measure, results, suites
+from fastattn.bench import breakdown, cpu_suites, goal_report, measure, readme, results, suites
 from fastattn.bench.ceilings import Ceilings
 from fastattn.bench.goals import CPU_GOALS, Goal, Outcome, evaluate, read_outcomes, summarize, write_outcomes
 from fastattn.bench.peers import PEERS, CannotError, on_threads, prepare
@@ -91,6 +91,15 @@ def test_metrics(goal: Goal, rows: list[Row], expected: list[tuple[float | None,
         (one.measured if one.measured is None else pytest.approx(one.measured), one.met) for one in found
     ] == expected
     assert all(one.note for one in found if one.measured is None and any(r.status != "ok" for r in rows))
+
+
+def test_what_a_goal_would_take_of_the_machine() -> None:
+    rows = [row("fastattn", 2.0, fraction=0.8, ceiling="fma"), row("sdpa", 3.0)]
+    goals = [Goal("near", "speedup", 1.8, suites=("suite",)), Goal("far", "speedup", 2.0, suites=("suite",))]
+    near, far = evaluate(rows, goals)
+    assert (near.needed, far.needed) == pytest.approx((0.96, 0.8 * 2.0 / 1.5)) and far.ceiling == "fma"
+    assert [one.beyond for one in summarize([near, far])] == [0, 1]
+    assert "1 above the peak" in readme.goal_line(summarize([far])[0])
 
 
 def test_other_runs_are_not_compared() -> None:
