@@ -99,10 +99,15 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.kernel}", f"  features: {', '.join(self.features) or 'plain'}"]
-        lines += [f"  {key}: {value}" for key, value in self.plan.items()]
+        lines += [f"  {key}: {_words(value)}" for key, value in self.plan.items()]
         lines += [f"  before it: {note}" for note in self.notes]
         lines += [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.refusals.items()]
         return "\n".join(lines)
+
+
+def _words(value: object) -> object:
+    """A kernel's own entries of a plan on one line; anything else as it is."""
+    return ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value
 
 
 def explain(problem: Problem, name: str | None, notes: list[str]) -> Explanation:

@@ -300,8 +300,10 @@ def test_sm_90a(dim: int, dtype: torch.dtype, names: tuple[str, ...], monkeypatc
         pytest.skip("the sm_90a kernels need a GPU of capability 9.0")
     monkeypatch.setenv("FASTATTN_CUDA_HOPPER", "1")
     call = oracle.Call(names, features.Shape(3, 16, 4, 700, 900, dim, dim), dtype)
-    operands = (call.leaves[name].to(DEVICE) for name in ("query", "key", "value"))
-    assert fastattn.explain(*operands, backend="cuda").plan["kernel"] == "hopper_forward"
+    operands = (call.leaves[name].to(DEVICE).requires_grad_() for name in ("query", "key", "value"))
+    plan = fastattn.explain(*operands, backend="cuda").plan
+    assert plan["kernel"] == "hopper_forward"
+    assert (plan["backward_q"]["kernel"], plan["backward_kv"]["kernel"]) == ("hopper_backward_q", "hopper_backward_kv")
     oracle.check(call, "cuda", DEVICE)
 
 

@@ -7,6 +7,7 @@ and cross the tiles (128 or 192 query rows, 64 to 128 keys), and few multiproces
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -99,6 +100,28 @@ def test_gradients_of_head_dims(device: ModuleType, features: tuple[str, ...], d
     }
 
 
+@pytest.mark.parametrize("dim", [160, 192, 256])
+@pytest.mark.parametrize(
+    "features",
+    [
+        ("causal",), ("window", "sink"), ("documents",), ("bool_full",), ("alibi",), ("table",), ("dense_full",),
+        ("softcap",), ("softcap", "causal", "alibi", "table", "dense_full", "sink"),
+    ],
+    ids="+".join,
+)  # fmt: skip
+def test_gradients_of_wide_heads(device: ModuleType, features: tuple[str, ...], dim: int) -> None:
+    """Above D = 128 one group has dV and another dK, and weights go from one to the other; dropout marks them."""
+    for dropout_p in (0.0, 0.25):
+        shape = Shape(1, 2, 1, query_length=105, key_length=135, head_dim=dim, value_dim=dim - (dim == 192) * 24)
+        check(Call(features, shape, HALF if dropout_p else BFLOAT16, dropout_p=dropout_p), "cuda")
+    kernel = f"d{192 if dim < 256 else 256}"
+    expected = {f"hopper_backward_{side}_f16_{kernel}" for side in ("q", "kv")}
+    plain = "_plain" if features in (("causal",), ("window", "sink")) else ""
+    assert backward_kernels(device) == expected | {
+        f"hopper_backward_{side}{plain}_bf16_{kernel}" for side in ("q", "kv")
+    }
+
+
 @pytest.mark.parametrize("features", [("causal",), ("window",), ("key_lengths", "dense_full")], ids="+".join)
 @pytest.mark.parametrize("key_length", [1, 63, 129, 300])
 @pytest.mark.parametrize("query_length", [17, 128, 193])
@@ -108,10 +131,10 @@ def test_gradients_of_lengths(query_length: int, key_length: int, features: tupl
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 5])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_gradients_are_bit_identical(device: ModuleType, dim: int, multiprocessors: int) -> None:
     """For any number of blocks, in any order of warps and copies."""
-    call = Call(("causal", "table", "alibi", "dense_full", "sink"), Shape(2, 2, 1, 150, 140, dim, dim), HALF)
+    call = Call(("causal", "table", "alibi", "dense_full", "softcap", "sink"), Shape(2, 2, 1, 150, 140, dim, dim), HALF)
     first = call.fused("cuda")
     device.set_device(shared_memory_per_block=SHARED_BYTES, multiprocessors=multiprocessors, capability=90)
     try:
@@ -124,17 +147,20 @@ def test_gradients_are_bit_identical(device: ModuleType, dim: int, multiprocesso
         assert torch.equal(first.grads[name], second.grads[name]), name
 
 
+@pytest.mark.parametrize("dim", [16, 192])
 @pytest.mark.parametrize("query_offset", [-150, 16])
-def test_gradients_of_rows_that_see_nothing(query_offset: int) -> None:
-    check(Call(("causal", "alibi"), Shape(2, 2, 1, 300, 140), HALF, offset=query_offset), "cuda")
-    check(Call(("causal",), Shape(2, 2, 1, 300, 140), HALF, offset=query_offset), "cuda")
+def test_gradients_of_rows_that_see_nothing(query_offset: int, dim: int) -> None:
+    shape = Shape(2, 2, 1, 300, 140, dim, dim)
+    check(Call(("causal", "alibi"), shape, HALF, offset=query_offset), "cuda")
+    check(Call(("causal",), shape, HALF, offset=query_offset), "cuda")
 
 
+@pytest.mark.parametrize("dim", [64, 192])
 @pytest.mark.parametrize("where", ["query", "key", "value", "grad"])
-def test_gradients_of_what_is_not_a_number(where: str) -> None:
+def test_gradients_of_what_is_not_a_number(where: str, dim: int) -> None:
     """Number 1 of the queries, keys, values or gradients is NaN under a causal mask that starts at the first key."""
     torch.manual_seed(0)
-    length, dim = 150, 64
+    length = 150
     tensors = {name: torch.randn(1, 1, length, dim) for name in ("query", "key", "value", "grad")}
     tensors[where][0, 0, 1, 5] = float("nan")
     leaves = [tensors[name].to(HALF).requires_grad_() for name in ("query", "key", "value")]
@@ -149,17 +175,18 @@ def test_gradients_of_what_is_not_a_number(where: str) -> None:
         assert grad[0, 0][seen].isnan().any()
 
 
-def test_gradients_that_are_broadcast_or_not_wanted(device: ModuleType) -> None:
+@pytest.mark.parametrize("dim", [64, 256])
+def test_gradients_that_are_broadcast_or_not_wanted(device: ModuleType, dim: int) -> None:
     """A gradient that is one number everywhere has no rows to copy; dK alone leaves dV unwritten."""
     torch.manual_seed(0)
-    query, value = torch.randn(1, 2, 40, 64).to(HALF), torch.randn(1, 2, 50, 64).to(HALF)
-    key = torch.randn(1, 2, 50, 64).to(HALF).requires_grad_()
+    query, value = torch.randn(1, 2, 40, dim).to(HALF), torch.randn(1, 2, 50, dim).to(HALF)
+    key = torch.randn(1, 2, 50, dim).to(HALF).requires_grad_()
     grads = []
-    for grad_out in (torch.ones(1, 2, 40, 64, dtype=HALF), torch.ones(64, dtype=HALF).expand(1, 2, 40, 64)):
+    for grad_out in (torch.ones(1, 2, 40, dim, dtype=HALF), torch.ones(dim, dtype=HALF).expand(1, 2, 40, dim)):
         device.clear_reports()
         out = fastattn.attention(query, key, value, backend="cuda")
         grads.append(torch.autograd.grad(out, key, grad_out)[0])
-        taken = "hopper_backward_kv_plain_f16_d64" if grad_out.stride(2) else "backward_kv_f16_d64"
+        taken = f"hopper_backward_kv_plain_f16_d{dim}" if grad_out.stride(2) else f"backward_kv_f16_d{dim}"
         assert backward_kernels(device) == {taken}
     torch.testing.assert_close(*grads, rtol=2e-3, atol=2e-3)
 
@@ -330,13 +357,15 @@ def test_broadcast_operands(device: ModuleType) -> None:
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_no_bank_conflicts(device: ModuleType, dim: int) -> None:
-    query, key, value = (torch.randn(1, 1, 140, dim, dtype=HALF) for _ in range(3))
-    fastattn.attention(query, key, value, mask=fastattn.Causal(), backend="cuda")
-    (report,) = device.reports()
-    for access in ("load_matrix", "store_matrix", "load_shared"):
-        if access in report["traffic"]:
-            counts = report["traffic"][access]
-            assert counts["actual"] == counts["ideal"], access
+    query, key, value = (torch.randn(1, 1, 140, dim, dtype=HALF).requires_grad_() for _ in range(3))
+    fastattn.attention(query, key, value, mask=fastattn.Causal(), backend="cuda").sum().backward()
+    reports = [report for report in device.reports() if report["kernel"].startswith("hopper_")]
+    assert len(reports) == 3
+    for report in reports:
+        for access in ("load_matrix", "store_matrix", "load_shared", "store_shared"):
+            if access in report["traffic"]:
+                counts = report["traffic"][access]
+                assert counts["actual"] == counts["ideal"], (report["kernel"], access)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -368,7 +397,7 @@ def test_same_bits_in_any_order(device: ModuleType, dim: int) -> None:
 def test_off_by_default(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = (torch.randn(1, 2, 40, 64).to(HALF) for _ in range(3))
     problem = lower(query, key, value)
-    plan = device.attention_plan(problem)
+    plan = json.loads(device.attention_plan(problem))
     assert plan["kernel"] == "hopper_forward"
     assert (plan["rows"], plan["keys"], plan["stages"], plan["registers"]) == (192, 128, 4, 160)
     assert plan["shared_bytes"] <= SHARED_BYTES
@@ -376,7 +405,7 @@ def test_off_by_default(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     assert "not_hopper" not in plan
 
     monkeypatch.delenv("FASTATTN_CUDA_HOPPER")
-    plan = device.attention_plan(problem)
+    plan = json.loads(device.attention_plan(problem))
     assert plan["kernel"] == "forward"
     assert "FASTATTN_CUDA_HOPPER=1" in plan["not_hopper"]
     fastattn.attention(query, key, value, backend="cuda")
@@ -384,6 +413,41 @@ def test_off_by_default(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setenv("FASTATTN_CUDA_HOPPER", "1")
     device.set_device(capability=80)
-    plan = device.attention_plan(problem)
+    plan = json.loads(device.attention_plan(problem))
     assert plan["kernel"] == "forward"
     assert "not_hopper" not in plan
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("mask", [None, fastattn.BoolMask(torch.ones(40, 40, dtype=torch.bool).tril())], ids=str)
+def test_explain_names_the_backward(
+    device: ModuleType, dim: int, mask: fastattn.Mask | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value = (torch.randn(1, 2, 40, dim).to(HALF) for _ in range(3))
+
+    def plan() -> dict[str, object]:
+        return fastattn.explain(query, key, value, mask=mask, backend="cuda").plan
+
+    assert not {"backward_q", "backward_kv"} & plan().keys()
+    value.requires_grad_()
+    assert "backward_q" not in plan()
+    with torch.no_grad():
+        assert "backward_kv" not in plan()
+    query.requires_grad_()
+    told = plan()
+    device.clear_reports()
+    fastattn.attention(query, key, value, mask=mask, backend="cuda").sum().backward()
+    for report in device.reports():
+        if "backward" in report["kernel"]:
+            side = "backward_kv" if "backward_kv" in report["kernel"] else "backward_q"
+            assert report["kernel"].startswith(f"{told[side]['kernel']}_")
+            assert told[side]["dim"] == dim
+            assert told[side]["shared_bytes"] == report["shared_bytes"]
+            assert told[side]["threads"] == report["threads"]
+            assert told[side]["registers"] == 240
+    monkeypatch.delenv("FASTATTN_CUDA_HOPPER")
+    told = plan()
+    assert "backward_q: kernel backward_q, dim" in str(fastattn.explain(query, key, value, mask=mask, backend="cuda"))
+    for side in ("backward_q", "backward_kv"):
+        assert told[side]["kernel"] == side
+        assert "FASTATTN_CUDA_HOPPER=1" in told[side]["not_hopper"]

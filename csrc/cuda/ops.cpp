@@ -176,21 +176,7 @@ void cuda_rotate_(FASTATTN_ROTATION_PARAMETERS) {
 
 std::string cuda_plan(FASTATTN_PROBLEM_PARAMETERS) {
   const Call call(query);
-  const Plan plan = attention_plan(unpack(call.place, FASTATTN_PROBLEM_ARGUMENTS), call.device);
-  const std::pair<const char*, int> entries[] = {{"dim", plan.dim},
-                                                 {"rows", plan.rows},
-                                                 {"keys", plan.keys},
-                                                 {"threads", plan.threads},
-                                                 {"stages", plan.stages},
-                                                 {"splits", plan.splits},
-                                                 {"shared_bytes", plan.shared_bytes},
-                                                 {"registers", plan.registers},
-                                                 {"waves", plan.waves}};
-  std::string json = std::string(R"({"kernel": ")") + plan.kernel + '"';
-  for (const auto& [name, value] : entries)
-    if (value) json += std::string(", \"") + name + "\": " + std::to_string(value);
-  if (*plan.against_hopper) json += std::string(R"(, "not_hopper": ")") + plan.against_hopper + '"';
-  return json + "}";
+  return plan_json(unpack(call.place, FASTATTN_PROBLEM_ARGUMENTS), call.device);
 }
 
 std::string cuda_info() {

@@ -24,6 +24,7 @@ from fastattn.softmax_problem import SOFTMAX_FIELDS, SOFTMAX_GRADIENT_FIELDS, So
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16)
+BACKWARD_KERNELS = {"backward_q": ("query", "slopes", "table"), "backward_kv": ("key", "value")}  # fields each is for
 ROW_DTYPES = (torch.float32, *DTYPES)  # of the masked softmax, the rotation, and of a dense bias
 
 
@@ -112,10 +113,17 @@ class CudaBackend(GpuBackend):
         return reasons
 
     def plan(self, problem: Problem) -> dict[str, object]:
-        """Tiles, stages of copies, splits of the keys and shared memory of the forward kernel."""
+        """Tiles, stages of copies, splits of the keys and shared memory of the forward kernel; where a gradient will be
+        needed, "backward_q" and "backward_kv" have those of the kernels for it."""
         if simulated() and problem.device.type == "cpu":
-            return _simulator().attention_plan(problem)
-        return json.loads(torch.ops.fastattn.cuda_plan(*problem.arguments()))
+            plan = json.loads(_simulator().attention_plan(problem))
+        else:
+            plan = json.loads(torch.ops.fastattn.cuda_plan(*problem.arguments()))
+        for name, fields in BACKWARD_KERNELS.items():
+            tensors = [x for x in (getattr(problem, field) for field in fields) if x is not None]
+            if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+                del plan[name]
+        return plan
 
 
 def _simulator() -> ModuleType:

@@ -16,7 +16,7 @@ void attention_forward(const Problem& problem, const ForwardOutput& output, Work
 void attention_backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
                         Workspace& workspace, const Device& device);
 
-// What a forward call would run, for `explain`: tiles, stages, splits, shared memory.
+// What one kernel of a call would run with, for `explain`: tiles, stages, splits, shared memory.
 struct Plan {
   const char* kernel = "forward";
   int dim = 0;             // that the kernel computes with
@@ -26,5 +26,10 @@ struct Plan {
   const char* against_hopper = "";  // on a device of capability 9.0: why not the kernels of sm_90a
 };
 Plan attention_plan(const Problem& problem, const Device& device);
+Plan attention_backward_q_plan(const Problem& problem, const Device& device);
+Plan attention_backward_kv_plan(const Problem& problem, const Device& device);
+
+// All of them as a JSON object: the forward's entries, and objects "backward_q" and "backward_kv".
+std::string plan_json(const Problem& problem, const Device& device);
 
 }  // namespace fastattn::cuda

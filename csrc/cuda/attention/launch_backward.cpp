@@ -18,6 +18,8 @@ constexpr ParameterLaunch kParameter[2] = {parameter_gradient_f16, parameter_gra
 // Blocks the gradient of the table aims for, where its diagonals are too few to fill a device.
 constexpr i64 kBlocksPerMultiprocessor = 8;
 
+int dim_index_of(const Problem& p) { return dim_index(std::max(p.head_dim, p.value_dim)); }
+
 float* numbers(const View& view) { return static_cast<float*>(const_cast<void*>(view.data)); }
 
 // One backward call: the kernels that the wanted gradients need, and the small sums after them.
@@ -29,7 +31,7 @@ class Backward {
     attention = attention_of(p, workspace, device);
     grad_out = operand_of("grad_out", in.grad_out);
     statistics = static_cast<const float*>(in.statistics.data);
-    dim = dim_index(std::max(p.head_dim, p.value_dim));
+    dim = dim_index_of(p);
     rows = p.batch * p.query_heads * p.query_length;
     delta = floats(rows);
     hopper = takes_hopper_backward(p, in.grad_out, device);
@@ -228,7 +230,31 @@ class Backward {
   bool hopper = false;
 };
 
+// Of a kernel whose two stages take `two_stages` bytes, and one `one_stage`.
+Plan plan_of(const Problem& p, const Device& device, const char* kernel, int dim, int rows, int keys, int threads,
+             int two_stages, int one_stage) {
+  Plan plan{kernel, dim, rows, keys, threads};
+  plan.stages = fits(device, two_stages, 1) ? 2 : 1;
+  plan.shared_bytes = plan.stages == 2 ? two_stages : one_stage;
+  if (device.capability / 10 == 9) plan.against_hopper = reason_against_hopper(p, device);
+  return plan;
+}
+
 }  // namespace
+
+Plan attention_backward_q_plan(const Problem& p, const Device& device) {
+  if (!reason_against_hopper(p, device)) return hopper_backward_q_plan(p, device);
+  const BackwardQTiles tiles = backward_q_tiles(kHeadDims[dim_index_of(p)]);
+  return plan_of(p, device, "backward_q", tiles.dim, tiles.rows, tiles.keys, tiles.threads(), tiles.shared_bytes(true),
+                 tiles.shared_bytes(false));
+}
+
+Plan attention_backward_kv_plan(const Problem& p, const Device& device) {
+  if (!reason_against_hopper(p, device)) return hopper_backward_kv_plan(p, device);
+  const BackwardKvTiles tiles = backward_kv_tiles(kHeadDims[dim_index_of(p)]);
+  return plan_of(p, device, "backward_kv", tiles.dim, tiles.queries, tiles.keys, tiles.threads(),
+                 tiles.shared_bytes(true), tiles.shared_bytes(false));
+}
 
 void attention_backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
                         Workspace& workspace, const Device& device) {

@@ -1,5 +1,8 @@
 #include <algorithm>
+#include <initializer_list>
 #include <iterator>
+#include <string>
+#include <utility>
 
 #include "../hopper/launch.h"
 #include "../instances.h"
@@ -104,6 +107,28 @@ Plan attention_plan(const Problem& p, const Device& device) {
   Plan plan = rows_plan(p, device);
   if (device.capability / 10 == 9) plan.against_hopper = against;
   return plan;
+}
+
+std::string plan_json(const Problem& p, const Device& device) {
+  const auto entries = [](const Plan& plan) {
+    std::string json = std::string(R"("kernel": ")") + plan.kernel + '"';
+    for (const auto& [name, value] :
+         std::initializer_list<std::pair<const char*, int>>{{"dim", plan.dim},
+                                                            {"rows", plan.rows},
+                                                            {"keys", plan.keys},
+                                                            {"threads", plan.threads},
+                                                            {"stages", plan.stages},
+                                                            {"splits", plan.splits},
+                                                            {"shared_bytes", plan.shared_bytes},
+                                                            {"registers", plan.registers},
+                                                            {"waves", plan.waves}})
+      if (value) json += std::string(", \"") + name + "\": " + std::to_string(value);
+    if (*plan.against_hopper) json += std::string(R"(, "not_hopper": ")") + plan.against_hopper + '"';
+    return json;
+  };
+  return "{" + entries(attention_plan(p, device)) + R"(, "backward_q": {)" +
+         entries(attention_backward_q_plan(p, device)) + R"(}, "backward_kv": {)" +
+         entries(attention_backward_kv_plan(p, device)) + "}}";
 }
 
 void attention_forward(const Problem& p, const ForwardOutput& output, Workspace& workspace, const Device& device) {

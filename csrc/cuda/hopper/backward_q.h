@@ -21,6 +21,8 @@ struct HopperBackwardQConfig {
   static constexpr int kRows = HopperBackwardQTiles::kRows, kGroups = HopperBackwardQTiles::kGroups;
   static constexpr int kGradsAt = kTiles.grads_at(), kRingAt = kTiles.ring_at(), kContextsAt = kTiles.contexts_at();
   static constexpr int kSumsAt = kTiles.sums_at(), kBarriersAt = kTiles.barriers_at();
+  // whether dP is issued when the scores are finished: before, its accumulators take registers that biases need
+  static constexpr bool kLate = !kPlain && kDim > 128;
   using QueryTile = Tile<kRows, kDim>;
   using KeyTile = Tile<kKeys, kDim>;
 };
@@ -104,19 +106,25 @@ FASTATTN_DEVICE void compute_backward_q(const HopperBackwardParams& params, cons
   // dQ leaves through the queries' place
   const RowStore<T, QueryTile, false> store{params.dquery, params.rows_dquery, block.queries(),
                                             group,         p.query_length,     p.head_dim};
-  const SharedAddress own_queries = block.queries() + 64 * group * QueryTile::kRowBytes;
-  const SharedAddress own_grads = block.grads() + 64 * group * QueryTile::kRowBytes;
+  const auto own_row = [&] { return (thread_index_again() >> 7) * 64 - 64; };  // of a tile, the group's first
+  const auto own_queries = [&] { return block.queries() + own_row() * QueryTile::kRowBytes; };
+  const auto own_grads = [&] { return block.grads() + own_row() * QueryTile::kRowBytes; };
   int use = 0, round = 0;
   for_own_rows<Config>(params.schedule, p, [&](const QueryRows& rows) {
     // as in the forward: found again where they are needed
-    const auto row = [&] {
-      const int thread = thread_index_again();
-      return rows.m0 + 64 * group + (thread >> 1 & 48) + (thread >> 2 & 7);
-    };
     const auto context_at = [&] { return block.context((thread_index_again() >> 5) - 4); };
     const auto context = [&] {
       if constexpr (Config::kPlain) return rows.context;
       return load_context(context_at());
+    };
+    const auto m0 = [&] {
+      if constexpr (Config::kPlain) return rows.m0;
+      const RowContext here = context();
+      return here.first - here.interval.offset;
+    };
+    const auto row = [&] {
+      const int thread = thread_index_again();
+      return m0() + own_row() + (thread >> 1 & 48) + (thread >> 2 & 7);
     };
     if constexpr (!Config::kPlain) {
       sync_warp();
@@ -133,7 +141,8 @@ FASTATTN_DEVICE void compute_backward_q(const HopperBackwardParams& params, cons
       FASTATTN_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int i = row() + 8 * half;
-        const i64 at = (static_cast<i64>(rows.context.batch) * p.heads + rows.context.head) * p.query_length + i;
+        const RowContext here = context();
+        const i64 at = (static_cast<i64>(here.batch) * p.heads + here.head) * p.query_length + i;
         const bool inside = i < p.query_length;
         own[half].largest = inside ? load_constant(params.statistics + 2 * at) : 0.0f;
         own[half].log_sum = inside ? load_constant(params.statistics + 2 * at + 1) : infinity();
@@ -144,19 +153,23 @@ FASTATTN_DEVICE void compute_backward_q(const HopperBackwardParams& params, cons
       mbarrier_wait(block.rows_full(), round & 1);
       FASTATTN_NO_UNROLL
       for (int n = rows.start; n < rows.end; ++n, ++use) {
-        const bool masked = masks_at<Config>(p, rows.context, n), careful = checked_at<Config>(p, rows.context, n);
+        const bool masked = masks_at<Config>(p, context(), n), careful = checked_at<Config>(p, context(), n);
         float s[kKeys / 2], ds[kKeys / 2];
         ring.wait(use, careful);
         warpgroup_fence();
-        issue_rows_product<T, QueryTile, KeyTile>(s, own_queries, ring.first(use));
+        issue_rows_product<T, QueryTile, KeyTile>(s, own_queries(), ring.first(use));
         warpgroup_commit();
-        warpgroup_fence();
-        issue_rows_product<T, QueryTile, KeyTile>(ds, own_grads, ring.second(use));
-        warpgroup_commit();
-        warpgroup_wait<1>();
+        const auto issue_gradients = [&] {
+          warpgroup_fence();
+          issue_rows_product<T, QueryTile, KeyTile>(ds, own_grads(), ring.second(use));
+          warpgroup_commit();
+        };
+        if constexpr (!Config::kLate) issue_gradients();
+        warpgroup_wait<Config::kLate ? 0 : 1>();
         settle(s);
         if (n > rows.start) warp_arrive(ring.empty(use - 1));  // its dS went in before this tile's scores
         finish_keys<Config>(s, p, context(), row(), n * kKeys, masked);
+        if constexpr (Config::kLate) issue_gradients();
         finish_before(weights_of(s, p.multiplier, careful, row_of));
         warpgroup_wait<0>();
         settle(ds);
@@ -186,7 +199,7 @@ FASTATTN_DEVICE void compute_backward_q(const HopperBackwardParams& params, cons
           }
           if (p.softcap_out != 0.0f) {
             warpgroup_fence();
-            issue_rows_product<T, QueryTile, KeyTile>(s, own_queries, ring.first(use));
+            issue_rows_product<T, QueryTile, KeyTile>(s, own_queries(), ring.first(use));
             warpgroup_commit();
             warpgroup_wait<0>();
             settle(s);
@@ -202,7 +215,7 @@ FASTATTN_DEVICE void compute_backward_q(const HopperBackwardParams& params, cons
       settle(acc);
       warp_arrive(ring.empty(use - 1));
       const float factor[2] = {p.scale, p.scale};
-      if (params.rows_dquery.data) store(rows.m0, context().batch, context().head, acc, factor);
+      if (params.rows_dquery.data) store(m0(), context().batch, context().head, acc, factor);
       warp_arrive(block.rows_empty());
       ++round;
     } else if (params.rows_dquery.data) {
@@ -211,7 +224,7 @@ FASTATTN_DEVICE void compute_backward_q(const HopperBackwardParams& params, cons
     if constexpr (!Config::kPlain) {
       const RowContext here = context();
       const i64 tile = (static_cast<i64>(here.batch) * p.heads + here.head) * params.schedule.tiles;
-      const i64 place = (tile + rows.m0 / Config::kRows) * Config::kGroups + group;
+      const i64 place = (tile + m0() / Config::kRows) * Config::kGroups + group;
       const SharedAddress scratch = block.sums() + 16 * group;
       const bool first = thread_index() % kGroupThreads == 0;
       if (params.partial_slopes) {

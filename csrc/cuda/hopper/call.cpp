@@ -81,8 +81,8 @@ const char* reason_against_hopper(const Problem& p, const Device& device) {
 }
 
 bool takes_hopper_backward(const Problem& p, const View& grad_out, const Device& device) {
-  return !reason_against_hopper(p, device) && hopper_dim_index(p) < kHopperBackwardDims && p.query_length > 0 &&
-         p.batch > 0 && p.query_heads > 0 && !same_row_everywhere(grad_out);
+  return !reason_against_hopper(p, device) && p.query_length > 0 && p.batch > 0 && p.query_heads > 0 &&
+         !same_row_everywhere(grad_out);
 }
 
 }  // namespace fastattn::cuda

@@ -12,6 +12,9 @@ namespace fastattn::cuda {
 // What FASTATTN_CUDA_HOPPER says, "0" where it is not set.
 std::string_view hopper_asked();
 
+// The instances of a kernel, in the order of kHopperDims.
+#define FASTATTN_BY_DIM(kernel) {kernel##_d64, kernel##_d96, kernel##_d128, kernel##_d192, kernel##_d256}
+
 // The place of a problem's dimension in kHopperDims: the smallest that holds it.
 int hopper_dim_index(const Problem& problem);
 

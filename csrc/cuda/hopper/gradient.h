@@ -25,20 +25,28 @@ FASTATTN_DEVICE uint32_t weights_of(float (&s)[N], float multiplier, bool carefu
   return bits;
 }
 
+// A weight as V sees it, after dropout.  Where masks are looked at (`careful`), a NaN of a row or key that is masked
+// must not pass through 0 * NaN, here or below; one that is seen must come back.
+FASTATTN_DEVICE float seen_weight(float weight, float delta, bool keep, float keep_scale, bool careful) {
+  const float dropped = keep ? weight * keep_scale : 0.0f;
+  if (!careful) return dropped;
+  return weight == 0.0f ? 0.0f : dropped + delta * 0.0f;
+}
+
+// dS from an element of dO V^T.
+FASTATTN_DEVICE float score_gradient(float weight, float gradient, float delta, bool keep, float keep_scale,
+                                     bool careful) {
+  if (careful && weight == 0.0f) return 0.0f;
+  return weight * ((keep ? gradient * keep_scale : 0.0f) - delta);
+}
+
 // s: weights -> weights as V sees them, after dropout;  dp: dO V^T -> dS.
 template <class Config, class Place, int N, class RowOf>
 FASTATTN_DEVICE void gradient_of(float (&s)[N], float (&dp)[N], const Attention& p, const Place& at, bool careful,
                                  RowOf row_of) {
   const auto one = [&](float& weight, float& gradient, float delta, bool keep, float keep_scale) {
-    float dropped = keep ? weight * keep_scale : 0.0f;
-    gradient = keep ? gradient * keep_scale : 0.0f;
-    gradient = weight * (gradient - delta);
-    if (careful) {
-      // A NaN of a row or key that is masked here must not pass through 0 * NaN; one that is seen must come back.
-      if (weight == 0.0f) gradient = 0.0f;
-      dropped = weight == 0.0f ? 0.0f : dropped + delta * 0.0f;
-    }
-    weight = dropped;
+    gradient = score_gradient(weight, gradient, delta, keep, keep_scale, careful);
+    weight = seen_weight(weight, delta, keep, keep_scale, careful);
   };
   if constexpr (!Config::kPlain) {
     if (p.dropout_seed) {

@@ -13,7 +13,7 @@ const char* reason_against_hopper(const Problem& problem, const Device& device);
 Plan hopper_forward_plan(const Problem& problem, const Device& device);
 void hopper_forward(const Problem& problem, const ForwardOutput& output, Workspace& workspace, const Device& device);
 
-// The same of the backward, which has fewer head dimensions; `grad_out` as the call gives it.
+// Whether the backward runs as well; `grad_out` as the call gives it.
 bool takes_hopper_backward(const Problem& problem, const View& grad_out, const Device& device);
 
 // dQ with slopes and the table's ends, and dK with dV: `params` as the kernels of sm_80 take them, with as many partial
@@ -21,5 +21,8 @@ bool takes_hopper_backward(const Problem& problem, const View& grad_out, const D
 int hopper_partial_sums(const Problem& problem);
 void hopper_backward_q(const Problem& problem, const BackwardParams& params, const Device& device);
 void hopper_backward_kv(const Problem& problem, const BackwardParams& params, const Device& device);
+
+Plan hopper_backward_q_plan(const Problem& problem, const Device& device);
+Plan hopper_backward_kv_plan(const Problem& problem, const Device& device);
 
 }  // namespace fastattn::cuda

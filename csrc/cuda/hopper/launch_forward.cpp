@@ -8,7 +8,6 @@ namespace fastattn::cuda {
 namespace {
 
 using HopperLaunch = void (*)(const Launch&, const HopperForwardParams&);
-#define FASTATTN_BY_DIM(kernel) {kernel##_d64, kernel##_d96, kernel##_d128, kernel##_d192, kernel##_d256}
 constexpr HopperLaunch kFull[2][5] = {FASTATTN_BY_DIM(hopper_forward_f16), FASTATTN_BY_DIM(hopper_forward_bf16)};
 constexpr HopperLaunch kPlain[2][5] = {FASTATTN_BY_DIM(hopper_forward_plain_f16),
                                        FASTATTN_BY_DIM(hopper_forward_plain_bf16)};

@@ -20,17 +20,19 @@ struct RowStore {
   int group, length, dim;  // rows and columns of the result
 
   FASTATTN_DEVICE bool issues() const { return (thread_index_again() & (kGroupThreads - 1)) == 0; }
+  // The group's first row in `tile`, which groups share unless it has 64 rows.
+  FASTATTN_DEVICE int first() const { return RowTile::kRows == 64 ? 0 : 64 * group; }
   FASTATTN_DEVICE void meet() const { named_barrier_sync(kGroupBarrier + group, kGroupThreads); }
 
-  // 64 rows of this group, times a factor each, from row0 + 64 * group on.
+  // 64 rows of this group, times a factor each, from row0 + first() on.
   FASTATTN_DEVICE void operator()(int row0, int b, int h, const float (&acc)[RowTile::kDim / 2],
                                   const float (&factor)[2]) const {
     if constexpr (kOwnPlace) {
       if (issues()) bulk_wait_read<0>();  // the copy before has left
     }
     meet();  // and, in another tile's place, this group has read it
-    const int thread = thread_index_again(), first = 64 * group;
-    const SharedAddress own = tile + RowTile::lane_part(first + (thread >> 1 & 48) + (thread & 15), thread >> 4 & 1);
+    const int thread = thread_index_again();
+    const SharedAddress own = tile + RowTile::lane_part(first() + (thread >> 1 & 48) + (thread & 15), thread >> 4 & 1);
     FASTATTN_UNROLL
     for (int j = 0; j < RowTile::kDim / 16; ++j) {
       uint32_t r[4];
@@ -46,8 +48,8 @@ struct RowStore {
       for (int panel = 0; panel < RowTile::kDim / RowTile::kPanelColumns; ++panel) {
         const int column = panel * RowTile::kPanelColumns;
         if (column < dim)
-          tensor_store_4d(&to.map, tile + panel * RowTile::kPanelBytes + first * RowTile::kRowBytes, column,
-                          row0 + first, h, b);
+          tensor_store_4d(&to.map, tile + panel * RowTile::kPanelBytes + first() * RowTile::kRowBytes, column,
+                          row0 + first(), h, b);
       }
       bulk_commit();
     }
@@ -59,10 +61,10 @@ struct RowStore {
 
   FASTATTN_DEVICE void zeros(int row0, int b, int h) const {
     uint16_t* out = static_cast<uint16_t*>(rows_to.data) + b * rows_to.batch + h * rows_to.head;
-    const int chunks = dim / 8, first = row0 + 64 * group;
+    const int chunks = dim / 8, start = row0 + first();
     FASTATTN_NO_UNROLL
     for (int n = thread_index() % kGroupThreads; n < 64 * chunks; n += kGroupThreads) {
-      const int i = first + n / chunks;
+      const int i = start + n / chunks;
       if (i < length) store_global(reinterpret_cast<Vec4*>(out + i * rows_to.row + n % chunks * 8), Vec4{{0, 0, 0, 0}});
     }
   }

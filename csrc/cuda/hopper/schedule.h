@@ -44,9 +44,9 @@ template <class F>
 FASTATTN_DEVICE void for_own_tiles(const Schedule& order, F f) {
   const int blocks = grid_size();
   // from a round that runs forwards to one that runs backwards, and then what is left of two rounds
-  int step = 2 * (blocks - block_index()) - 1;
+  const auto step = [&](int t) { return t / blocks & 1 ? 2 * block_index() + 1 : 2 * (blocks - block_index()) - 1; };
   FASTATTN_NO_UNROLL
-  for (int t = block_index(); t < order.total; t += step, step = 2 * blocks - step) f(t);
+  for (int t = block_index(); t < order.total; t += step(t)) f(t);
 }
 
 // Calls f(QueryRows) for the tiles of query rows of this block.

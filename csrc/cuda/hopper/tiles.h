@@ -9,7 +9,6 @@
 namespace fastattn::cuda {
 
 inline constexpr int kHopperDims[] = {64, 96, 128, 192, 256};
-inline constexpr int kHopperBackwardDims = 3;      // of these, that the backward has
 inline constexpr int kHopperSharedBytes = 232448;  // that a block may have
 inline constexpr int kHopperRegisters = 65536;     // of a multiprocessor
 inline constexpr int kCheckers = 3;  // warps of the producers' warpgroup that look for NaN among the values
@@ -92,41 +91,51 @@ constexpr HopperBackwardQTiles hopper_backward_q_tiles(int dim, bool plain) {
       return {64, plain ? 128 : 64, 2};
     case 96:
       return {96, plain ? 96 : 64, 2};
-    default:
+    case 128:
       return {128, plain ? 80 : 64, 2};
+    case 192:
+      return {192, plain ? 80 : 64, 2};
+    default:
+      return {256, 48, 2};
   }
 }
 
-// dK and dV: two groups of 64 keys, which hold keys and values while queries and gradients come by.  Above D = 128
-// their accumulators do not fit beside the scores.
+// dK and dV: two groups hold keys and values while queries and gradients come by.  Up to D = 128 each has 64 keys and
+// both their results.  Above, the accumulators of both do not fit beside the scores: the groups have the same 64 keys,
+// one of them the weights and dV, the other dS and dK, and weights go from the one to the other (backward_kv_split.h).
 struct HopperBackwardKvTiles {
   int dim, queries, stages;
-  static constexpr int kGroups = 2, kKeys = 64 * kGroups, kThreads = 128 * (kGroups + 1);
+  static constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = 24, kRegisters = 240;
+  constexpr bool split() const { return dim > 128; }
+  constexpr int keys() const { return split() ? 64 : 64 * kGroups; }
+  // results; scores and dP, or dP and the scores once more; what of weights and dS is packed
   constexpr int held_registers() const {
-    return dim + queries + queries / 2;
-  }  // dK, dV; scores, dP; weights and dS packed
-  // keys; values; stages of queries, gradients and three numbers for each row; barriers
-  constexpr int values_at() const { return 2 * kKeys * dim; }
+    return split() ? dim / 2 + queries + queries / 4 : dim + queries + queries / 2;
+  }
+  // keys; values; stages of queries and gradients; weights on their way; three numbers for each row of a stage;
+  // barriers
+  constexpr int values_at() const { return 2 * keys() * dim; }
   constexpr int ring_at() const { return 2 * values_at(); }
   constexpr int stage_bytes() const { return 4 * queries * dim; }
-  constexpr int statistics_at() const { return ring_at() + stages * stage_bytes(); }
+  constexpr int weights_at() const { return ring_at() + stages * stage_bytes(); }
+  constexpr int statistics_at() const { return weights_at() + (split() ? 4 * 64 * queries : 0); }
   constexpr int barriers_at() const { return statistics_at() + stages * 12 * queries; }
   constexpr int shared_bytes() const { return barriers_at() + 8 * (3 + 3 * stages); }
   constexpr bool fits() const { return shared_bytes() <= kHopperSharedBytes && held_registers() <= kRegisters - 16; }
 };
 
 constexpr HopperBackwardKvTiles hopper_backward_kv_tiles(int dim, bool plain) {
-  return {dim, plain || dim < 96 ? 64 : 32, 2};
+  if (dim == 192) return {192, plain ? 96 : 80, 2};
+  return {dim, plain || dim < 96 || dim > 128 ? 64 : 32, 2};
 }
 
 template <class Tiles>
-constexpr bool all_fit(Tiles (*tiles)(int, bool), int dims) {
-  for (int n = 0; n < dims; ++n)
-    if (!tiles(kHopperDims[n], true).fits() || !tiles(kHopperDims[n], false).fits()) return false;
+constexpr bool all_fit(Tiles (*tiles)(int, bool)) {
+  for (const int dim : kHopperDims)
+    if (!tiles(dim, true).fits() || !tiles(dim, false).fits()) return false;
   return true;
 }
-static_assert(all_fit(hopper_forward_tiles, 5) && all_fit(hopper_backward_q_tiles, kHopperBackwardDims) &&
-              all_fit(hopper_backward_kv_tiles, kHopperBackwardDims));
+static_assert(all_fit(hopper_forward_tiles) && all_fit(hopper_backward_q_tiles) && all_fit(hopper_backward_kv_tiles));
 
 }  // namespace fastattn::cuda

@@ -39,22 +39,9 @@ void simulate_backward(py::object problem, py::object grad_out, py::object grad_
   attention_backward(p, input, output, scratch, simulated());
 }
 
-py::dict plan(py::object problem) {
+std::string plan(py::object problem) {
   Tensors tensors;
-  const Plan plan = attention_plan(read_problem(tensors, problem), simulated());
-  py::dict result;
-  result["kernel"] = plan.kernel;
-  result["dim"] = plan.dim;
-  result["rows"] = plan.rows;
-  result["keys"] = plan.keys;
-  result["threads"] = plan.threads;
-  result["shared_bytes"] = plan.shared_bytes;
-  result["stages"] = plan.stages;
-  result["splits"] = plan.splits;
-  if (plan.registers) result["registers"] = plan.registers;
-  if (plan.waves) result["waves"] = plan.waves;
-  if (*plan.against_hopper) result["not_hopper"] = plan.against_hopper;
-  return result;
+  return plan_json(read_problem(tensors, problem), simulated());
 }
 
 void set_device(int shared_memory_per_block, int multiprocessors, int capability) {
@@ -71,7 +58,7 @@ FASTATTN_BIND(attention) {
              "Writes out, lse and statistics of a fastattn.problem.Problem, laid out as its operators return them.");
   module.def("attention_backward", &simulate_backward,
              "Writes the gradients that are not None, parameters' contiguous in their parameter's shape.");
-  module.def("attention_plan", &plan, "Tiles, stages and splits of a forward call.");
+  module.def("attention_plan", &plan, "Tiles, stages and splits of each kernel of a call, as JSON.");
   module.def("set_device", &set_device, py::arg("shared_memory_per_block") = 166912, py::arg("multiprocessors") = 4,
              py::arg("capability") = 80,
              "What the simulated device has: bytes of shared memory for a block, multiprocessors, 10 * capability.");

@@ -1,0 +1,7 @@
+// Written by generate_instances.py.
+// clang-format off
+#include "../hopper/backward_q.h"
+
+namespace fastattn::cuda {
+FASTATTN_KERNEL(hopper_backward_q_plain_bf16_d256, HopperBackwardParams, (hopper_attention_backward_q<HopperBackwardQConfig<BFloat16, 256, true>>), HopperBackwardQTiles::kThreads, 1)
+}  // namespace fastattn::cuda
