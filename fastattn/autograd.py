@@ -25,14 +25,24 @@ def fused_attention(backend: str, problem: Problem) -> tuple[Tensor, Tensor]:
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), by the shortest way and in a form that torch.compile can trace."""
-    compiling = torch.compiler.is_compiling()
-    if compiling or torch._C._functorch.peek_interpreter_stack() is None:
-        # Where nothing is to be differentiated or mapped the Function only costs time, and Dynamo cannot trace it.
+    if is_bare(args):
+        return function.forward(*args)
+    if torch.compiler.is_compiling():
+        # Dynamo cannot trace a Function that has nothing to differentiate.
         if not torch.is_grad_enabled() or not _any_requires_grad(args):
             return function.forward(*args)
-        if compiling:
-            args = tuple(_distinct(args))
+        args = tuple(_distinct(args))
     return function.apply(*args)
+
+
+def is_bare(args: tuple[Any, ...]) -> bool:
+    """Whether nothing compiles, maps or differentiates a call with these arguments, so that a Function around its
+    operator would only cost time."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not (torch.is_grad_enabled() and _any_requires_grad(args))
+    )
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:

@@ -27,6 +27,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 ROW_DTYPES = (torch.float32, *DTYPES)  # of the masked softmax, the rotation, and of a dense bias
 
 
+@cache  # every call asks, and the environment would take a microsecond to answer
 def simulated() -> bool:
     return os.environ.get("FASTATTN_CUDA_SIMULATOR", "0") == "1"
 
