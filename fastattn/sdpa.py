@@ -64,20 +64,19 @@ def scaled_dot_product_attention(
     if dropout_p < 0.0 or dropout_p > 1.0:
         raise RuntimeError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
-    lead, squeeze_heads = query.shape[:1], False
-    if not usual:
-        squeeze_heads = max(query.dim(), key.dim(), value.dim()) == 2
-        query, key, value, lead = _flatten_all(query, key, value, attn_mask, enable_gqa)
-
-    mask, bias = None, None
+    if usual:
+        return attention(
+            query, key, value, mask=_CAUSAL if is_causal else None, scale=scale, dropout_p=dropout_p, query_offset=0
+        )
+    squeeze_heads = max(query.dim(), key.dim(), value.dim()) == 2
+    query, key, value, lead = _flatten_all(query, key, value, attn_mask, enable_gqa)
+    mask, bias = _CAUSAL if is_causal else None, None
     if attn_mask is not None:
         attn_mask = _flatten_mask(attn_mask, lead)
         if attn_mask.dtype == torch.bool:
             mask = BoolMask(attn_mask)
         else:
             bias = DenseBias(attn_mask)
-    if is_causal:
-        mask = _CAUSAL
     out = attention(query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, query_offset=0)
     if len(lead) != 1:
         out = out.unflatten(0, lead) if lead else out.squeeze(0)
@@ -87,10 +86,10 @@ def scaled_dot_product_attention(
 def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether the operands are (B, H, S, E) as they come, with nothing to broadcast."""
     shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    same = 1 if enable_gqa else 2
     return (
         len(shape) == len(key_shape) == len(value_shape) == 4
-        and shape[:same] == key_shape[:same] == value_shape[:same]
+        and shape[0] == key_shape[0] == value_shape[0]
+        and (enable_gqa or shape[1] == key_shape[1] == value_shape[1])
     )
 
 
