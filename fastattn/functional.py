@@ -203,11 +203,10 @@ def lower(
 
     `notes` receives those of `explain`; without `takes_tables` no bias chooses row or column tables by itself.
     """
-    if not _are_usual(query, key, value):
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            check_floating(name, x)
     if torch._C._is_any_autocast_enabled():
-        query, key, value = cast_for_autocast(query, key, value)
+        query, key, value = cast_for_autocast(
+            check_floating("query", query), check_floating("key", key), check_floating("value", value)
+        )
     (batch, heads, query_length, head_dim), key_length = _check_operands(query, key, value)
     fields: dict[str, object] = {}
     if query_offset is None:
@@ -322,31 +321,25 @@ def cast_for_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _are_usual(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `check_floating` would pass them all, asked in a third of its time; a False says nothing."""
-    return (
-        type(query) is type(key) is type(value) is Tensor
-        and key.dtype is value.dtype is query.dtype
-        and query.dtype in FLOATING
-        and query.layout is key.layout is value.layout is torch.strided
-        and not (query.is_nested or key.is_nested or value.is_nested)
-    )
-
-
 def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.Size, int]:
-    """Rank, dtype, device and sizes of query, key and value; the shape of the queries and the number of keys."""
-    shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    if (
-        len(shape) == len(key_shape) == len(value_shape) == 4
-        and key.dtype is value.dtype is query.dtype
-        and key.device == value.device == query.device
-        and key_shape[0] == value_shape[0] == shape[0]
-        and key_shape[3] == shape[3]
-        and value_shape[1] == key_shape[1] != 0
-        and value_shape[2] == key_shape[2]
-        and shape[1] % key_shape[1] == 0
-    ):
-        return shape, key_shape[2]  # what follows finds the words for what is wrong, and takes twice the time
+    """Kind, rank, dtype, device and sizes of query, key and value; the shape of the queries and the number of keys."""
+    if type(query) is type(key) is type(value) is Tensor and not (query.is_nested or key.is_nested or value.is_nested):
+        shape, key_shape, value_shape = query.shape, key.shape, value.shape
+        if (
+            len(shape) == len(key_shape) == len(value_shape) == 4
+            and key.dtype is value.dtype is query.dtype
+            and query.dtype in FLOATING
+            and query.layout is key.layout is value.layout is torch.strided
+            and key.device == value.device == query.device
+            and key_shape[0] == value_shape[0] == shape[0]
+            and key_shape[3] == shape[3]
+            and value_shape[1] == key_shape[1] != 0
+            and value_shape[2] == key_shape[2]
+            and shape[1] % key_shape[1] == 0
+        ):
+            return shape, key_shape[2]  # what follows finds the words for what is wrong, and takes twice the time
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, x)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             fail(ValueError, name, "four dimensions (batch, heads, length, head_dim)", x)
@@ -363,4 +356,4 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.Si
     heads, kv_heads = query.shape[1], key.shape[1]
     if (heads % kv_heads != 0) if kv_heads else heads != 0:
         fail(ValueError, "query", f"a number of heads that is a multiple of key's {kv_heads}", query)
-    return shape, key_shape[2]
+    return query.shape, key.shape[2]

@@ -138,10 +138,6 @@ class Problem:
             and not self.dropout_p
         )
 
-    def plain_arguments(self) -> tuple[object, ...]:
-        """The `PLAIN_FIELDS`, in order: the argument tuple of an operator that takes no others."""
-        return _plain_fields(self)
-
     def features(self) -> list[str]:
         """Names of the optional stages this problem uses, for `explain` and for refusals."""
         used = []
@@ -173,9 +169,9 @@ class Problem:
 
 
 FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Problem))
-# The operands, and numbers.
+# The operands, and numbers: what most calls need of them.
 PLAIN_FIELDS = ("query", "key", "value", "scale", "softcap", "query_offset", "window_left", "window_right")
-_all_fields, _plain_fields = attrgetter(*FIELD_NAMES), attrgetter(*PLAIN_FIELDS)
+_all_fields = attrgetter(*FIELD_NAMES)
 TENSOR_FIELDS: frozenset[str] = frozenset(f.name for f in fields(Problem) if "Tensor" in str(f.type))
 # Fields a backend returns a gradient for, in the order of the backward operator's outputs.
 GRADIENT_FIELDS: tuple[str, ...] = (

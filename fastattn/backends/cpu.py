@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import cache
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -12,10 +14,10 @@ from fastattn.additive_autograd import fused_additive
 from fastattn.additive_problem import AdditiveProblem
 from fastattn.autograd import is_bare
 from fastattn.backends.base import AnyProblem, FusedBackend, tables_of_additive, WHAT_RUNS
-from fastattn.problem import Problem
+from fastattn.problem import PLAIN_FIELDS, Problem
 
 _CPU = torch.device("cpu")
-_plain_forward = torch.ops.fastattn.cpu_plain_forward.default
+_plain_forward, _plain_fields = torch.ops.fastattn.cpu_plain_forward.default, attrgetter(*PLAIN_FIELDS)
 
 
 class CpuBackend(FusedBackend):
@@ -32,7 +34,7 @@ class CpuBackend(FusedBackend):
 
     def run(self, problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
         if not with_lse and problem.is_plain() and is_bare((problem.query, problem.key, problem.value)):
-            return _plain_forward(*problem.plain_arguments()), None  # half the time of an operator of all the fields
+            return _plain_forward(*_plain_fields(problem)), None  # half the time of the operator of all fields
         return super().run(problem)
 
     def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
@@ -43,4 +45,9 @@ class CpuBackend(FusedBackend):
         return json.loads(torch.ops.fastattn.cpu_plan(*problem.arguments()))
 
     def kernel(self, problem: AnyProblem) -> str:
-        return f"cpu {WHAT_RUNS[type(problem)]}, {native.cpu_info()['isa']}"
+        return _kernel(type(problem))
+
+
+@cache
+def _kernel(kind: type[AnyProblem]) -> str:
+    return f"cpu {WHAT_RUNS[kind]}, {native.cpu_info()['isa']}"
