@@ -38,9 +38,9 @@ Parallel threads() { return {static_cast<i64>(torch::stable::get_num_threads()),
 
 // The calling thread alone where the others would not have woken up before it is done.
 Parallel threads_for(const Problem& p) {
-  constexpr double kFew = 1 << 17;  // multiply-adds, some microseconds
+  constexpr double kFew = 1 << 18;  // multiply-adds, up to ten microseconds
   const double rows = static_cast<double>(p.batch * p.query_heads) * p.query_length;
-  return rows * p.key_length * (p.head_dim + p.value_dim) < kFew ? Parallel{1, run_here} : threads();
+  return rows * p.key_length * (p.head_dim + p.value_dim) <= kFew ? Parallel{1, run_here} : threads();
 }
 
 // Attention of operands and numbers alone, for calls that need the output alone.

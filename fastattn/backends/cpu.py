@@ -20,6 +20,11 @@ _CPU = torch.device("cpu")
 _plain_forward, _plain_fields = torch.ops.fastattn.cpu_plain_forward.default, attrgetter(*PLAIN_FIELDS)
 
 
+def plain_forward(problem: Problem) -> Tensor:
+    """The output of a plain problem, by an operator that takes half the time of the one of all fields."""
+    return _plain_forward(*_plain_fields(problem))
+
+
 class CpuBackend(FusedBackend):
     name = "cpu"
 
@@ -34,7 +39,7 @@ class CpuBackend(FusedBackend):
 
     def run(self, problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
         if not with_lse and problem.is_plain() and is_bare((problem.query, problem.key, problem.value)):
-            return _plain_forward(*_plain_fields(problem)), None  # half the time of the operator of all fields
+            return plain_forward(problem), None
         return super().run(problem)
 
     def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
