@@ -38,7 +38,7 @@ Parallel threads() { return {static_cast<i64>(torch::stable::get_num_threads()),
 
 // The calling thread alone where the others would not have woken up before it is done.
 Parallel threads_for(const Problem& p) {
-  constexpr double kFew = 1 << 18;  // multiply-adds, up to ten microseconds
+  constexpr double kFew = 1 << 15;  // multiply-adds, a microsecond or two
   const double rows = static_cast<double>(p.batch * p.query_heads) * p.query_length;
   return rows * p.key_length * (p.head_dim + p.value_dim) <= kFew ? Parallel{1, run_here} : threads();
 }
