@@ -93,9 +93,7 @@ def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bo
     )
 
 
-def _check_ranks_and_mask(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
-) -> None:
+def _check_ranks_and_mask(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None and is_causal:
         raise RuntimeError("is_causal: expected False when attn_mask is given, got both")
     if min(query.dim(), key.dim(), value.dim()) < 2:

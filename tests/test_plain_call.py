@@ -176,7 +176,11 @@ def test_sdpa_of_four_dimensions_has_the_bits_of_five() -> None:
     """What needs no broadcasting does not go through it."""
     q, k, v = operands()
     grouped = operands((2, 4, 2, 5, 7, 8, 6))
-    for x, keywords in (((q, k, v), {}), ((q, k, v), {"is_causal": True, "scale": 0.3}), (grouped, {"enable_gqa": True})):
+    for x, keywords in (
+        ((q, k, v), {}),
+        ((q, k, v), {"is_causal": True, "scale": 0.3}),
+        (grouped, {"enable_gqa": True}),
+    ):
         short = fastattn.scaled_dot_product_attention(*x, **keywords)
         assert torch.equal(short, fastattn.scaled_dot_product_attention(*[y[None] for y in x], **keywords)[0])
 

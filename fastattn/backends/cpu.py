@@ -13,7 +13,7 @@ from fastattn import native
 from fastattn.additive_autograd import fused_additive
 from fastattn.additive_problem import AdditiveProblem
 from fastattn.autograd import is_bare
-from fastattn.backends.base import AnyProblem, FusedBackend, tables_of_additive, WHAT_RUNS
+from fastattn.backends.base import WHAT_RUNS, AnyProblem, FusedBackend, tables_of_additive
 from fastattn.problem import PLAIN_FIELDS, Problem
 
 _CPU = torch.device("cpu")

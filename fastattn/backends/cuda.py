@@ -1,5 +1,5 @@
 """The CUDA C++ backend (csrc/cuda): operators of libfastattn_cuda.so on GPUs; on the CPU in the simulator when
-FASTATTN_CUDA_SIMULATOR=1 is set (slow: for tests)."""
+FASTATTN_CUDA_SIMULATOR=1 was set before the first call (slow: for tests)."""
 
 from __future__ import annotations
 
