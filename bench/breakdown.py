@@ -2,7 +2,7 @@
 
     part: objects     masks and biases constructed, as a caller writes them
     part: lower       arguments checked and lowered to a `Problem`
-    part: operator    the flat operator: torch's dispatcher, unpacking, the kernel, allocating the results
+    part: operator    the operator that runs: torch's dispatcher, unpacking, the kernel, allocating the results
     part: rest        what is left of the whole call: choosing the backend, the autograd boundary, recording what ran
 
 The parts are timed in turns in one process; `rest` is the difference of medians.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 import fastattn
+from fastattn.backends.cpu import plain_forward
 from fastattn.bench.results import Environment, Row, make_row
 from fastattn.bench.scenarios import SCENARIOS, Case, make_inputs
 from fastattn.bench.timing import CpuClock, Sample, Spread, interleave
@@ -36,8 +37,10 @@ def breakdown_rows(where: Environment, case: Case, budget: float) -> list[Row]:
         if call is None or call.backend != "cpu":
             return []
         arguments = scenario.arguments(shape, inputs.extras)
-        flat = lower(query, key, value, **arguments).arguments()
-    operator = torch.ops.fastattn.cpu_forward
+        problem = lower(query, key, value, **arguments)
+    operator, flat = torch.ops.fastattn.cpu_forward, problem.arguments()
+    if problem.is_plain():
+        operator, flat = plain_forward, (problem,)
     parts: dict[str, Callable[[], object]] = {
         WHOLE: lambda: fastattn.attention(query, key, value, **scenario.arguments(shape, inputs.extras)),
         "part: objects": lambda: scenario.arguments(shape, inputs.extras),

@@ -13,14 +13,15 @@ namespace {
 
 const Place kCpu{"the CPU", aoti_torch_device_type_cpu()};
 
+void run_here(i64 count, void (*item)(void*, i64), void* context) {
+  for (i64 i = 0; i < count; ++i) item(context, i);
+}
+
 // Hands out [0, count) one by one: the order of arrival balances the threads, and no result depends on it.
 void run_parallel(i64 count, void (*item)(void*, i64), void* context) {
   if (count <= 0) return;
   const i64 threads = std::min<i64>(count, torch::stable::get_num_threads());
-  if (threads <= 1) {
-    for (i64 i = 0; i < count; ++i) item(context, i);
-    return;
-  }
+  if (threads <= 1) return run_here(count, item, context);
   std::atomic<i64> next{0};
   std::atomic<bool> out_of_memory{false};
   torch::stable::parallel_for(0, threads, 1, [&](i64, i64) {
@@ -35,10 +36,27 @@ void run_parallel(i64 count, void (*item)(void*, i64), void* context) {
 
 Parallel threads() { return {static_cast<i64>(torch::stable::get_num_threads()), run_parallel}; }
 
+// The calling thread alone where the others would not have woken up before it is done.
+Parallel threads_for(const Problem& p) {
+  constexpr double kFew = 1 << 15;  // multiply-adds, a microsecond or two
+  const double rows = static_cast<double>(p.batch * p.query_heads) * p.query_length;
+  return rows * p.key_length * (p.head_dim + p.value_dim) <= kFew ? Parallel{1, run_here} : threads();
+}
+
+// Attention of operands and numbers alone, for calls that need the output alone.
+Tensor cpu_plain_forward(FASTATTN_PLAIN_PARAMETERS) {
+  const Problem p = unpack_plain(kCpu, FASTATTN_PLAIN_ARGUMENTS);
+  const Tensor out = empty_output(kCpu, p, query);
+  ForwardOutput views;
+  views.out = output_view(kCpu, p, out);
+  if (p.batch && p.query_heads && p.query_length) cpu::kernels().forward(p, views, threads_for(p));
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> cpu_forward(FASTATTN_PROBLEM_PARAMETERS) {
   const Problem p = unpack(kCpu, FASTATTN_PROBLEM_ARGUMENTS);
   const ForwardResults results(kCpu, p, query);
-  if (p.batch && p.query_heads && p.query_length) cpu::kernels().forward(p, results.views, threads());
+  if (p.batch && p.query_heads && p.query_length) cpu::kernels().forward(p, results.views, threads_for(p));
   return results.take();
 }
 
@@ -47,7 +65,7 @@ Gradients cpu_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, c
   const Problem p = unpack(kCpu, FASTATTN_PROBLEM_ARGUMENTS);
   const BackwardInput in = unpack_backward(kCpu, p, grad_out, grad_lse, out, statistics);
   const BackwardResults results(kCpu, p, needs, query, key, value);
-  cpu::kernels().backward(p, in, results.views, threads());
+  cpu::kernels().backward(p, in, results.views, threads_for(p));
   return results.take();
 }
 
@@ -118,13 +136,15 @@ std::tuple<Tensor, Tensor> cpu_rotate(FASTATTN_ROTATION_PARAMETERS) {
 void cpu_rotate_(FASTATTN_ROTATION_PARAMETERS) { run_rotation(query, key, FASTATTN_ROTATION_ARGUMENTS); }
 
 std::string cpu_plan(FASTATTN_PROBLEM_PARAMETERS) {
-  const auto plan = cpu::kernels().plan(unpack(kCpu, FASTATTN_PROBLEM_ARGUMENTS), threads().threads);
+  const Problem p = unpack(kCpu, FASTATTN_PROBLEM_ARGUMENTS);
+  const i64 count = threads_for(p).threads;
+  const auto plan = cpu::kernels().plan(p, count);
   const std::pair<const char*, i64> entries[] = {{"query_rows", plan.query_rows},
                                                  {"heads", plan.heads},
                                                  {"keys", plan.keys},
                                                  {"work_items", plan.items},
                                                  {"scratch_bytes_per_thread", plan.scratch_bytes},
-                                                 {"threads", threads().threads}};
+                                                 {"threads", count}};
   std::string json = "{";
   for (const auto& [name, value] : entries)
     json += (json.size() > 1 ? ", \"" : "\"") + std::string(name) + "\": " + std::to_string(value);
@@ -174,6 +194,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("cpu_plain_forward", TORCH_BOX(&fastattn::cpu_plain_forward));
   m.impl("cpu_forward", TORCH_BOX(&fastattn::cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&fastattn::cpu_backward));
   m.impl("cpu_plan", TORCH_BOX(&fastattn::cpu_plan));

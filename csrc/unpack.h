@@ -26,6 +26,12 @@ inline DType parameter_dtype(DType dtype) { return dtype == DType::kFloat64 ? DT
       dense_bias, row_table, col_table, columns, columns_left, sink, dropout_p, dropout_seed
 #define FASTATTN_PROBLEM_ARGUMENTS query, key, value, FASTATTN_PROBLEM_FEATURES
 
+// Those of a problem that has no tensors beside its operands: fastattn.problem.PLAIN_FIELDS.
+#define FASTATTN_PLAIN_PARAMETERS                                                                              \
+  const Tensor &query, const Tensor &key, const Tensor &value, double scale, double softcap, i64 query_offset, \
+      i64 window_left, i64 window_right
+#define FASTATTN_PLAIN_ARGUMENTS query, key, value, scale, softcap, query_offset, window_left, window_right
+
 inline bool is_floating(DType dtype) {
   return dtype != DType::kBool && dtype != DType::kInt32 && dtype != DType::kInt64;
 }
@@ -57,7 +63,7 @@ inline void unpack_content(const Place& place, Problem& p, const OptionalTensor&
                     ", that never fall");
 }
 
-inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS) {
+inline Problem unpack_plain(const Place& place, FASTATTN_PLAIN_PARAMETERS) {
   Problem p;
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "fastattn: query, key and value must have 4 dimensions");
@@ -77,8 +83,16 @@ inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS) {
   require_dtype("value", p.value, dtype);
   p.scale = scale;
   p.softcap = softcap;
+  p.query_offset = query_offset;
+  p.window_left = window_left;
+  p.window_right = window_right;
+  return p;
+}
 
-  const DType parameter = parameter_dtype(dtype);
+inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS) {
+  Problem p = unpack_plain(place, FASTATTN_PLAIN_ARGUMENTS);
+  const i64 b = p.batch, hq = p.query_heads, sq = p.query_length, sk = p.key_length, d = p.head_dim;
+  const DType parameter = parameter_dtype(p.query.dtype);
   const auto rotation = [&](const char* name, const OptionalTensor& tensor, const OptionalTensor& like) {
     View view = optional_view(place, name, tensor, {-b, size_or(like, 1, 0), size_or(like, 2, 0)});
     require_dtype(name, view, parameter);
@@ -99,10 +113,7 @@ inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS) {
     require_dtype(name, view, DType::kInt64);
     return view;
   };
-  p.query_offset = query_offset;
   p.query_offsets = integers("query_offsets", query_offsets, {-b});
-  p.window_left = window_left;
-  p.window_right = window_right;
   p.key_lengths = integers("key_lengths", key_lengths, {-b});
   p.prefix_lengths = integers("prefix_lengths", prefix_lengths, {-b});
   p.query_ids = integers("query_ids", query_ids, {-b, sq});
@@ -135,19 +146,27 @@ inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS) {
   return p;
 }
 
+inline Tensor empty_output(const Place& place, const Problem& p, const Tensor& query) {
+  return empty_like_layout(place, query, p.batch, p.query_heads, p.query_length, p.value_dim, p.query.dtype);
+}
+
+inline View output_view(const Place& place, const Problem& p, const Tensor& out) {
+  return view_of(place, "out", out, {p.batch, p.query_heads, p.query_length, p.value_dim});
+}
+
 // Results of the forward operator and the views that kernels write them through.
 struct ForwardResults {
   Tensor out, lse, statistics;
   ForwardOutput views;
 
   ForwardResults(const Place& place, const Problem& p, const Tensor& query)
-      : out(empty_like_layout(place, query, p.batch, p.query_heads, p.query_length, p.value_dim, p.query.dtype)),
+      : out(empty_output(place, p, query)),
         lse(empty_strided(place, {p.batch, p.query_heads, p.query_length},
                           {p.query_heads * p.query_length, p.query_length, 1}, parameter_dtype(p.query.dtype))),
         statistics(empty_strided(place, {p.batch, p.query_heads, p.query_length, 2},
                                  {p.query_heads * p.query_length * 2, p.query_length * 2, 2, 1},
                                  parameter_dtype(p.query.dtype))) {
-    views.out = view_of(place, "out", out, {p.batch, p.query_heads, p.query_length, p.value_dim});
+    views.out = output_view(place, p, out);
     views.lse = view_of(place, "lse", lse, {p.batch, p.query_heads, p.query_length});
     views.statistics = view_of(place, "statistics", statistics, {p.batch, p.query_heads, p.query_length, 2});
   }
@@ -176,41 +195,21 @@ inline BackwardInput unpack_backward(const Place& place, const Problem& p, const
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct BackwardResults {
-  Tensor query, key, value, slopes, table, bias, sink, row_table, col_table;
   BackwardOutput views;
+  Tensor query, key, value, slopes, table, bias, sink, row_table, col_table;
 
   BackwardResults(const Place& place, const Problem& p, i64 needs, const Tensor& like_query, const Tensor& like_key,
                   const Tensor& like_value)
-      : query(nothing(place, p.query.dtype)),
-        key(nothing(place, p.query.dtype)),
-        value(nothing(place, p.query.dtype)),
-        slopes(nothing(place, parameter_dtype(p.query.dtype))),
-        table(nothing(place, parameter_dtype(p.query.dtype))),
-        bias(nothing(place, p.query.dtype)),
-        sink(nothing(place, parameter_dtype(p.query.dtype))),
-        row_table(nothing(place, parameter_dtype(p.query.dtype))),
-        col_table(nothing(place, parameter_dtype(p.query.dtype))) {
-    const i64 b = p.batch, hq = p.query_heads, sq = p.query_length, hk = p.kv_heads, sk = p.key_length;
-    const auto wanted = [&](int bit, const View& of) { return (needs >> bit & 1) && of; };
-    if (wanted(0, p.query)) {
-      query = empty_like_layout(place, like_query, b, hq, sq, p.head_dim, p.query.dtype);
-      views.dquery = view_of(place, "dquery", query, {b, hq, sq, p.head_dim});
-    }
-    if (wanted(1, p.key)) {
-      key = empty_like_layout(place, like_key, b, hk, sk, p.head_dim, p.query.dtype);
-      views.dkey = view_of(place, "dkey", key, {b, hk, sk, p.head_dim});
-    }
-    if (wanted(2, p.value)) {
-      value = empty_like_layout(place, like_value, b, hk, sk, p.value_dim, p.query.dtype);
-      views.dvalue = view_of(place, "dvalue", value, {b, hk, sk, p.value_dim});
-    }
-    if (wanted(3, p.slopes)) slopes = like(place, "dslopes", p.slopes, 2, views.dslopes);
-    if (wanted(4, p.table)) table = like(place, "dtable", p.table, 3, views.dtable);
-    if (wanted(5, p.dense_bias)) bias = like(place, "ddense_bias", p.dense_bias, 4, views.ddense_bias);
-    if (wanted(6, p.sink)) sink = like(place, "dsink", p.sink, 2, views.dsink);
-    if (wanted(7, p.row_table)) row_table = like(place, "drow_table", p.row_table, 4, views.drow_table);
-    if (wanted(8, p.col_table)) col_table = like(place, "dcol_table", p.col_table, 4, views.dcol_table);
-  }
+      : query(operand(place, needs & 1, "dquery", p.query, like_query, views.dquery)),
+        key(operand(place, needs >> 1 & 1, "dkey", p.key, like_key, views.dkey)),
+        value(operand(place, needs >> 2 & 1, "dvalue", p.value, like_value, views.dvalue)),
+        slopes(parameter(place, needs >> 3 & 1, "dslopes", p.slopes, 2, views.dslopes, p)),
+        table(parameter(place, needs >> 4 & 1, "dtable", p.table, 3, views.dtable, p)),
+        bias(p.dense_bias && needs >> 5 & 1 ? like(place, "ddense_bias", p.dense_bias, 4, views.ddense_bias)
+                                            : nothing(place, p.query.dtype)),
+        sink(parameter(place, needs >> 6 & 1, "dsink", p.sink, 2, views.dsink, p)),
+        row_table(parameter(place, needs >> 7 & 1, "drow_table", p.row_table, 4, views.drow_table, p)),
+        col_table(parameter(place, needs >> 8 & 1, "dcol_table", p.col_table, 4, views.dcol_table, p)) {}
 
   Gradients take() const { return {query, key, value, slopes, table, bias, sink, row_table, col_table}; }
 
@@ -222,6 +221,21 @@ struct BackwardResults {
     if (axes == 3) view = view_of(place, name, gradient, {n[0], n[1], n[2]});
     if (axes == 4) view = view_of(place, name, gradient, {n[0], n[1], n[2], n[3]});
     return gradient;
+  }
+
+ private:
+  static Tensor operand(const Place& place, bool wanted, const char* name, const View& of, const Tensor& order,
+                        View& view) {
+    if (!wanted) return nothing(place, of.dtype);
+    const i64* n = of.size;
+    const Tensor gradient = empty_like_layout(place, order, n[0], n[1], n[2], n[3], of.dtype);
+    view = view_of(place, name, gradient, {n[0], n[1], n[2], n[3]});
+    return gradient;
+  }
+
+  static Tensor parameter(const Place& place, bool wanted, const char* name, const View& of, i64 axes, View& view,
+                          const Problem& p) {
+    return wanted && of ? like(place, name, of, axes, view) : nothing(place, parameter_dtype(p.query.dtype));
   }
 };
 

@@ -16,7 +16,6 @@ from fastattn.autograd import (
     _unfold,
     call,
     call_backward,
-    keep_signatures,
     no_second_derivative,
     unfold_gradients,
 )
@@ -108,6 +107,3 @@ class FusedAdditiveBackward(torch.autograd.Function):
         folded = _fold_all(size, batch, args, dims, names, own_copy=frozenset(kinds))
         grads = FusedAdditiveBackward.apply(backend, needs, *folded)
         return unfold_gradients(size, batch, grads, needs, kinds, args, dims, names), (0,) * len(kinds)
-
-
-keep_signatures(FusedAdditive, FusedAdditiveBackward)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, TENSOR_FIELDS, Problem
 
-_IS_TENSOR = tuple(name in TENSOR_FIELDS for name in FIELD_NAMES)
+# Places of tensors and of the others among the arguments, and of each argument in a list of tensors and then others.
+_TENSORS = tuple(place for place, name in enumerate(FIELD_NAMES) if name in TENSOR_FIELDS)
+_SCALARS = tuple(place for place, name in enumerate(FIELD_NAMES) if name not in TENSOR_FIELDS)
+_ORDER = tuple((*_TENSORS, *_SCALARS).index(place) for place in range(len(FIELD_NAMES)))
 # For each gradient, the place of its field among the arguments.
 _GRADIENT_PLACES = tuple(FIELD_NAMES.index(name) for name in GRADIENT_FIELDS)
 # Fields without a batch dimension.
@@ -25,14 +28,29 @@ def fused_attention(backend: str, problem: Problem) -> tuple[Tensor, Tensor]:
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), by the shortest way and in a form that torch.compile can trace."""
-    compiling = torch.compiler.is_compiling()
-    if compiling or torch._C._functorch.peek_interpreter_stack() is None:
-        # Where nothing is to be differentiated or mapped the Function only costs time, and Dynamo cannot trace it.
+    if is_bare(args):
+        return function.forward(*args)
+    if torch.compiler.is_compiling():
+        # Dynamo cannot trace a Function that has nothing to differentiate.
         if not torch.is_grad_enabled() or not _any_requires_grad(args):
             return function.forward(*args)
-        if compiling:
-            args = tuple(_distinct(args))
-    return function.apply(*args)
+        return function.apply(*_distinct(args))
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return function.apply(*args)
+    # What Function.apply does outside of transforms, but for the defaults: there are none, and to look for them takes
+    # longer than all the rest.
+    args = tuple([unwrap_if_dead(x) if x is not None and isinstance(x, Tensor) else x for x in args])
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+def is_bare(args: tuple[Any, ...]) -> bool:
+    """Whether nothing compiles, maps or differentiates a call with these arguments, so that a Function around its
+    operator would only cost time."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not (torch.is_grad_enabled() and _any_requires_grad(args))
+    )
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:
@@ -67,28 +85,25 @@ class FusedAttention(torch.autograd.Function):
         backend, *args = inputs
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        ctx.scalars = [None if is_tensor else arg for is_tensor, arg in zip(_IS_TENSOR, args, strict=True)]
+        ctx.scalars = [args[place] for place in _SCALARS]
         out, _, statistics = output
         ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(
-            out, statistics, *[arg for is_tensor, arg in zip(_IS_TENSOR, args, strict=True) if is_tensor]
-        )
+        ctx.save_for_backward(out, statistics, *[args[place] for place in _TENSORS])
 
     @staticmethod
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         none: list[Tensor | None] = [None] * (1 + len(FIELD_NAMES))
-        needs = sum(1 << bit for bit, place in enumerate(_GRADIENT_PLACES) if ctx.needs_input_grad[1 + place])
+        needed = ctx.needs_input_grad
+        needs = sum([1 << bit for bit, place in enumerate(_GRADIENT_PLACES) if needed[1 + place]])
         if not needs or (grad_out is None and grad_lse is None):
             return tuple(none)
         out, statistics, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        remaining = iter(tensors)
-        args = [
-            next(remaining) if is_tensor else scalar for is_tensor, scalar in zip(_IS_TENSOR, ctx.scalars, strict=True)
-        ]
+        saved = [*tensors, *ctx.scalars]
+        args = [saved[place] for place in _ORDER]
         grads = call_backward(FusedBackward, ctx.backend, needs, grad_out, grad_lse, out, statistics, *args)
         for bit, place in enumerate(_GRADIENT_PLACES):
             if needs >> bit & 1:
@@ -185,16 +200,6 @@ def unfold_gradients(
             unfolded = unfolded.sum(dim=1, keepdim=True)
         out.append(unfolded)
     return tuple(out)
-
-
-def keep_signatures(*functions: type[torch.autograd.Function]) -> None:
-    """Function.apply asks for the signature at every call; inspecting it anew costs more than the rest of the
-    boundary."""
-    for function in functions:
-        function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
-
-
-keep_signatures(FusedAttention, FusedBackward)
 
 
 def _batch_axis(dim: int | None) -> int:

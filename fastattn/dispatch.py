@@ -119,9 +119,9 @@ def explain(problem: Problem, name: str | None, notes: list[str]) -> Explanation
     return Explanation(chosen.name, chosen.kernel(problem), problem.features(), chosen.plan(problem), refusals, notes)
 
 
-def run(problem: Problem, name: str | None) -> tuple[Tensor, Tensor]:
-    """Run attention on the chosen backend: output and lse."""
-    return _chosen(problem, name).run(problem)
+def run(problem: Problem, name: str | None, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Run attention on the chosen backend: output and lse, which may be None without `with_lse`."""
+    return _chosen(problem, name).run(problem, with_lse)
 
 
 def softmax(problem: SoftmaxProblem, name: str | None) -> Tensor:

@@ -12,9 +12,10 @@ from fastattn.biases import Bias
 from fastattn.dispatch import Explanation, backends
 from fastattn.lowering import Draft
 from fastattn.masks import Mask
-from fastattn.problem import Problem, default_scale
+from fastattn.problem import Problem, default_scale, parameter_dtype
 from fastattn.rotary import Rotary
 from fastattn.validation import (
+    FLOATING,
     check_device,
     check_floating,
     check_index,
@@ -133,9 +134,10 @@ def attention(
     """
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
-        dropout_p=dropout_p, query_offset=query_offset, takes_tables=dispatch.takes_tables(backend),
+        dropout_p=dropout_p, query_offset=query_offset,
+        takes_tables=bias is None or dispatch.takes_tables(backend),
     )  # fmt: skip
-    out, lse = dispatch.run(problem, backend)
+    out, lse = dispatch.run(problem, backend, return_lse)
     if dropout_p == 1.0:
         out = out * 0.0  # everything is dropped; lowering ran the call without dropout
     return (out, lse) if return_lse else out
@@ -201,20 +203,21 @@ def lower(
 
     `notes` receives those of `explain`; without `takes_tables` no bias chooses row or column tables by itself.
     """
-    query, key, value = cast_for_autocast(
-        check_floating("query", query), check_floating("key", key), check_floating("value", value)
-    )
-    _check_operands(query, key, value)
-    batch, heads, query_length, head_dim = query.shape
-    key_length = key.shape[2]
-    parameter_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if torch._C._is_any_autocast_enabled():
+        query, key, value = cast_for_autocast(
+            check_floating("query", query), check_floating("key", key), check_floating("value", value)
+        )
+    (batch, heads, query_length, head_dim), key_length = _check_operands(query, key, value)
     fields: dict[str, object] = {}
-    offset = lower_offset(fields, query_offset, batch, query_length, key_length, query.device)
+    if query_offset is None:
+        fields["query_offset"] = offset = key_length - query_length
+    else:
+        offset = lower_offset(fields, query_offset, batch, query_length, key_length, query.device)
     scale = default_scale(head_dim) if scale is None else check_number("scale", scale)
     if mask is not None or bias is not None or rotary is not None:
         draft = Draft(
-            batch, heads, query_length, key_length, head_dim, query.device, parameter_dtype, offset, fields,
-            query, key, scale, rotary is not None, softcap is not None, takes_tables, (query, key),
+            batch, heads, query_length, key_length, head_dim, query.device, parameter_dtype(query.dtype), offset,
+            fields, query, key, scale, rotary is not None, softcap is not None, takes_tables, (query, key),
         )  # fmt: skip
         query, key = _lower_objects(draft, mask, bias, rotary)
         if notes is not None:
@@ -227,7 +230,7 @@ def lower(
         check_floating("sink", sink)
         check_device("sink", sink, query.device)
         check_shape("sink", sink, (heads,), (batch, heads))
-        sink = sink.to(parameter_dtype)
+        sink = sink.to(parameter_dtype(query.dtype))
         fields["sink"] = sink if sink.dim() == 2 else sink[None]
     if dropout_p != 0.0:
         dropout_p = check_number("dropout_p", dropout_p)
@@ -266,7 +269,7 @@ def lower_offset(
 
 def dense_rows(x: Tensor) -> Tensor:
     """x itself if its last dimension is dense, as every kernel reads it; else a copy that is."""
-    return x if x.stride(3) == 1 or x.shape[3] <= 1 else x.contiguous()
+    return x if x.stride()[3] == 1 or x.shape[3] <= 1 else x.contiguous()
 
 
 def lower_mask_and_bias(draft: Draft, mask: Mask | None, bias: Bias | None) -> None:
@@ -318,20 +321,25 @@ def cast_for_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Rank, dtype, device and sizes of query, key and value."""
-    shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    if (
-        len(shape) == len(key_shape) == len(value_shape) == 4
-        and key.dtype is value.dtype is query.dtype
-        and key.device == value.device == query.device
-        and key_shape[0] == value_shape[0] == shape[0]
-        and key_shape[3] == shape[3]
-        and value_shape[1:3] == key_shape[1:3]
-        and key_shape[1] != 0
-        and shape[1] % key_shape[1] == 0
-    ):
-        return  # what follows finds the words for what is wrong, and takes twice the time
+def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.Size, int]:
+    """Kind, rank, dtype, device and sizes of query, key and value; the shape of the queries and the number of keys."""
+    if type(query) is type(key) is type(value) is Tensor and not (query.is_nested or key.is_nested or value.is_nested):
+        shape, key_shape, value_shape = query.shape, key.shape, value.shape
+        if (
+            len(shape) == len(key_shape) == len(value_shape) == 4
+            and key.dtype is value.dtype is query.dtype
+            and query.dtype in FLOATING
+            and query.layout is key.layout is value.layout is torch.strided
+            and key.device == value.device == query.device
+            and key_shape[0] == value_shape[0] == shape[0]
+            and key_shape[3] == shape[3]
+            and value_shape[1] == key_shape[1] != 0
+            and value_shape[2] == key_shape[2]
+            and shape[1] % key_shape[1] == 0
+        ):
+            return shape, key_shape[2]  # what follows finds the words for what is wrong, and takes twice the time
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, x)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             fail(ValueError, name, "four dimensions (batch, heads, length, head_dim)", x)
@@ -348,3 +356,4 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     heads, kv_heads = query.shape[1], key.shape[1]
     if (heads % kv_heads != 0) if kv_heads else heads != 0:
         fail(ValueError, "query", f"a number of heads that is a multiple of key's {kv_heads}", query)
+    return query.shape, key.shape[2]

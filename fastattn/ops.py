@@ -4,6 +4,7 @@ Each fused backend has these, with the schemas below; implementations are regist
 register theirs when they load):
 
     fastattn::<backend>_forward, _backward                   attention (`Problem`)
+    fastattn::cpu_plain_forward                              its output alone, for `PLAIN_FIELDS`
     fastattn::<backend>_softmax_forward, _softmax_backward   masked softmax (`SoftmaxProblem`)
     fastattn::<backend>_rotate, _rotate_                     rotary embedding (`Rotation`), the second in place
     fastattn::<backend>_additive_forward, _additive_backward additive attention (`AdditiveProblem`)
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastattn.additive_problem import ADDITIVE_FIELDS, ADDITIVE_GRADIENT_FIELDS
-from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
+from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, PLAIN_FIELDS, Problem
 from fastattn.rotation import Rotation
 from fastattn.softmax_problem import SOFTMAX_FIELDS, SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
 
@@ -42,6 +43,9 @@ def _arguments(kind: type, mutable: frozenset[str] = frozenset(), without: froze
     return ", ".join(parts)
 
 
+_NOT_PLAIN = frozenset(FIELD_NAMES) - frozenset(PLAIN_FIELDS)
+
+
 def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
@@ -49,6 +53,7 @@ def _tensors(count: int) -> str:
 PROBLEM_SCHEMA = _arguments(Problem)
 # Beside out and lse, statistics (B, Hq, Sq, 2): what the backend's own backward recomputes the weights from.
 FORWARD_SCHEMA = f"({PROBLEM_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+PLAIN_FORWARD_SCHEMA = f"({_arguments(Problem, without=_NOT_PLAIN)}) -> Tensor"
 BACKWARD_SCHEMA = (
     f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor statistics, int needs, {PROBLEM_SCHEMA}) -> "
     + _tensors(len(GRADIENT_FIELDS))
@@ -91,6 +96,10 @@ def _fake_forward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
     out = empty_like_layout(query, (*query.shape[:3], value.shape[3]))
     rows, dtype = query.shape[:3], problem.parameter_dtype
     return out, query.new_empty(rows, dtype=dtype), query.new_empty((*rows, 2), dtype=dtype)
+
+
+def _fake_plain_forward(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
+    return empty_like_layout(query, (*query.shape[:3], value.shape[3]))
 
 
 def _fake_backward(
@@ -148,20 +157,23 @@ def _fake_rotate_inplace(*args: object) -> None:
 
 
 _library = torch.library.Library("fastattn", "DEF")
-for _name in FUSED_BACKENDS:
-    for _op, _schema, _fake in (
-        ("forward", FORWARD_SCHEMA, _fake_forward),
-        ("backward", BACKWARD_SCHEMA, _fake_backward),
-        ("softmax_forward", SOFTMAX_FORWARD_SCHEMA, _fake_softmax_forward),
-        ("softmax_backward", SOFTMAX_BACKWARD_SCHEMA, _fake_softmax_backward),
-        ("rotate", ROTATE_SCHEMA, _fake_rotate),
-        ("rotate_", ROTATE_INPLACE_SCHEMA, _fake_rotate_inplace),
-        ("additive_forward", ADDITIVE_FORWARD_SCHEMA, _fake_additive_forward),
-        ("additive_backward", ADDITIVE_BACKWARD_SCHEMA, _fake_additive_backward),
-    ):
-        _library.define(f"{_name}_{_op}{_schema}")
-        torch.library.register_fake(f"fastattn::{_name}_{_op}", _fake, lib=_library)
 
+
+def _declare(name: str, schema: str, fake: Callable[..., object]) -> None:
+    _library.define(f"{name}{schema}")
+    torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
+
+
+for _name in FUSED_BACKENDS:
+    _declare(f"{_name}_forward", FORWARD_SCHEMA, _fake_forward)
+    _declare(f"{_name}_backward", BACKWARD_SCHEMA, _fake_backward)
+    _declare(f"{_name}_softmax_forward", SOFTMAX_FORWARD_SCHEMA, _fake_softmax_forward)
+    _declare(f"{_name}_softmax_backward", SOFTMAX_BACKWARD_SCHEMA, _fake_softmax_backward)
+    _declare(f"{_name}_rotate", ROTATE_SCHEMA, _fake_rotate)
+    _declare(f"{_name}_rotate_", ROTATE_INPLACE_SCHEMA, _fake_rotate_inplace)
+    _declare(f"{_name}_additive_forward", ADDITIVE_FORWARD_SCHEMA, _fake_additive_forward)
+    _declare(f"{_name}_additive_backward", ADDITIVE_BACKWARD_SCHEMA, _fake_additive_backward)
+_declare("cpu_plain_forward", PLAIN_FORWARD_SCHEMA, _fake_plain_forward)
 
 # What the native libraries would do with a problem, as JSON, for `explain`.
 for _name in ("cuda", "cpu"):

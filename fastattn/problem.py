@@ -102,8 +102,7 @@ class Problem:
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        """Dtype of tables, slopes, sinks, rotary tables and lse: float64 for float64 problems, else float32."""
-        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+        return parameter_dtype(self.query.dtype)
 
     @property
     def column_entries(self) -> int:
@@ -120,6 +119,25 @@ class Problem:
             return tuple([getattr(self, name) for name in FIELD_NAMES])
         return _all_fields(self)
 
+    def is_plain(self) -> bool:
+        """Whether `PLAIN_FIELDS` say all of it.  Of fields that come together one is asked for."""
+        return (
+            self.query_cos is None
+            and self.key_cos is None
+            and self.query_offsets is None
+            and self.key_lengths is None
+            and self.prefix_lengths is None
+            and self.query_ids is None
+            and self.dense_mask is None
+            and self.slopes is None
+            and self.table is None
+            and self.dense_bias is None
+            and self.row_table is None
+            and self.col_table is None
+            and self.sink is None
+            and not self.dropout_p
+        )
+
     def features(self) -> list[str]:
         """Names of the optional stages this problem uses, for `explain` and for refusals."""
         used = []
@@ -129,6 +147,8 @@ class Problem:
             used.append("softcap")
         if self.window_left >= 0 or self.window_right >= 0:
             used.append("causal" if (self.window_left, self.window_right) == (-1, 0) else "window")
+        if self.is_plain():
+            return used
         for name in (
             "key_lengths",
             "prefix_lengths",
@@ -149,6 +169,8 @@ class Problem:
 
 
 FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Problem))
+# The operands, and numbers: what most calls need of them.
+PLAIN_FIELDS = ("query", "key", "value", "scale", "softcap", "query_offset", "window_left", "window_right")
 _all_fields = attrgetter(*FIELD_NAMES)
 TENSOR_FIELDS: frozenset[str] = frozenset(f.name for f in fields(Problem) if "Tensor" in str(f.type))
 # Fields a backend returns a gradient for, in the order of the backward operator's outputs.
@@ -163,6 +185,11 @@ GRADIENT_FIELDS: tuple[str, ...] = (
     "row_table",
     "col_table",
 )
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of tables, slopes, sinks, rotary tables and lse: float64 for float64 problems, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def default_scale(head_dim: int) -> float:

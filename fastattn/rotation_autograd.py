@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.autograd import _batch_axis, _fold_all, _unfold, call, call_backward, keep_signatures
+from fastattn.autograd import _batch_axis, _fold_all, _unfold, call, call_backward
 from fastattn.rotation import ROTATION_FIELDS, Rotation
 
 
@@ -56,6 +56,3 @@ class FusedRotation(torch.autograd.Function):
         folded = _fold_all(size, batch, args, in_dims[1:], ROTATION_FIELDS)
         query, key = FusedRotation.apply(backend, *folded)
         return (_unfold(query, size), _unfold(key, size)), (0, 0)
-
-
-keep_signatures(FusedRotation)

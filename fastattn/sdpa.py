@@ -11,6 +11,8 @@ from fastattn.functional import attention
 from fastattn.masks import BoolMask, Causal
 from fastattn.validation import FLOATING
 
+_CAUSAL = Causal()
+
 
 def scaled_dot_product_attention(
     query: Tensor,
@@ -56,6 +58,42 @@ def scaled_dot_product_attention(
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    usual = attn_mask is None and _is_usual(query, key, value, enable_gqa)
+    if not usual:
+        _check_ranks_and_mask(query, key, value, attn_mask, is_causal)
+    if dropout_p < 0.0 or dropout_p > 1.0:
+        raise RuntimeError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+
+    if usual:
+        return attention(
+            query, key, value, mask=_CAUSAL if is_causal else None, scale=scale, dropout_p=dropout_p, query_offset=0
+        )
+    squeeze_heads = max(query.dim(), key.dim(), value.dim()) == 2
+    query, key, value, lead = _flatten_all(query, key, value, attn_mask, enable_gqa)
+    mask, bias = _CAUSAL if is_causal else None, None
+    if attn_mask is not None:
+        attn_mask = _flatten_mask(attn_mask, lead)
+        if attn_mask.dtype == torch.bool:
+            mask = BoolMask(attn_mask)
+        else:
+            bias = DenseBias(attn_mask)
+    out = attention(query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, query_offset=0)
+    if len(lead) != 1:
+        out = out.unflatten(0, lead) if lead else out.squeeze(0)
+    return out.squeeze(0) if squeeze_heads else out
+
+
+def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether the operands are (B, H, S, E) as they come, with nothing to broadcast."""
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    return (
+        len(shape) == len(key_shape) == len(value_shape) == 4
+        and shape[0] == key_shape[0] == value_shape[0]
+        and (enable_gqa or shape[1] == key_shape[1] == value_shape[1])
+    )
+
+
+def _check_ranks_and_mask(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None and is_causal:
         raise RuntimeError("is_causal: expected False when attn_mask is given, got both")
     if min(query.dim(), key.dim(), value.dim()) < 2:
@@ -67,10 +105,12 @@ def scaled_dot_product_attention(
         raise RuntimeError(
             f"attn_mask: expected dtype bool, float32 or {query.dtype} like query, got {attn_mask.dtype}"
         )
-    if dropout_p < 0.0 or dropout_p > 1.0:
-        raise RuntimeError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
-    squeeze_heads = max(query.dim(), key.dim(), value.dim()) == 2
+
+def _flatten_all(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
+    """The operands as (B, H, S, E), and the leading dimensions that B is the product of."""
     rank = max(query.dim(), key.dim(), value.dim(), 3)
     if not query.dim() == key.dim() == value.dim() == rank:
         query, key, value = (x[(None,) * (rank - x.dim())] for x in (query, key, value))
@@ -85,25 +125,12 @@ def scaled_dot_product_attention(
         lead = torch.broadcast_shapes(lead, key.shape[:-3], value.shape[:-3])
     if attn_mask is not None and attn_mask.dim() > 3:
         lead = torch.broadcast_shapes(lead, attn_mask.shape[:-3])
-    flat_query = _flatten(query, lead, heads)
-    flat_key = _flatten(key, lead, key.shape[-3] if enable_gqa else heads)
-    flat_value = _flatten(value, lead, value.shape[-3] if enable_gqa else heads)
-
-    mask, bias = None, None
-    if attn_mask is not None:
-        attn_mask = _flatten_mask(attn_mask, lead)
-        if attn_mask.dtype == torch.bool:
-            mask = BoolMask(attn_mask)
-        else:
-            bias = DenseBias(attn_mask)
-    if is_causal:
-        mask = Causal()
-    out = attention(
-        flat_query, flat_key, flat_value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, query_offset=0
+    return (
+        _flatten(query, lead, heads),
+        _flatten(key, lead, key.shape[-3] if enable_gqa else heads),
+        _flatten(value, lead, value.shape[-3] if enable_gqa else heads),
+        lead,
     )
-    if len(lead) != 1:
-        out = out.unflatten(0, lead) if lead else out.squeeze(0)
-    return out.squeeze(0) if squeeze_heads else out
 
 
 def _flatten(x: Tensor, lead: torch.Size, heads: int) -> Tensor:

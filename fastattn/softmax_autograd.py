@@ -17,7 +17,6 @@ from fastattn.autograd import (
     _unfold,
     call,
     call_backward,
-    keep_signatures,
     no_second_derivative,
     unfold_gradients,
 )
@@ -97,6 +96,3 @@ class FusedSoftmaxBackward(torch.autograd.Function):
         grads = FusedSoftmaxBackward.apply(backend, needs, *folded)
         unfolded = unfold_gradients(size, batch, grads, needs, SOFTMAX_GRADIENT_FIELDS, args, dims, names)
         return unfolded, (0,) * len(SOFTMAX_GRADIENT_FIELDS)
-
-
-keep_signatures(FusedSoftmax, FusedSoftmaxBackward)

@@ -58,8 +58,6 @@ def check_tensor(name: str, x: object) -> Tensor:
 
 
 def check_floating(name: str, x: object) -> Tensor:
-    if type(x) is Tensor and x.dtype in FLOATING and x.layout is torch.strided and not x.is_nested:
-        return x  # the usual case, for which the questions in full cost a microsecond more
     x = check_tensor(name, x)
     if x.dtype not in FLOATING:
         fail(TypeError, name, "dtype float32, float64, bfloat16 or float16", str(x.dtype))
@@ -84,7 +82,7 @@ def check_number(name: str, x: object) -> float:
 
 def check_index(name: str, x: object, least: int | None = None) -> int:
     """An int (or a symbolic int), at least `least`."""
-    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+    if type(x) is not int and (isinstance(x, bool) or not isinstance(x, (int, torch.SymInt))):
         fail(TypeError, name, "an int", describe(x))
     if least is not None and x < least:
         fail(ValueError, name, f"an int >= {least}", x)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 import fastattn
 from fastattn import dispatch
+from fastattn.backends import cuda
 
 # Examples are the same on every run, so that a red run is a change in the code; HYPOTHESIS_PROFILE=explore looks for
 # new ones.
@@ -84,5 +85,5 @@ def _surroundings() -> Iterator[None]:
 def cuda_simulator(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The CUDA backend takes CPU tensors, in the simulator; the module that runs it."""
     module = pytest.importorskip("fastattn._native", reason="fastattn._native is not built")
-    monkeypatch.setenv("FASTATTN_CUDA_SIMULATOR", "1")
+    monkeypatch.setattr(cuda, "simulated", lambda: True)
     return module

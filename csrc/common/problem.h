@@ -81,6 +81,7 @@ struct Problem {
   FASTATTN_INLINE i64 column_entries() const { return columns ? columns.size[0] : table_columns(); }
 };
 
+// lse and statistics may be null in the CPU's attention: results nobody asked for.
 struct ForwardOutput {
   View out;  // (B, Hq, Sq, Dv)
   View lse;  // (B, Hq, Sq)

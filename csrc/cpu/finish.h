@@ -59,10 +59,12 @@ inline void finish_row(const Scorer<Acc>& scorer, const ForwardOutput& o, i64 i,
                        i64 width) {
   const i64 b = scorer.b, h = scorer.h;
   const RowEnd<Acc> end = row_end(scorer, maximum, sum);
-  Acc* const statistics = reinterpret_cast<Acc*>(o.statistics.mutable_at(b, h, i));
-  statistics[0] = end.log_sum == __builtin_inf() ? 0 : maximum;
-  statistics[1] = static_cast<Acc>(end.log_sum);
-  *reinterpret_cast<Acc*>(o.lse.mutable_at(b, h, i)) = end.lse;
+  if (o.statistics) {
+    Acc* const statistics = reinterpret_cast<Acc*>(o.statistics.mutable_at(b, h, i));
+    statistics[0] = end.log_sum == __builtin_inf() ? 0 : maximum;
+    statistics[1] = static_cast<Acc>(end.log_sum);
+  }
+  if (o.lse) *reinterpret_cast<Acc*>(o.lse.mutable_at(b, h, i)) = end.lse;
   for (i64 d = 0; d < width; d += kLanes<Acc>) store(accumulator + d, load(accumulator + d) * end.scale);
   store_row(o.out.dtype, accumulator, scorer.problem->value_dim, o.out.mutable_at(b, h, i));
 }

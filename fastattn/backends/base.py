@@ -19,13 +19,13 @@ from fastattn.softmax_problem import SoftmaxProblem
 AnyProblem = Problem | SoftmaxProblem | Rotation | AdditiveProblem
 
 
-def what_runs(problem: AnyProblem) -> str:
-    """The name of what a problem asks for."""
-    if isinstance(problem, Rotation):
-        return "rotary"
-    if isinstance(problem, AdditiveProblem):
-        return "additive attention"
-    return "masked softmax" if isinstance(problem, SoftmaxProblem) else "attention"
+# What a problem asks for, in words.
+WHAT_RUNS = {
+    Problem: "attention",
+    SoftmaxProblem: "masked softmax",
+    Rotation: "rotary",
+    AdditiveProblem: "additive attention",
+}
 
 
 def tables_of_additive(problem: AnyProblem) -> list[str]:
@@ -64,8 +64,8 @@ class Backend(ABC):
         return []
 
     @abstractmethod
-    def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """Output (B, Hq, Sq, Dv) and lse (B, Hq, Sq), differentiable."""
+    def run(self, problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Output (B, Hq, Sq, Dv) and lse (B, Hq, Sq), differentiable; without `with_lse` the second may be None."""
 
     def softmax(self, problem: SoftmaxProblem) -> Tensor:
         """Masked softmax (B, H, Sq, Sk), differentiable."""
@@ -94,7 +94,7 @@ class Backend(ABC):
 class FusedBackend(Backend):
     """A backend whose kernels are operators named after it (fastattn/ops.py)."""
 
-    def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def run(self, problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
         return fused_attention(self.name, problem)
 
     def softmax(self, problem: SoftmaxProblem) -> Tensor:
@@ -144,4 +144,4 @@ class GpuBackend(FusedBackend):
 
     def kernel(self, problem: AnyProblem) -> str:
         stand_in = f" ({self.stand_in})" if problem.device.type == "cpu" and self.stands_in() else ""
-        return f"{self.name} {what_runs(problem)}{stand_in}"
+        return f"{self.name} {WHAT_RUNS[type(problem)]}{stand_in}"

@@ -1,5 +1,5 @@
 """The CUDA C++ backend (csrc/cuda): operators of libfastattn_cuda.so on GPUs; on the CPU in the simulator when
-FASTATTN_CUDA_SIMULATOR=1 is set (slow: for tests)."""
+FASTATTN_CUDA_SIMULATOR=1 was set before the first call (slow: for tests)."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ BACKWARD_KERNELS = {"backward_q": ("query", "slopes", "table"), "backward_kv": (
 ROW_DTYPES = (torch.float32, *DTYPES)  # of the masked softmax, the rotation, and of a dense bias
 
 
+@cache  # every call asks, and the environment would take a microsecond to answer
 def simulated() -> bool:
     return os.environ.get("FASTATTN_CUDA_SIMULATOR", "0") == "1"
 

@@ -22,7 +22,7 @@ class ReferenceBackend(Backend):
     def unsupported_reasons(self, problem: AnyProblem) -> list[str]:
         return []
 
-    def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def run(self, problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor]:
         return reference.forward(problem)
 
     def softmax(self, problem: SoftmaxProblem) -> Tensor:

@@ -166,5 +166,5 @@ def _attend_and_keep(encoding: Encoding, q: Tensor, k: Tensor, v: Tensor, call: 
     if encoding.operator is not None:  # draws its own dropout: the weights are those before it
         return encoding.run(q, k, v, **call), encoding.lower(q, k, v, **{**call, "dropout_p": 0.0})
     problem = encoding.lower(q, k, v, **call)
-    out, _ = dispatch.run(problem, None)
+    out, _ = dispatch.run(problem, None, with_lse=False)
     return torch.zeros_like(out) if call["dropout_p"] == 1.0 else out, problem
