@@ -9,6 +9,7 @@
 #include "masked_softmax.h"
 #include "roofline.h"
 #include "rotary.h"
+#include "weights_forward.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -26,6 +27,18 @@ static void run_forward(const Problem& problem, const ForwardOutput& output, con
       return forward<ModeOfBFloat16>(problem, output, parallel);
     default:
       return forward<Float32Mode>(problem, output, parallel);
+  }
+}
+
+static void run_weights_forward(const Problem& problem, const ForwardOutput& output, const WeightsOutput& weights,
+                                const Parallel& parallel) {
+  switch (problem.query.dtype) {
+    case DType::kFloat64:
+      return weights_forward<Float64Mode>(problem, output, weights, parallel);
+    case DType::kBFloat16:
+      return weights_forward<ModeOfBFloat16>(problem, output, weights, parallel);
+    default:
+      return weights_forward<Float32Mode>(problem, output, weights, parallel);
   }
 }
 
@@ -100,8 +113,17 @@ static void run_exp2(const float* in, float* out, i64 n, bool coarse) {
 #define FASTATTN_STRING(x) FASTATTN_STRING2(x)
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA), run_forward,          run_plan,   run_backward,
-                         run_softmax_forward,           run_softmax_backward, run_rotate, run_additive_forward,
-                         run_additive_backward,         run_roofline,         run_exp2};
+const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA),
+                         run_forward,
+                         run_plan,
+                         run_backward,
+                         run_weights_forward,
+                         run_softmax_forward,
+                         run_softmax_backward,
+                         run_rotate,
+                         run_additive_forward,
+                         run_additive_backward,
+                         run_roofline,
+                         run_exp2};
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -12,10 +12,12 @@ from fastattn.additive_autograd import fused_additive
 from fastattn.additive_problem import AdditiveProblem
 from fastattn.backends.base import AnyProblem, FusedBackend, tables_of_additive, what_runs
 from fastattn.problem import Problem
+from fastattn.weights_autograd import fused_with_weights
 
 
 class CpuBackend(FusedBackend):
     name = "cpu"
+    gives_weights = True
 
     @property
     def reason(self) -> str | None:
@@ -28,6 +30,9 @@ class CpuBackend(FusedBackend):
 
     def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
         return fused_additive(self.name, problem)
+
+    def run_with_weights(self, problem: Problem, *, average: bool, leading: int) -> tuple[Tensor, Tensor]:
+        return fused_with_weights(self.name, problem, average=average, leading=leading)
 
     def plan(self, problem: Problem) -> dict[str, object]:
         """Query rows and heads of a work item, keys of a tile, work items, scratch memory and threads."""
