@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fastattn.autograd import (
     _GRADIENT_PLACES,
+    FusedBackward,
     _batch_axis,
     _each_sample,
     _fold_all,
     _one_seed_for_all,
     _unfold,
-    FusedBackward,
     call,
     call_backward,
     keep_signatures,

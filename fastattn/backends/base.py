@@ -70,8 +70,8 @@ class Backend(ABC):
         """Output (B, Hq, Sq, Dv) and lse (B, Hq, Sq), differentiable."""
 
     def run_with_weights(self, problem: Problem, *, average: bool, leading: int) -> tuple[Tensor, Tensor]:
-        """Output and weights, (B, Hq, Sq, Sk) or with average (B, Sq, Sk), differentiable in both; `leading` keys at the
-        front have the last columns."""
+        """Output and weights, (B, Hq, Sq, Sk) or with average (B, Sq, Sk), differentiable in both; `leading` keys at
+        the front have the last columns."""
         raise NotImplementedError(f"the {self.name} backend gives no weights")
 
     def softmax(self, problem: SoftmaxProblem) -> Tensor:
