@@ -104,7 +104,7 @@ struct BackwardOutput {
 
 struct BackwardInput {
   View grad_out, grad_lse, out, statistics;
-  WeightsOutput grad_weights;  // null: the weights were not returned, or nobody used them
+  WeightsOutput grad_weights = {};  // null: the weights were not returned, or nobody used them
 };
 
 // How a kernel gets at the threads: run(context, i) for every i in [0, count), in any order, on any thread.
