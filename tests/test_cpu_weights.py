@@ -115,7 +115,21 @@ def test_every_field_at_once(dtype: torch.dtype, average: bool) -> None:
 @pytest.mark.parametrize("length", [1, 11, 12, 13, 31, 32, 33, 47, 49, 63, 65, 193, 257, 385])
 def test_borders_of_strips_and_blocks(dtype: torch.dtype, length: int) -> None:
     check(plain(dtype, length, length + 1, b=1, hq=2, hk=1, d=24, window_right=0, query_offset=1), average=True)
-    check(plain(dtype, 65, length, b=1, hq=1, hk=1, d=8), average=False, leading=1)
+    if length > 1:
+        check(plain(dtype, 65, length, b=1, hq=1, hk=1, d=8), average=False, leading=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_key(dtype: torch.dtype) -> None:
+    """Its weight is 1, and a gradient that is 0 in exact arithmetic is a rounding of the terms that cancel."""
+    problem = plain(dtype, 65, 1, b=1, hq=2, hk=1, d=8)
+    grad_out, grad_weights = gradients_of(problem, False)
+    out, _, weights, grads = native_run(problem, False, 0, grad_out, grad_weights)
+    u = torch.finfo(problem.parameter_dtype).eps
+    torch.testing.assert_close(weights, torch.ones_like(weights), atol=4 * u, rtol=0)
+    torch.testing.assert_close(out, problem.value.expand_as(out), atol=4 * u, rtol=4 * u)
+    terms = (grad_out.double() @ problem.value.double().transpose(-2, -1) + grad_weights.double()).abs().max()
+    assert grads["query"].abs().max() <= 4 * u * terms * problem.key.abs().max()
 
 
 @pytest.mark.parametrize("dim", [1, 7, 16, 40, 65, 128])
