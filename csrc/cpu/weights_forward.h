@@ -3,6 +3,8 @@
 // The weights are as long as the keys anyway, so a strip of queries takes all its keys at once and its softmax needs no
 // rescaling:
 //     S = Q K^T -> score pipeline -> P = exp(S - max) -> weights of the row, P V.
+// A strip is as high as its scores stay in the second-level cache: a panel of keys, and a stretch of values, come from
+// there once for all its rows.
 // A work item is a block of query rows of one batch element and of all heads (of one key head where each head's weights
 // are asked for).  The heads come one after the other, in their order, and add to the block's averages: nothing of size
 // (heads, Sq, Sk) exists.  Keys and values are packed by the item if it is the only one that wants them, else once for
@@ -24,7 +26,7 @@ class WeightsForward {
   using B = typename Mode::B;
 
   static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
-  static constexpr i64 kStrip = kTiles ? 32 : 12;
+  static constexpr i64 kStrip = kTiles ? 32 : 12;  // strips are multiples of it
 
   WeightsForward(const Problem& problem, const ForwardOutput& output, const WeightsOutput& weights)
       : p(problem), o(output), w(weights) {
@@ -58,15 +60,18 @@ class WeightsForward {
   static constexpr i64 kBlock = kLanes<B> * Mode::kPair;  // transposed block of pack_transposed
   static constexpr i64 kItems = 16;                       // wanted work items
   static constexpr i64 kLeastRows = kTiles ? 64 : 48;     // of an item, if there are so many
-  static constexpr i64 kAverageBytes = i64{512} << 10;    // of an item's averages: half a second-level cache or less
-  static constexpr i64 kPackedBytes = i64{16} << 20;
+  static constexpr i64 kAverageBytes = i64{256} << 10;    // of an item's averages
+  static constexpr i64 kScoreBytes = i64{256} << 10;      // of a strip's scores
+  static constexpr i64 kBandRows = kTiles ? 64 : 48;      // of a strip whose rows see different keys
+  static constexpr i64 kStretch = 128 * Mode::kPair;      // of values: a panel of it fits into the first-level cache
+  static constexpr i64 kPackedBytes = i64{4} << 20;
 
   const Problem& p;
   const ForwardOutput& o;
   const WeightsOutput& w;
   i64 keys, key_rows, depth, width, value_width;
   i64 units;  // parts that the heads of a batch element are cut into
-  i64 rows_per_block = 1, row_blocks = 1;
+  i64 rows_per_block = 1, row_blocks = 1, strip_rows = 1;
   i64 start = 0, round = 1;  // the batch elements whose operands are packed
   Buffer<B> packed;          // (round, Hk): keys, then values
   Buffer<uint8_t> flags;     // (round, Hk): flags of keys and values, then whether there are any
@@ -77,6 +82,10 @@ class WeightsForward {
     const i64 fitting = kAverageBytes / (keys * i64{sizeof(Acc)});
     rows_per_block = smaller(queries, round_up(larger(smaller(wanted, fitting), kLeastRows), kStrip));
     row_blocks = ceil_div(queries, rows_per_block);
+    const bool band = p.window_left >= 0 || p.window_right >= 0 || p.query_ids;
+    const i64 cached = round_down(kScoreBytes / (keys * i64{sizeof(Acc)}), kStrip);
+    strip_rows = smaller(round_up(rows_per_block, kStrip), larger(cached, kStrip));
+    if (band) strip_rows = smaller(strip_rows, kBandRows);
   }
 
   i64 items() const { return round * units * row_blocks; }
@@ -96,14 +105,17 @@ class WeightsForward {
   }
   Operands shared(i64 b, i64 kv_head) const {
     const i64 at = (b - start) * p.kv_heads + kv_head;
-    return operands(packed.data() + at * operand_size(), flags.data() + at * flag_size(), key_size(), keys);
+    // malloc aligns to 16 bytes, and vectors across two cache lines would take twice the time
+    B* const aligned = reinterpret_cast<B*>(round_up(reinterpret_cast<intptr_t>(packed.data()), 64));
+    return operands(aligned + at * operand_size(), flags.data() + at * flag_size(), key_size(), keys);
   }
 
   struct Scratch {
     A* query;
     B* operands;
     uint8_t *flags, *query_bad;
-    Acc *scores, *accumulator, *average, *staging, *temp;
+    Acc *scores, *accumulator, *average, *maximum, *staging, *temp;
+    RowEnd<Acc>* ends;
     A* weights;
   };
 
@@ -115,9 +127,11 @@ class WeightsForward {
     s.operands = arena.take<B>(own ? operand_size() : 0);
     s.flags = arena.take<uint8_t>(own ? flag_size() : 0);
     s.query_bad = arena.take<uint8_t>(rows);
-    s.scores = arena.take<Acc>(kStrip * keys);
-    s.weights = Mode::kPair == 2 ? arena.take<A>(kStrip * keys) : nullptr;
-    s.accumulator = arena.take<Acc>(kStrip * value_width);
+    s.scores = arena.take<Acc>(strip_rows * keys);
+    s.weights = Mode::kPair == 2 ? arena.take<A>(strip_rows * keys) : nullptr;
+    s.accumulator = arena.take<Acc>(strip_rows * value_width);
+    s.maximum = arena.take<Acc>(strip_rows);
+    s.ends = arena.take<RowEnd<Acc>>(strip_rows);
     s.average = arena.take<Acc>(w.average ? rows * keys : 0);
     s.staging = arena.take<Acc>((kLanes<B> + 1) * larger(width, value_width));
     s.temp = arena.take<Acc>(2 * larger(keys, larger(width, value_width)));
@@ -180,8 +194,8 @@ class WeightsForward {
         const Scorer<Acc> scorer(p, b, h);
         const bool bad_queries =
             pack_rows<Mode>(query_source(scorer), first, rows, depth, s.staging, s.query, s.query_bad);
-        for (i64 r = 0; r < rows; r += kStrip)
-          strip(scorer, s, x, first, r, smaller(kStrip, rows - r), x.any[0] || bad_queries);
+        for (i64 r = 0; r < rows; r += strip_rows)
+          strip(scorer, s, x, first, r, smaller(strip_rows, rows - r), x.any[0] || bad_queries);
       }
     }
     if (w.average)
@@ -195,8 +209,6 @@ class WeightsForward {
     const Interval columns = document_columns(
         p, scorer.b, i0, rows, 0, {scorer.geometry.visible(i0).low, scorer.geometry.visible(i0 + rows - 1).high});
     const i64 values = round_up(p.value_dim, kLane);
-    RowEnd<Acc> ends[kStrip];
-    Acc maxima[kStrip];
     i64 begin = 0, end = 0;
     if (!columns.empty()) {
       begin = round_down(columns.low, Mode::kPanel);
@@ -208,17 +220,18 @@ class WeightsForward {
     }
     A* const weights = Mode::kPair == 2 ? s.weights : reinterpret_cast<A*>(s.scores);
     for (i64 n = 0; n < rows; ++n)
-      ends[n] = softmax(scorer, s, i0 + n, r + n, {begin, end}, s.scores + n * keys, weights + n * keys, maxima + n);
+      s.ends[n] =
+          softmax(scorer, s, i0 + n, r + n, {begin, end}, s.scores + n * keys, weights + n * keys, s.maximum + n);
     if (p.value_dim > 0) {
-      if (begin < end)
-        gemm<Mode>(rows, values, end - begin, weights + begin, keys, 1, x.values + begin / Mode::kPair * Mode::kPanel,
-                   Mode::kPanel, keys / Mode::kPair * Mode::kPanel, s.accumulator, value_width, false);
-      else
-        std::memset(s.accumulator, 0, rows * value_width * sizeof(Acc));
+      if (begin == end) std::memset(s.accumulator, 0, rows * value_width * sizeof(Acc));
+      for (i64 j = begin; j < end; j += kStretch)
+        gemm<Mode>(rows, values, smaller(kStretch, end - j), weights + j, keys, 1,
+                   x.values + j / Mode::kPair * Mode::kPanel, Mode::kPanel, keys / Mode::kPair * Mode::kPanel,
+                   s.accumulator, value_width, j > begin);
       if (x.any[1]) fix_values(scorer, s, x, i0, rows, begin, smaller(end, p.key_length), weights);
     }
     for (i64 n = 0; n < rows; ++n)
-      finish_row(scorer, o, i0 + n, maxima[n], ends[n], s.accumulator + n * value_width, values);
+      finish_row(scorer, o, i0 + n, s.maximum[n], s.ends[n], s.accumulator + n * value_width, values);
   }
 
   // Row i: scores become exponentials, as numbers and as an operand, zero where nothing is seen of the strip's columns;
