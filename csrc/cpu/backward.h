@@ -237,9 +237,10 @@ class Backward {
       if (out.dkey) write_columns(s, s.dkey, p.head_dim, keys, out.dkey, true);
       if (out.dvalue) write_columns(s, s.dvalue, p.value_dim, keys, out.dvalue, false);
     }
+    const BatchGeometry geometry(p, b);
     if (out.dquery && chunks == 1)
       for (i64 h = head; h < head + group; ++h)
-        for (i64 i = 0; i < p.query_length; ++i) write_query(b, h, i, dq_of(h) + i * dq_width);
+        for (i64 i = 0; i < p.query_length; ++i) write_query(b, h, i, geometry, dq_of(h) + i * dq_width);
   }
 
   // All queries of one head against one tile of keys.
@@ -405,8 +406,7 @@ class Backward {
     for (i64 j = near.low; j < near.high; ++j) table[j + shift] += ds[j];
   }
 
-  void write_query(i64 b, i64 h, i64 i, Acc* row) const {
-    const BatchGeometry geometry(p, b);
+  void write_query(i64 b, i64 h, i64 i, const BatchGeometry& geometry, Acc* row) const {
     const Acc scale = static_cast<Acc>(p.scale);
     for (i64 d = 0; d < p.head_dim; ++d) row[d] *= scale;
     const RowSource<Acc> source = engine.query_source(b, h, geometry);
@@ -437,11 +437,12 @@ class Backward {
     FlushScope flush;
     const i64 unit = index / blocks, first = index % blocks * kReduceRows;
     const i64 size = dq_rows * dq_width;
+    const BatchGeometry geometry(p, unit / p.query_heads);
     for (i64 i = first; i < smaller(first + kReduceRows, p.query_length); ++i) {
       Acc* const row = partial_dq.data() + unit * chunks * size + i * dq_width;
       for (i64 c = 1; c < chunks; ++c)
         for (i64 d = 0; d < dq_width; d += kLane) store(row + d, load(row + d) + load(row + c * size + d));
-      write_query(unit / p.query_heads, unit % p.query_heads, i, row);
+      write_query(unit / p.query_heads, unit % p.query_heads, i, geometry, row);
     }
   }
 
