@@ -69,6 +69,38 @@ Gradients cpu_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, c
   return results.take();
 }
 
+WeightsOutput weights_output(const char* name, const Tensor& tensor, const Problem& p, bool average, i64 leading) {
+  WeightsOutput w;
+  w.view = view_of(kCpu, name, tensor, {p.batch, average ? 1 : p.query_heads, p.query_length, p.key_length});
+  require_dtype(name, w.view, p.query.dtype);
+  STD_TORCH_CHECK(0 <= leading && leading <= p.key_length, "fastattn: leading must be a number of keys, got ", leading);
+  w.average = average;
+  w.leading = leading;
+  return w;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_weights_forward(bool average, i64 leading, FASTATTN_PROBLEM_PARAMETERS) {
+  const Problem p = unpack(kCpu, FASTATTN_PROBLEM_ARGUMENTS);
+  const ForwardResults results(kCpu, p, query);
+  const i64 heads = average ? 1 : p.query_heads, sq = p.query_length, sk = p.key_length;
+  const Tensor weights =
+      empty_strided(kCpu, {p.batch, heads, sq, sk}, {heads * sq * sk, sq * sk, sk, 1}, p.query.dtype);
+  const WeightsOutput w = weights_output("weights", weights, p, average, leading);
+  if (p.batch && sq) cpu::kernels().weights_forward(p, results.views, w, threads());
+  return {results.out, results.lse, results.statistics, weights};
+}
+
+Gradients cpu_weights_backward(const Tensor& grad_out, const Tensor& grad_weights, const Tensor& out,
+                               const Tensor& statistics, i64 needs, bool average, i64 leading,
+                               FASTATTN_PROBLEM_PARAMETERS) {
+  const Problem p = unpack(kCpu, FASTATTN_PROBLEM_ARGUMENTS);
+  BackwardInput in = unpack_backward(kCpu, p, grad_out, {}, out, statistics);
+  in.grad_weights = weights_output("grad_weights", grad_weights, p, average, leading);
+  const BackwardResults results(kCpu, p, needs, query, key, value);
+  cpu::kernels().backward(p, in, results.views, threads());
+  return results.take();
+}
+
 Tensor cpu_softmax_forward(const Tensor& scores, FASTATTN_SOFTMAX_PARAMETERS) {
   const Problem p = unpack_softmax(kCpu, scores, FASTATTN_SOFTMAX_ARGUMENTS);
   SoftmaxForward s;
@@ -197,6 +229,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("cpu_plain_forward", TORCH_BOX(&fastattn::cpu_plain_forward));
   m.impl("cpu_forward", TORCH_BOX(&fastattn::cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&fastattn::cpu_backward));
+  m.impl("cpu_weights_forward", TORCH_BOX(&fastattn::cpu_weights_forward));
+  m.impl("cpu_weights_backward", TORCH_BOX(&fastattn::cpu_weights_backward));
   m.impl("cpu_plan", TORCH_BOX(&fastattn::cpu_plan));
   m.impl("cpu_softmax_forward", TORCH_BOX(&fastattn::cpu_softmax_forward));
   m.impl("cpu_softmax_backward", TORCH_BOX(&fastattn::cpu_softmax_backward));

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -124,6 +124,23 @@ def run(problem: Problem, name: str | None, with_lse: bool = True) -> tuple[Tens
     return _chosen(problem, name).run(problem, with_lse)
 
 
+def run_with_weights(problem: Problem, *, average: bool, leading: int) -> tuple[Tensor, Tensor | None]:
+    """Run attention on the chosen backend: output and weights, None where its kernels do not give them."""
+    backend = _chosen(problem, None, weights=True)
+    if not backend.gives_weights:
+        return backend.run(problem)[0], None
+    return backend.run_with_weights(problem, average=average, leading=leading)
+
+
+def weights_alone(problem: Problem, *, average: bool, leading: int) -> Tensor | None:
+    """The weights of a call that runs by itself, or None as above.  It is not the `last_call`."""
+    backend, _ = choose(problem, None)
+    if not backend.gives_weights:
+        return None
+    without = replace(problem, value=problem.value.detach()[..., :0])
+    return backend.run_with_weights(without, average=average, leading=leading)[1]
+
+
 def softmax(problem: SoftmaxProblem, name: str | None) -> Tensor:
     """Run the masked softmax on the chosen backend."""
     return _chosen(problem, name).softmax(problem)
@@ -139,11 +156,14 @@ def additive(problem: AdditiveProblem, name: str | None) -> tuple[Tensor, Tensor
     return _chosen(problem, name).additive(problem)
 
 
-def _chosen(problem: AnyProblem, name: str | None) -> Backend:
+def _chosen(problem: AnyProblem, name: str | None, weights: bool = False) -> Backend:
     """The backend that runs the problem now: recorded for `last_call`, with a warning where it is a fallback."""
     backend, refusals = choose(problem, name)
     if not torch.compiler.is_compiling():
-        _local.last = (backend.name, backend.kernel(problem), problem.features(), refusals)
+        kernel = backend.kernel(problem)
+        if weights:
+            kernel += " with weights" if backend.gives_weights else "; weights: torch operations, tile by tile"
+        _local.last = (backend.name, kernel, problem.features(), refusals)
         if refusals and backend.name == "reference":
             _warn_fallback(tuple((other, *why) for other, why in refusals.items()))
     return backend

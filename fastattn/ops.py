@@ -8,6 +8,10 @@ register theirs when they load):
     fastattn::<backend>_softmax_forward, _softmax_backward   masked softmax (`SoftmaxProblem`)
     fastattn::<backend>_rotate, _rotate_                     rotary embedding (`Rotation`), the second in place
     fastattn::<backend>_additive_forward, _additive_backward additive attention (`AdditiveProblem`)
+
+and the native one for CPUs has
+
+    fastattn::cpu_weights_forward, _weights_backward         attention that gives its weights, too
 """
 
 from __future__ import annotations
@@ -69,6 +73,12 @@ ADDITIVE_BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor statistics, int needs, Tensor weight, "
     f"{PROBLEM_SCHEMA}) -> " + _tensors(len(ADDITIVE_GRADIENT_FIELDS))
 )
+# The weights (B, Hq, Sq, Sk), or (B, 1, Sq, Sk) with average; `leading` keys at the front have their last columns.
+WEIGHTS_FORWARD_SCHEMA = f"(bool average, SymInt leading, {PROBLEM_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+WEIGHTS_BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor grad_weights, Tensor out, Tensor statistics, int needs, bool average, SymInt leading, "
+    f"{PROBLEM_SCHEMA}) -> " + _tensors(len(GRADIENT_FIELDS))
+)
 ROTATE_SCHEMA = f"({_arguments(Rotation)}) -> (Tensor, Tensor)"
 ROTATE_INPLACE_SCHEMA = f"({_arguments(Rotation, mutable=frozenset({'query', 'key'}))}) -> ()"
 
@@ -107,6 +117,26 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     given = dict(zip(FIELD_NAMES, args, strict=True))
     return _fake_gradients(GRADIENT_FIELDS, given, grad_out, statistics, needs)
+
+
+def _fake_weights_forward(average: bool, leading: int, *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(**dict(zip(FIELD_NAMES, args, strict=True)))  # type: ignore[arg-type]
+    heads = 1 if average else problem.num_heads
+    shape = (problem.batch_size, heads, problem.query_length, problem.key_length)
+    return (*_fake_forward(*args), problem.query.new_empty(shape))
+
+
+def _fake_weights_backward(
+    grad_out: Tensor,
+    grad_weights: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    needs: int,
+    average: bool,
+    leading: int,
+    *args: object,
+) -> tuple[Tensor, ...]:
+    return _fake_backward(grad_out, None, out, statistics, needs, *args)
 
 
 def _fake_additive_forward(weight: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,6 +204,8 @@ for _name in FUSED_BACKENDS:
     _declare(f"{_name}_additive_forward", ADDITIVE_FORWARD_SCHEMA, _fake_additive_forward)
     _declare(f"{_name}_additive_backward", ADDITIVE_BACKWARD_SCHEMA, _fake_additive_backward)
 _declare("cpu_plain_forward", PLAIN_FORWARD_SCHEMA, _fake_plain_forward)
+_declare("cpu_weights_forward", WEIGHTS_FORWARD_SCHEMA, _fake_weights_forward)
+_declare("cpu_weights_backward", WEIGHTS_BACKWARD_SCHEMA, _fake_weights_backward)
 
 # What the native libraries would do with a problem, as JSON, for `explain`.
 for _name in ("cuda", "cpu"):

@@ -387,6 +387,28 @@ def test_empty_dimensions(shape: tuple[int, int, int, int]) -> None:
     assert all((grads[name] == 0).all() for name in (*SHAPED, "slopes"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [1, 70])
+def test_padding_is_a_mask_like_any_other(dtype: torch.dtype, queries: int) -> None:
+    """A mask of keys alone ends the keys at its last visible one: the same bits as the same mask written out."""
+    lengths = torch.tensor([300, 129, 0])
+    padding = (torch.arange(300) < lengths[:, None])[:, None, None, :]
+    padding[0, ..., 7] = False
+    problem = plain(dtype, queries, 300, b=3, d=40, dense_mask=padding)
+    problem.key[1, :, 129:] = float("nan")
+    problem.value[1, :, 129:] = float("nan")
+    grad_out = random(3, 4, queries, 40, seed=20, dtype=dtype)
+    out, lse, grads = native_run(problem, grad_out, None)
+    written_out = dataclasses.replace(problem, dense_mask=padding.expand(3, 4, queries, 300).contiguous())
+    expected_out, expected_lse, expected = native_run(written_out, grad_out, None)
+    assert torch.equal(out, expected_out)
+    assert torch.equal(lse, expected_lse)
+    for name, grad in grads.items():
+        assert torch.equal(grad, expected[name]), name
+    exact, _ = reference.forward(widened(problem))
+    torch.testing.assert_close(out.double(), exact, atol=3e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+
+
 def test_only_the_gradients_asked_for() -> None:
     problem = everything(torch.float32)
     grad_out = random(2, 4, 150, 32, seed=20)

@@ -18,7 +18,7 @@ PACKAGE = Path(fastattn.__file__).parent
 LAYERS: list[tuple[str, ...]] = [
     ("problem", "softmax_problem", "rotation", "additive_problem", "philox"),
     ("reference", "ops"),
-    ("autograd", "softmax_autograd", "rotation_autograd", "additive_autograd", "native"),
+    ("autograd", "softmax_autograd", "rotation_autograd", "additive_autograd", "weights_autograd", "native"),
     ("backends", "triton_kernels"),
     ("dispatch",),
     ("validation",),

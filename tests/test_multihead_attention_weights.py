@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastattn
+from fastattn import dispatch
 from fastattn.nn import MultiheadAttention, weights
 from fastattn.nn.weights import WeightArguments, attention_weights
 
@@ -189,6 +191,83 @@ def test_memory_is_the_returned_tensor(average: bool) -> None:
 
 
 # Through the module ---------------------------------------------------------------------------------------------
+
+
+class _Operators(TorchDispatchMode):
+    """The names of fastattn's operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastattn" and func._opname != "cpu_info":  # asked once a process
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not dispatch._BACKENDS["cpu"].available, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("used", ["output", "weights", "both"])
+def test_weights_cost_what_is_made_of_them(average: bool, used: str) -> None:
+    """One operator gives both; nothing as large as the weights is saved; weights that nobody differentiates leave the
+    backward as it is without them."""
+    module = MultiheadAttention(E, H, dropout=0.2, batch_first=True)
+    x = torch.randn(2, 200, E)
+    saved: list[int] = []
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t.numel())
+        return t
+
+    with _Operators() as ran, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out, attention = module(x, x, x, average_attn_weights=average)
+        loss = out.sum() if used != "weights" else out.new_zeros(())
+        loss = loss + attention.square().mul(torch.arange(200)).sum() if used != "output" else loss
+        forward = ran.names.copy()
+        if used == "output":
+            assert max(saved) < 200 * 200
+        loss.backward()
+    assert forward == ["cpu_weights_forward"]
+    assert ran.names[1:] == ["cpu_backward" if used == "output" else "cpu_weights_backward"]
+    assert fastattn.last_call().kernel == f"{dispatch._BACKENDS['cpu'].kernel(_any_problem())} with weights"
+
+
+def _any_problem() -> Any:
+    q = torch.zeros(1, 1, 1, 1)
+    return fastattn.functional.lower(q, q, q)
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "add_zero_attn": True}])
+@pytest.mark.parametrize("call", ["plain", "causal", "masks", "padding"])
+def test_kernel_and_torch_operations_agree(
+    call: str, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What GPUs get, by plain torch operations, is what the CPU kernel gives: output, weights, gradients."""
+    module = MultiheadAttention(E, H, dropout=0.3, batch_first=True, dtype=torch.float64, **options)
+    x = torch.randn(3, 9, E, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(9, 9, dtype=torch.float64, requires_grad=True)
+    padding = torch.arange(9) >= torch.tensor([9, 4, 1])[:, None]
+    keywords: dict[str, Any] = {
+        "plain": {}, "causal": {"is_causal": True}, "masks": {"attn_mask": bias, "key_padding_mask": padding},
+        "padding": {"key_padding_mask": padding},
+    }[call]  # fmt: skip
+    leaves = [x, *module.parameters(), *([bias] if call == "masks" else [])]
+    for average in (True, False):
+        results = []
+        for names in (list(dispatch._BACKENDS), ["reference"]):
+            with monkeypatch.context() as patched:
+                patched.setattr(dispatch, "_BACKENDS", {name: dispatch._BACKENDS[name] for name in names})
+                torch.manual_seed(4)
+                out, attention = module(x, x, x, average_attn_weights=average, **keywords)
+                kernel = fastattn.last_call().kernel
+            assert ("torch operations" in kernel) == (names == ["reference"]), kernel
+            torch.manual_seed(5)
+            loss = (out * torch.randn_like(out)).sum() + (attention * torch.randn_like(attention)).sum()
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+            results.append((out, attention, *[g for g in grads if g is not None]))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "add_zero_attn": True}])

@@ -91,6 +91,13 @@ struct ForwardOutput {
   View statistics;
 };
 
+// The weights beside the output, of every head or, with `average`, of none: then the view has one head.
+struct WeightsOutput {
+  View view;  // (B, Hq|1, Sq, Sk), after dropout, in the dtype of the query
+  bool average = false;
+  i64 leading = 0;  // so many keys at the front have the last columns
+};
+
 // Null views are gradients nobody asked for.  Parameter gradients have the shape of their parameter.
 struct BackwardOutput {
   View dquery, dkey, dvalue, dslopes, dtable, ddense_bias, dsink, drow_table, dcol_table;
@@ -98,6 +105,7 @@ struct BackwardOutput {
 
 struct BackwardInput {
   View grad_out, grad_lse, out, statistics;
+  WeightsOutput grad_weights = {};  // null: the weights were not returned, or nobody used them
 };
 
 // How a kernel gets at the threads: run(context, i) for every i in [0, count), in any order, on any thread.

@@ -1,6 +1,7 @@
 // Gradients by recomputation, tile by tile, without atomics.
 //
-//   1. Delta_i = sum_d dO O - dlse, and the sink's gradient, per (batch, head);
+//   1. Delta_i = sum_d dO O - dlse, and the sink's gradient, per (batch, head); where the weights have a gradient dW of
+//      their own, sum_j W (dO V + dW) takes the place of sum_d dO O, in a pass of its own;
 //   2. a work item per (batch, key head, chunk of keys): the five products of every tile its keys take part in.
 //      dK and dV stay in the item; dQ goes to the chunk's own buffer, parameter gradients to the item's own row;
 //   3. those partial sums are added in a fixed order.
@@ -53,6 +54,7 @@ class Backward {
 
   void run(const Parallel& parallel) {
     const auto each = [&](i64 count, void (*item)(void*, i64)) { parallel.run(count, item, this); };
+    if (in.grad_weights.view) sum_rows(parallel);
     each(p.batch * p.query_heads, [](void* self, i64 i) { static_cast<Backward*>(self)->delta_item(i); });
     if (writes_bias()) clear(out.ddense_bias);
     if (products)
@@ -110,6 +112,17 @@ class Backward {
     std::memset(view.mutable_at(0), 0, count);
   }
 
+  // Delta as the gradient of a bias of one column, whose dS have no Delta to subtract.
+  void sum_rows(const Parallel& parallel) {
+    View sums;
+    sums.data = row_delta.data();
+    sums.dtype = sizeof(Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
+    const i64 size[4] = {p.batch, p.query_heads, p.query_length, 1};
+    for (i64 stride = 1, d = 3; d >= 0; stride *= size[d--]) sums.size[d] = size[d], sums.stride[d] = stride;
+    clear(sums);
+    bias_gradient<Mode>(engine, sums, parallel);
+  }
+
   void delta_item(i64 index) {
     const i64 b = index / p.query_heads, h = index % p.query_heads;
     FlushScope flush;
@@ -129,15 +142,18 @@ class Backward {
     const double sink = p.sink ? *reinterpret_cast<const Acc*>(p.sink.at(b, h)) : -__builtin_inf();
     double dsink = 0;
     for (i64 i = 0; i < p.query_length; ++i) {
-      outputs.load(i, o);
-      gradients.load(i, g);
-      Vec<Acc> sum = {};
-      const Vec<Acc> zero = {};
-      for (i64 d = 0; d < width; d += kLane) {
-        const Vec<Acc> x = load(o + d);
-        sum += x == zero ? zero : x * load(g + d);  // a wholly masked row is 0 whatever its gradient holds
+      Acc value = result[i];
+      if (!in.grad_weights.view) {
+        outputs.load(i, o);
+        gradients.load(i, g);
+        Vec<Acc> sum = {};
+        const Vec<Acc> zero = {};
+        for (i64 d = 0; d < width; d += kLane) {
+          const Vec<Acc> x = load(o + d);
+          sum += x == zero ? zero : x * load(g + d);  // a wholly masked row is 0 whatever its gradient holds
+        }
+        value = reduce_add<Acc>(sum);
       }
-      Acc value = reduce_add<Acc>(sum);
       if (in.grad_lse) value -= *reinterpret_cast<const Acc*>(in.grad_lse.at(b, h, i));
       result[i] = value;
       if (out.dsink) {
@@ -223,9 +239,10 @@ class Backward {
       if (out.dkey) write_columns(s, s.dkey, p.head_dim, keys, out.dkey, true);
       if (out.dvalue) write_columns(s, s.dvalue, p.value_dim, keys, out.dvalue, false);
     }
+    const BatchGeometry geometry(p, b);
     if (out.dquery && chunks == 1)
       for (i64 h = head; h < head + group; ++h)
-        for (i64 i = 0; i < p.query_length; ++i) write_query(b, h, i, dq_of(h) + i * dq_width);
+        for (i64 i = 0; i < p.query_length; ++i) write_query(b, h, i, geometry, dq_of(h) + i * dq_width);
   }
 
   // All queries of one head against one tile of keys.
@@ -401,8 +418,7 @@ class Backward {
     for (i64 j = near.low; j < near.high; ++j) table[j + shift] += ds[j];
   }
 
-  void write_query(i64 b, i64 h, i64 i, Acc* row) const {
-    const BatchGeometry geometry(p, b);
+  void write_query(i64 b, i64 h, i64 i, const BatchGeometry& geometry, Acc* row) const {
     const Acc scale = static_cast<Acc>(p.scale);
     for (i64 d = 0; d < p.head_dim; ++d) row[d] *= scale;
     const RowSource<Acc> source = engine.query_source(b, h, geometry);
@@ -433,11 +449,12 @@ class Backward {
     FlushScope flush;
     const i64 unit = index / blocks, first = index % blocks * kReduceRows;
     const i64 size = dq_rows * dq_width;
+    const BatchGeometry geometry(p, unit / p.query_heads);
     for (i64 i = first; i < smaller(first + kReduceRows, p.query_length); ++i) {
       Acc* const row = partial_dq.data() + unit * chunks * size + i * dq_width;
       for (i64 c = 1; c < chunks; ++c)
         for (i64 d = 0; d < dq_width; d += kLane) store(row + d, load(row + d) + load(row + c * size + d));
-      write_query(unit / p.query_heads, unit % p.query_heads, i, row);
+      write_query(unit / p.query_heads, unit % p.query_heads, i, geometry, row);
     }
   }
 

@@ -55,10 +55,9 @@ inline RowEnd<Acc> row_end(const Scorer<Acc>& scorer, Acc maximum, Acc sum) {
 
 // Writes row i of the scorer's head.  `accumulator` is scaled in place, `width` numbers in whole vectors.
 template <class Acc>
-inline void finish_row(const Scorer<Acc>& scorer, const ForwardOutput& o, i64 i, Acc maximum, Acc sum, Acc* accumulator,
-                       i64 width) {
+inline void finish_row(const Scorer<Acc>& scorer, const ForwardOutput& o, i64 i, Acc maximum, const RowEnd<Acc>& end,
+                       Acc* accumulator, i64 width) {
   const i64 b = scorer.b, h = scorer.h;
-  const RowEnd<Acc> end = row_end(scorer, maximum, sum);
   if (o.statistics) {
     Acc* const statistics = reinterpret_cast<Acc*>(o.statistics.mutable_at(b, h, i));
     statistics[0] = end.log_sum == __builtin_inf() ? 0 : maximum;
@@ -67,6 +66,12 @@ inline void finish_row(const Scorer<Acc>& scorer, const ForwardOutput& o, i64 i,
   if (o.lse) *reinterpret_cast<Acc*>(o.lse.mutable_at(b, h, i)) = end.lse;
   for (i64 d = 0; d < width; d += kLanes<Acc>) store(accumulator + d, load(accumulator + d) * end.scale);
   store_row(o.out.dtype, accumulator, scorer.problem->value_dim, o.out.mutable_at(b, h, i));
+}
+
+template <class Acc>
+inline void finish_row(const Scorer<Acc>& scorer, const ForwardOutput& o, i64 i, Acc maximum, Acc sum, Acc* accumulator,
+                       i64 width) {
+  finish_row(scorer, o, i, maximum, row_end(scorer, maximum, sum), accumulator, width);
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

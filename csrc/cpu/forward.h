@@ -309,14 +309,7 @@ class Forward {
       for (i64 r = 0; r < rows; ++r) {
         const i64 row = first_row + r;
         if (!scorers[item.head_of(row)].visible(item.query_of(row), origin + j)) continue;
-        Acc weight = 0;
-        for (i64 piece = 0; piece < kPieces; ++piece) {
-          const A part = weights[r * weight_row() + piece * tile + j];
-          if constexpr (Mode::kPair == 2)
-            weight += bf16_to_float(part);
-          else
-            weight = part;
-        }
+        const Acc weight = number_of<Mode>(weights + r * weight_row() + j, tile);
         Acc* const acc = s.accumulator + row * value_width;
         for (i64 d = 0; d < p.value_dim; ++d) acc[d] += weight * value[d];
       }

@@ -26,6 +26,10 @@ struct BatchGeometry {
     right = smaller(p.window_right, kFar);
     keys = p.key_lengths ? clamp(integer(p.key_lengths), 0, p.key_length) : p.key_length;
     prefix = p.prefix_lengths ? clamp(integer(p.prefix_lengths), 0, p.key_length) : -1;
+    // A mask of keys alone is padding more often than not: nobody sees its end.
+    const View& mask = p.dense_mask;
+    if (mask && mask.size[1] == 1 && mask.size[2] == 1)
+      while (keys > 0 && !*mask.at(b, 0, 0, keys - 1)) --keys;
   }
 
   i64 position(i64 i) const { return i + offset; }

@@ -1,5 +1,6 @@
 // The heart of the backward: dS of one tile of queries and keys, recomputed from q, k, v, the output gradient and lse.
 //     S = Q K^T -> score pipeline -> P = exp(S - max) / sum;   dP = dO V^T;   dS = P (keep dP / (1 - p) - Delta)
+// and, where the weights were returned and have a gradient of their own, dP = dO V^T + dW.
 // Shared by the gradient of q, k, v and the small parameters (backward.h) and by the gradient of a broadcast dense
 // bias (bias_gradient.h).
 #pragma once
@@ -26,7 +27,7 @@ class GradientTile {
 
   const Problem& p;
   const BackwardInput& in;
-  const Acc* delta;  // (B, Hq, Sq): sum_d dO O - dlse
+  const Acc* delta;  // (B, Hq, Sq): sum_d dO O + sum_j W dW - dlse
   i64 tile, depth, value_depth, width, value_width;
 
   GradientTile(const Problem& problem, const BackwardInput& input, const Acc* row_delta)
@@ -148,6 +149,7 @@ class GradientTile {
       multiply(s.query, depth, s.keys, scores);
       multiply(s.grad_out, value_depth, s.values, products);
       if (keys.bad_keys || keys.bad_values || q.bad_queries || q.bad_grads) fix_products(s, scorer, keys, q, part);
+      if (in.grad_weights.view) add_weight_gradient(s, scorer, keys, part, products);
       for (i64 r = first; r < first + rows; ++r) {
         Acc* const product = s.products + r * stride();
         const Interval live = differentiate_row(s, scorer, keys, q.first + r, part, s.scores + r * stride(), product);
@@ -229,6 +231,24 @@ class GradientTile {
       const auto hidden = score == -kInfinity<Acc>;
       store(s + j, hidden ? zero : kept);
       store(dp + j, hidden ? zero : weight * (gradient - row_delta));
+    }
+  }
+
+  void add_weight_gradient(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& part,
+                           Acc* products) const {
+    const WeightsOutput& w = in.grad_weights;
+    const Acc share = w.average ? Acc(1) / static_cast<Acc>(p.query_heads) : Acc(1);
+    const i64 end = smaller(part.end, keys.count);
+    const i64 middle = larger(part.begin, smaller(w.leading - keys.origin, end));  // leading keys have the last columns
+    for (i64 r = 0; r < part.rows; ++r) {
+      const auto add = [&](i64 low, i64 high, i64 first) {
+        if (low >= high) return;
+        load_row(w.view.dtype, w.view.at(scorer.b, scorer.h, part.first + r, first), w.view.stride[3], high - low,
+                 s.temp);
+        for (i64 j = low; j < high; ++j) products[r * stride() + j] += s.temp[j - low] * share;
+      };
+      add(part.begin, middle, p.key_length - w.leading + keys.origin + part.begin);
+      add(middle, end, keys.origin + middle - w.leading);
     }
   }
 

@@ -9,6 +9,7 @@
 #include "masked_softmax.h"
 #include "roofline.h"
 #include "rotary.h"
+#include "weights_forward.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -46,6 +47,11 @@ static auto with_mode(const Problem& p, Call call) {
 
 static void run_forward(const Problem& problem, const ForwardOutput& output, const Parallel& parallel) {
   with_mode(problem, [&]<class Mode>(Mode) { forward<Mode>(problem, output, parallel); });
+}
+
+static void run_weights_forward(const Problem& problem, const ForwardOutput& output, const WeightsOutput& weights,
+                                const Parallel& parallel) {
+  with_mode(problem, [&]<class Mode>(Mode) { weights_forward<Mode>(problem, output, weights, parallel); });
 }
 
 static ForwardPlan run_plan(const Problem& problem, i64 threads) {
@@ -105,8 +111,17 @@ static void run_exp2(const float* in, float* out, i64 n, bool coarse) {
 #define FASTATTN_STRING(x) FASTATTN_STRING2(x)
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA), run_forward,          run_plan,   run_backward,
-                         run_softmax_forward,           run_softmax_backward, run_rotate, run_additive_forward,
-                         run_additive_backward,         run_roofline,         run_exp2};
+const Kernels kernels = {FASTATTN_STRING(FASTATTN_ISA),
+                         run_forward,
+                         run_plan,
+                         run_backward,
+                         run_weights_forward,
+                         run_softmax_forward,
+                         run_softmax_backward,
+                         run_rotate,
+                         run_additive_forward,
+                         run_additive_backward,
+                         run_roofline,
+                         run_exp2};
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -23,6 +23,7 @@ struct Kernels {
   void (*forward)(const Problem&, const ForwardOutput&, const Parallel&);
   ForwardPlan (*plan)(const Problem&, i64 threads);
   void (*backward)(const Problem&, const BackwardInput&, const BackwardOutput&, const Parallel&);
+  void (*weights_forward)(const Problem&, const ForwardOutput&, const WeightsOutput&, const Parallel&);
   void (*softmax_forward)(const Problem&, const SoftmaxForward&, const Parallel&);
   void (*softmax_backward)(const Problem&, const SoftmaxBackward&, const Parallel&);
   void (*rotate)(const Rotation&, const Parallel&);

@@ -91,6 +91,18 @@ FASTATTN_INLINE bool copy_finite(const T* row, i64 n, T* out) {
   return bad == 0;
 }
 
+// The number that an operand stands for.
+template <class Mode>
+FASTATTN_INLINE typename Mode::Acc number_of(const typename Mode::A* operand, i64 apart) {
+  if constexpr (Mode::kPair == 1) {
+    return *operand;
+  } else {
+    float sum = 0;
+    for (int i = 0; i < Mode::kPieces; ++i) sum += bf16_to_float(operand[i * apart]);
+    return sum;
+  }
+}
+
 // Whether everything seen was finite: an exponent of all ones carries into the sign when its last bit is added.
 template <class B, int kPair>
 struct FiniteCheck {

@@ -44,6 +44,8 @@ class Backend(ABC):
     name: str
     # Whether its attention reads row and column tables.
     takes_tables = True
+    # Whether its attention can give its weights, too.
+    gives_weights = False
 
     @property
     def available(self) -> bool:
@@ -66,6 +68,11 @@ class Backend(ABC):
     @abstractmethod
     def run(self, problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
         """Output (B, Hq, Sq, Dv) and lse (B, Hq, Sq), differentiable; without `with_lse` the second may be None."""
+
+    def run_with_weights(self, problem: Problem, *, average: bool, leading: int) -> tuple[Tensor, Tensor]:
+        """Output and weights, (B, Hq, Sq, Sk) or with average (B, Sq, Sk), differentiable in both; `leading` keys at
+        the front have the last columns."""
+        raise NotImplementedError(f"the {self.name} backend gives no weights")
 
     def softmax(self, problem: SoftmaxProblem) -> Tensor:
         """Masked softmax (B, H, Sq, Sk), differentiable."""

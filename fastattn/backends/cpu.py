@@ -15,6 +15,7 @@ from fastattn.additive_problem import AdditiveProblem
 from fastattn.autograd import is_bare
 from fastattn.backends.base import WHAT_RUNS, AnyProblem, FusedBackend, tables_of_additive
 from fastattn.problem import PLAIN_FIELDS, Problem
+from fastattn.weights_autograd import fused_with_weights
 
 _CPU = torch.device("cpu")
 _plain_forward, _plain_fields = torch.ops.fastattn.cpu_plain_forward.default, attrgetter(*PLAIN_FIELDS)
@@ -27,6 +28,7 @@ def plain_forward(problem: Problem) -> Tensor:
 
 class CpuBackend(FusedBackend):
     name = "cpu"
+    gives_weights = True
 
     @property
     def reason(self) -> str | None:
@@ -44,6 +46,9 @@ class CpuBackend(FusedBackend):
 
     def additive(self, problem: AdditiveProblem) -> tuple[Tensor, Tensor]:
         return fused_additive(self.name, problem)
+
+    def run_with_weights(self, problem: Problem, *, average: bool, leading: int) -> tuple[Tensor, Tensor]:
+        return fused_with_weights(self.name, problem, average=average, leading=leading)
 
     def plan(self, problem: Problem) -> dict[str, object]:
         """Query rows and heads of a work item, keys of a tile, work items, scratch memory and threads."""

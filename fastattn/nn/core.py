@@ -23,8 +23,9 @@ from fastattn.nn.projections import (
     project_query,
     split_heads,
 )
-from fastattn.nn.readout import problem_weights
+from fastattn.nn.readout import attend_with_weights, problem_weights
 from fastattn.nn.recording import record, watchers
+from fastattn.problem import Problem
 from fastattn.validation import describe, fail
 
 if TYPE_CHECKING:
@@ -97,15 +98,12 @@ def multi_head_attention(
     call = {**objects, "dropout_p": dropout_p, "query_offset": offset}
     seen = watchers(module)
     if need_weights or seen:
-        out, problem = _attend_and_keep(encoding, q, k, v, call)
+        average = average_attn_weights if need_weights else None
+        out, weights, problem = _attend_and_keep(encoding, q, k, v, call, average, extra_keys)
     else:
-        out = encoding.run(q, k, v, **call)
-    weights = None
-    if need_weights:
-        weights = problem_weights(problem, average=average_attn_weights, leading=extra_keys)
-        if dropout_p == 1.0:  # lowered without dropout: everything is dropped
-            weights = torch.zeros_like(weights)
-        weights = weights if batched else weights.squeeze(0)
+        out, weights, problem = encoding.run(q, k, v, **call), None, None
+    if weights is not None and not batched:
+        weights = weights.squeeze(0)
     for watcher in seen:
         record(watcher, module, problem, extra_keys)
     # Called, not read: hooks, parametrizations and replacements of the output projection take part.
@@ -161,10 +159,22 @@ def _objects(masks: CallMasks) -> dict[str, Any]:
     return {"mask": mask, "bias": None if masks.dense_bias is None else DenseBias(masks.dense_bias)}
 
 
-def _attend_and_keep(encoding: Encoding, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The output (N, H, L, D), and the lowered call whose weights made it."""
+def _attend_and_keep(
+    encoding: Encoding, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any], average: bool | None, extra_keys: int
+) -> tuple[Tensor, Tensor | None, Problem]:
+    """The output (N, H, L, D), the weights unless `average` is None, and the lowered call that they are of."""
+    weights: Tensor | None = None
     if encoding.operator is not None:  # draws its own dropout: the weights are those before it
-        return encoding.run(q, k, v, **call), encoding.lower(q, k, v, **{**call, "dropout_p": 0.0})
-    problem = encoding.lower(q, k, v, **call)
-    out, _ = dispatch.run(problem, None, with_lse=False)
-    return torch.zeros_like(out) if call["dropout_p"] == 1.0 else out, problem
+        out, problem = encoding.run(q, k, v, **call), encoding.lower(q, k, v, **{**call, "dropout_p": 0.0})
+        if average is not None:
+            weights = problem_weights(problem, average=average, leading=extra_keys)
+    else:
+        problem = encoding.lower(q, k, v, **call)
+        if average is not None:
+            out, weights = attend_with_weights(problem, average=average, leading=extra_keys)
+        else:
+            out, _ = dispatch.run(problem, None, with_lse=False)
+    if call["dropout_p"] == 1.0:  # lowered without dropout: everything is dropped
+        out = torch.zeros_like(out)
+        weights = None if weights is None else torch.zeros_like(weights)
+    return out, weights, problem

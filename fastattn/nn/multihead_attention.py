@@ -139,8 +139,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             value: (S, N, vdim), (N, S, vdim) or (S, vdim).
             key_padding_mask: (N, S) or (S).  bool: True = ignore this key.  Floating (float32 or the query's dtype):
                 added to the scores; may require a gradient.
-            need_weights: also return the attention weights.  They are computed on top of the fused kernel, in the
-                memory of the returned tensor; pass False where they are not used.
+            need_weights: also return the attention weights.  On CPUs one kernel gives both and saves nothing of the
+                weights' size for the backward; on GPUs the weights are computed on top of the fused kernel, in the
+                memory of the returned tensor.  Pass False where they are not used.
             attn_mask: (L, S) or (N * H, L, S), index n * H + h; bool with True = may not attend, or floating.
             average_attn_weights: average the returned weights over the heads.
             is_causal: see the class.

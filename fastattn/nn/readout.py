@@ -8,9 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastattn import reference
+from fastattn import dispatch, reference
 from fastattn.nn.weights import WeightArguments, attention_weights
 from fastattn.problem import Problem
+
+
+def attend_with_weights(problem: Problem, *, average: bool, leading: int) -> tuple[Tensor, Tensor]:
+    """Output (B, H, L, Dv) and weights of a problem, as `problem_weights` gives them: in one pass where a kernel does
+    that."""
+    out, weights = dispatch.run_with_weights(problem, average=average, leading=leading)
+    if weights is None:
+        weights = problem_weights(problem, average=average, leading=leading)
+    return out, weights
 
 
 def problem_weights(
@@ -18,7 +27,8 @@ def problem_weights(
 ) -> Tensor:
     """The attention weights of a problem without softcap and sink, differentiable.
 
-    Structured masks and biases are written out, for the chosen heads, in the size of the result.
+    Without a kernel for them, structured masks and biases are written out, for the chosen heads, in the size of the
+    result.
 
     Args:
         problem: the call.
@@ -29,10 +39,13 @@ def problem_weights(
     Returns:
         (B, H, L, S), or (B, L, S) with average, in the query's dtype, after dropout.
     """
-    if heads is not None or problem.num_heads != problem.num_kv_heads:
-        problem = _select(problem, range(problem.num_heads) if heads is None else heads)
     if heads is not None:
-        problem = replace(problem, dropout_p=0.0, dropout_seed=None)
+        problem = replace(_select(problem, heads), dropout_p=0.0, dropout_seed=None)
+    weights = dispatch.weights_alone(problem, average=average, leading=leading)
+    if weights is not None:
+        return weights
+    if problem.num_heads != problem.num_kv_heads:
+        problem = _select(problem, range(problem.num_heads))
     query, key = problem.query, problem.key
     if problem.query_cos is not None:
         assert problem.query_sin is not None and problem.key_cos is not None and problem.key_sin is not None

@@ -1,4 +1,4 @@
-"""Attention weights on request: the softmax probabilities that a fused kernel never stores.
+"""Attention weights on request, where no kernel gives them beside the output: on GPUs.
 
 The returned tensor is filled tile by tile from q and k, so that besides the tensor itself only tiles of about
 `TILE_ELEMENTS` scores exist, forward and backward; with ``average`` the weights of the single heads never exist
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastattn.autograd import _batch_axis, _fold_all, _unfold
 from fastattn.philox import keep_mask
+from fastattn.weights_autograd import NO_SECOND_DERIVATIVE
 
 TILE_ELEMENTS = 1 << 18  # 1 MiB of float32 scores: stays in a core's second-level cache
 
@@ -297,10 +298,7 @@ class _WeightsBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            "fastattn: attention weights have no second derivative; compute them from fastattn.attention's formula "
-            "in plain torch operations where one is needed"
-        )
+        raise NotImplementedError(NO_SECOND_DERIVATIVE)
 
     @staticmethod
     def vmap(
