@@ -20,7 +20,6 @@ from fastattn.autograd import (
     _unfold,
     call,
     call_backward,
-    keep_signatures,
     unfold_gradients,
 )
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
@@ -149,6 +148,3 @@ class FusedWeightsBackward(torch.autograd.Function):
         grads = FusedWeightsBackward.apply(*fixed, *folded)
         unfolded = unfold_gradients(size, batch, grads, needs, GRADIENT_FIELDS, args, dims, names)
         return unfolded, (0,) * len(GRADIENT_FIELDS)
-
-
-keep_signatures(FusedWeights, FusedWeightsBackward)
