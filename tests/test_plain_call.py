@@ -159,7 +159,7 @@ def test_the_plain_operator_by_itself() -> None:
         ({"query": torch.randn(1, 2, 16, 8).transpose(2, 3)}, "dense"),
         ({"query": torch.randn(2, 8, 16)}, "4 dimensions"),
     ],
-    ids=str,
+    ids=["head dim", "length", "dtype", "heads", "stride", "rank"],
 )
 def test_the_plain_operator_refuses_what_the_other_does(change: dict[str, Tensor], words: str) -> None:
     q, k, v = operands()
