@@ -21,6 +21,7 @@ from tests.test_cpu_backend import (
     Gradients,
     assert_within_budget,
     everything,
+    operand_rounding,
     plain,
     random,
     run_isolated,
@@ -90,7 +91,8 @@ def check(problem: Problem, average: bool, leading: int = 0) -> None:
     rounding = 4 * u if dtype == torch.bfloat16 else u
     recomputed = 4 * torch.finfo(problem.parameter_dtype).eps
     assert_within_budget("out", out, exact_out, peer_out, rounding)
-    assert_within_budget("lse", lse, exact_lse, peer_lse, 4 * (u if dtype == torch.bfloat16 else recomputed / 4))
+    lse_rounding = u if dtype == torch.bfloat16 else operand_rounding(problem)
+    assert_within_budget("lse", lse, exact_lse, peer_lse, 4 * lse_rounding)
     assert_within_budget("weights", weights, exact_weights, peer_weights, rounding + recomputed)
     for name, grad in got.items():
         assert grad.shape == getattr(problem, name).shape
