@@ -153,6 +153,48 @@ FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention
   }
 }
 
+// The column of row and column tables at a distance.  Clamped: nobody has looked at what `columns` holds on a GPU.
+FASTATTN_DEVICE int column_at(const ContentTables& t, int distance) {
+  const int entry = smaller(larger(distance, -t.left), t.right) + t.left;
+  return t.columns ? smaller(larger(load_constant(t.columns + entry), 0), t.last) : entry;
+}
+
+// The one column of a tile that lies beyond their reach.
+FASTATTN_DEVICE int far_column(const ContentTables& t, Side side) {
+  return column_at(t, side == Side::kFarLeft ? -t.left : t.right);
+}
+
+// Rows and keys beyond the tables' ends are masked, and read inside them.
+template <class Place, int kBands, int kColumns>
+FASTATTN_DEVICE void add_tables(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v, const Place& at,
+                                Side side) {
+  const ContentTables& t = p.content;
+  const auto with_column = [&](auto add) {
+    if (side != Side::kNear) {
+      const int column = far_column(t, side);
+      each(s, [&](float& x, int band, int n, int r) { x += add(column, band, n, r) * kLog2E; });
+    } else {
+      each(s, [&](float& x, int band, int n, int r) {
+        x += add(column_at(t, at.key(band, n, r) - (at.query(band, n, r) + v.offset)), band, n, r) * kLog2E;
+      });
+    }
+  };
+  if (t.rows) {
+    const float* rows = t.rows + at.batch * t.rows_batch;
+    with_column([&](int column, int band, int n, int r) {
+      const i64 i = smaller(at.query(band, n, r), p.query_length - 1);
+      return load_constant(rows + (at.head_at(band, r) * t.rows_head + i * t.rows_row) + column);
+    });
+  }
+  if (t.cols) {
+    const float* cols = t.cols + (at.batch * t.cols_batch + at.head / p.group * t.cols_head);
+    with_column([&](int column, int band, int n, int r) {
+      const int j = smaller(at.key(band, n, r), p.key_length - 1);
+      return load_constant(cols + static_cast<i64>(column) * t.cols_column + j);
+    });
+  }
+}
+
 // Bit 4 * n + r of bits[band]: whether accumulator [band][n][r] may be seen, a dense bias of -inf aside.  A loop that
 // is not unrolled, since it touches no accumulator: unrolled, its loads took the registers that the tile needs.
 template <class Place, int kBands, int kColumns>
@@ -204,9 +246,10 @@ FASTATTN_DEVICE bool needs_care(const Attention& p, bool masked) { return masked
 // Everything: -inf where masked, which is checked only where `masked` says that it may happen.
 template <class Place, int kBands, int kColumns>
 FASTATTN_DEVICE void finish_scores(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v,
-                                   const Place& at, bool masked, Side side) {
+                                   const Place& at, bool masked, Sides sides) {
   scale_and_cap<Place>(s, p);
-  add_biases(s, p, v, at, side);
+  add_biases(s, p, v, at, sides.table);
+  if (p.content.rows || p.content.cols) add_tables(s, p, v, at, sides.content);
   if (masked) apply_masks(s, p, v, at);
 }
 
