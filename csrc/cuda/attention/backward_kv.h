@@ -76,7 +76,7 @@ FASTATTN_DEVICE void attention_backward_kv(const BackwardParams& params) {
   };
 
   const auto dcol_table = [&] {  // of this head
-    return params.dcol_table + (static_cast<i64>(b) * kv_heads + kv_head) * (p.content.last + 1) * p.key_length;
+    return params.dcol_table + static_cast<i64>(unknown(b * kv_heads + kv_head)) * (p.content.last + 1) * p.key_length;
   };
   if (params.dcol_table)  // zero before the barrier of the first step
     clear_block<kThreads>(dcol_table() + n0, p.key_length, p.content.last + 1,

@@ -5,6 +5,7 @@
 // are summed over lanes before memory is touched.
 #pragma once
 
+#include "../arch/overlap.h"
 #include "scores.h"
 
 namespace fastattn::cuda {
@@ -22,7 +23,7 @@ template <class Place, int kColumns>
 FASTATTN_DEVICE void add_to_table(const float (&ds)[1][kColumns][4], const Attention& p, const Interval& v,
                                   const Place& at, Side side, float* grad) {
   const ContentTables& t = p.content;
-  const int lane = lane_index(), rows = Place::kTransposed ? p.key_length : p.query_length;
+  const int lane = thread_index_again() % kWarpSize, rows = Place::kTransposed ? p.key_length : p.query_length;
   const auto place_of = [&](int row, int column) {
     return Place::kTransposed ? grad + static_cast<i64>(column) * p.key_length + row
                               : grad + static_cast<i64>(row) * (t.last + 1) + column;
@@ -43,33 +44,43 @@ FASTATTN_DEVICE void add_to_table(const float (&ds)[1][kColumns][4], const Atten
     }
     return;
   }
-  // Eight columns of the tile at a time: a lane then holds column lane % 8 of the rows lane / 8 + 4 * k.
-  const int row0 = at.row - lane / 4 + lane / 8, column = lane % 8;
+  // Eight columns of the tile at a time: a lane then holds column lane % 8 of rows lane / 8, + 4, + 8 and + 12.
+  const int column = lane % 8;
   FASTATTN_NO_UNROLL
   for (int n = 0; n < kColumns; ++n) {
-    float piece[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    FASTATTN_UNROLL
-    for (int m = 0; m < kColumns; ++m) {
-      FASTATTN_UNROLL
-      for (int r = 0; r < 4; ++r) piece[r] = m == n ? ds[0][m][r] : piece[r];
-    }
     const int across = at.column - 2 * (lane & 3) + 8 * n + column;
     float sum[4], before[4];
     float* to[4];
     FASTATTN_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      const int from = 16 * (k % 2) + lane / 8 * 4 + column / 2, row = row0 + 4 * k;
-      const float even = shuffle(piece[k / 2 * 2], from), odd = shuffle(piece[k / 2 * 2 + 1], from);
-      sum[k] = column % 2 ? odd : even;
-      const int own = column_at(t, Place::kTransposed ? row - (across + v.offset) : across - (row + v.offset));
+    for (int half = 0; half < 2; ++half) {
+      float piece[2] = {0.0f, 0.0f};
       FASTATTN_UNROLL
-      for (int step = 1; step < 8; step *= 2) {
-        const float below = shuffle_up(sum[k], step);
-        const int column_below = shuffle_up(own, step);
-        if (column >= step && column_below == own) sum[k] += below;
+      for (int m = 0; m < kColumns; ++m) {
+        FASTATTN_UNROLL
+        for (int r = 0; r < 2; ++r) piece[r] = m == n ? ds[0][m][2 * half + r] : piece[r];
       }
-      const bool last = shuffle_down(own, 1) != own || column == 7;
-      to[k] = last && row < rows ? place_of(row, own) : nullptr;
+      const int row0 = at.row_at(0, 2 * half) - lane / 4 + lane / 8;
+      int own[2];
+      FASTATTN_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        const int row = row0 + 4 * k;
+        own[k] = Place::kTransposed ? row - (across + v.offset) : across - (row + v.offset);
+      }
+      find_columns(own, t);
+      FASTATTN_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        const int from = 16 * k + lane / 8 * 4 + column / 2;
+        const float even = shuffle(piece[0], from), odd = shuffle(piece[1], from);
+        sum[2 * half + k] = column % 2 ? odd : even;
+        FASTATTN_UNROLL
+        for (int step = 1; step < 8; step *= 2) {
+          const float below = shuffle_up(sum[2 * half + k], step);
+          const int column_below = shuffle_up(own[k], step);
+          if (column >= step && column_below == own[k]) sum[2 * half + k] += below;
+        }
+        const bool last = shuffle_down(own[k], 1) != own[k] || column == 7;
+        to[2 * half + k] = last && row0 + 4 * k < rows ? place_of(row0 + 4 * k, own[k]) : nullptr;
+      }
     }
     FASTATTN_UNROLL
     for (int k = 0; k < 4; ++k) before[k] = to[k] ? load_global(to[k]) : 0.0f;

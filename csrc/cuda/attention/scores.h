@@ -153,45 +153,60 @@ FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention
   }
 }
 
-// The column of row and column tables at a distance.  Clamped: nobody has looked at what `columns` holds on a GPU.
-FASTATTN_DEVICE int column_at(const ContentTables& t, int distance) {
-  const int entry = smaller(larger(distance, -t.left), t.right) + t.left;
-  return t.columns ? smaller(larger(load_constant(t.columns + entry), 0), t.last) : entry;
+// Distances to columns of row and column tables.  Clamped: nobody has looked at what `columns` holds on a GPU.
+template <int kCount>
+FASTATTN_DEVICE void find_columns(int (&column)[kCount], const ContentTables& t) {
+  FASTATTN_UNROLL
+  for (int& x : column) x = smaller(larger(x, -t.left), t.right) + t.left;
+  if (!t.columns) return;
+  FASTATTN_UNROLL
+  for (int& x : column) x = smaller(larger(load_constant(t.columns + x), 0), t.last);
 }
 
 // The one column of a tile that lies beyond their reach.
 FASTATTN_DEVICE int far_column(const ContentTables& t, Side side) {
-  return column_at(t, side == Side::kFarLeft ? -t.left : t.right);
+  int column[1] = {side == Side::kFarLeft ? -t.left : t.right};
+  find_columns(column, t);
+  return column[0];
 }
 
+// A tile beyond the reach of the tables reads one column.  Others look up eight columns of the tile at a time, in a
+// loop that is not unrolled: like the loads of masks, those of a whole tile took the registers that the tile needs.
 // Rows and keys beyond the tables' ends are masked, and read inside them.
 template <class Place, int kBands, int kColumns>
 FASTATTN_DEVICE void add_tables(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v, const Place& at,
                                 Side side) {
   const ContentTables& t = p.content;
-  const auto with_column = [&](auto add) {
-    if (side != Side::kNear) {
-      const int column = far_column(t, side);
-      each(s, [&](float& x, int band, int n, int r) { x += add(column, band, n, r) * kLog2E; });
-    } else {
-      each(s, [&](float& x, int band, int n, int r) {
-        x += add(column_at(t, at.key(band, n, r) - (at.query(band, n, r) + v.offset)), band, n, r) * kLog2E;
-      });
-    }
+  const float* const rows = t.rows + at.batch * t.rows_batch;
+  const float* const keys = t.cols + (at.batch * t.cols_batch + at.head / p.group * t.cols_head);
+  const auto row_entry = [&](int band, int n, int r, int column) {
+    const i64 row = smaller(at.query(band, n, r), p.query_length - 1);
+    return load_constant(rows + (at.head_at(band, r) * t.rows_head + row * t.rows_row) + column) * kLog2E;
   };
-  if (t.rows) {
-    const float* rows = t.rows + at.batch * t.rows_batch;
-    with_column([&](int column, int band, int n, int r) {
-      const i64 i = smaller(at.query(band, n, r), p.query_length - 1);
-      return load_constant(rows + (at.head_at(band, r) * t.rows_head + i * t.rows_row) + column);
-    });
+  const auto column_entry = [&](int band, int n, int r, int column) {
+    const int key = smaller(at.key(band, n, r), p.key_length - 1);
+    return load_constant(keys + static_cast<i64>(column) * t.cols_column + key) * kLog2E;
+  };
+  if (side != Side::kNear) {
+    const int column = far_column(t, side);
+    if (t.rows) each(s, [&](float& x, int band, int n, int r) { x += row_entry(band, n, r, column); });
+    if (t.cols) each(s, [&](float& x, int band, int n, int r) { x += column_entry(band, n, r, column); });
+    return;
   }
-  if (t.cols) {
-    const float* cols = t.cols + (at.batch * t.cols_batch + at.head / p.group * t.cols_head);
-    with_column([&](int column, int band, int n, int r) {
-      const int j = smaller(at.key(band, n, r), p.key_length - 1);
-      return load_constant(cols + static_cast<i64>(column) * t.cols_column + j);
-    });
+  FASTATTN_NO_UNROLL
+  for (int n = 0; n < kColumns; ++n) {
+    int column[4 * kBands];
+    float added[4 * kBands];
+    const auto each_of_n = [&](auto f) {
+      FASTATTN_UNROLL
+      for (int x = 0; x < 4 * kBands; ++x) f(x, x / 4, x % 4);
+    };
+    each_of_n([&](int x, int band, int r) { column[x] = at.key(band, n, r) - (at.query(band, n, r) + v.offset); });
+    find_columns(column, t);
+    each_of_n([&](int x, int, int) { added[x] = 0.0f; });
+    if (t.rows) each_of_n([&](int x, int band, int r) { added[x] += row_entry(band, n, r, column[x]); });
+    if (t.cols) each_of_n([&](int x, int band, int r) { added[x] += column_entry(band, n, r, column[x]); });
+    each(s, [&](float& x, int band, int m, int r) { x += m == n ? added[4 * band + r] : 0.0f; });
   }
 }
 
