@@ -125,10 +125,10 @@ FASTATTN_DEVICE RowContext load_context(SharedAddress at) {
 }
 
 // Where a tile of keys n0 ... n1 - 1 lies relative to the distances -left ... right, seen from positions first ...
-// last.
+// last.  Each bound is read where it is asked for: both before it took registers from a kernel of sm_90a.
 enum class Side { kNear, kFarLeft, kFarRight };
 
-FASTATTN_DEVICE Side side_of(int left, int right, int first, int last, int n0, int n1) {
+FASTATTN_DEVICE Side side_of(const int& left, const int& right, int first, int last, int n0, int n1) {
   if (n1 - 1 - first <= -left) return Side::kFarLeft;
   if (n0 - last >= right) return Side::kFarRight;
   return Side::kNear;
