@@ -28,6 +28,7 @@ SHARED_BYTES = 232448  # what an H100 gives a block
 # Row and column tables go to the kernels of sm_80.
 TAKEN = [name for name in FEATURES if name not in CONTENT]
 
+
 @pytest.fixture(autouse=True)
 def device(cuda_simulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The simulator as a small device of capability 9.0, asked for these kernels."""
