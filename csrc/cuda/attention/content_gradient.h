@@ -1,8 +1,8 @@
 // Gradients of row and column tables: sums of dS over the keys (queries) of a row (key) that read the same column.
 //
 // A warp owns its rows, so their sums stay in memory, where it alone adds to them: nothing of (Sq, Sk), or as wide as
-// the tables' reach, is held anywhere.  Along a row columns only rise (only fall): pairs that share one lie side by side,
-// and are summed over lanes before memory is touched.
+// the tables' reach, is held anywhere.  Along a row columns only rise (only fall): pairs that share one lie side by
+// side, and are summed over lanes before memory is touched.
 #pragma once
 
 #include "../arch/overlap.h"
