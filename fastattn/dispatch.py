@@ -72,11 +72,6 @@ def choose(problem: AnyProblem, name: str | None) -> tuple[Backend, dict[str, li
     raise AssertionError("the reference backend refuses nothing")
 
 
-def takes_tables(name: str | None) -> bool:
-    """Whether the backend of that name, or with None one that may be chosen, reads row and column tables."""
-    return name not in _BACKENDS or _BACKENDS[name].takes_tables
-
-
 @dataclass(frozen=True)
 class Explanation:
     """What runs for a call and why.

@@ -135,7 +135,6 @@ def attention(
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
         dropout_p=dropout_p, query_offset=query_offset,
-        takes_tables=bias is None or dispatch.takes_tables(backend),
     )  # fmt: skip
     out, lse = dispatch.run(problem, backend, return_lse)
     if dropout_p == 1.0:
@@ -168,7 +167,6 @@ def explain(
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
         dropout_p=dropout_p, query_offset=query_offset, draw_seed=False, notes=notes,
-        takes_tables=dispatch.takes_tables(backend),
     )  # fmt: skip
     return dispatch.explain(problem, backend, notes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import nn as fnn
-from fastattn.backends.cuda import CudaBackend
 from fastattn.positional.content import Route
 from fastattn.positional.deberta import Disentangled, deberta_buckets
 from fastattn.positional.shaw import ShawKeys, shaw_attention
@@ -314,6 +314,41 @@ def test_deberta_layer_of_transformers(buckets: int, route: Route, backend: str,
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
 
 
+# -- in the simulator of the CUDA kernels ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", OFFSETS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", ["shaw", "transformer_xl", "c2p", "p2c", "c2p+p2c"])
+def test_on_cuda(scheme: str, dtype: torch.dtype, offset: int | Tensor | None, cuda_simulator: ModuleType) -> None:
+    """Grouped heads under a causal mask, each as tables."""
+    learned = {
+        "shaw": {"a": (7, DIM)},
+        "transformer_xl": {"weight": (HEADS, DIM, WIDTH), "u": (HEADS, DIM), "v": (HEADS, DIM)},
+        "c2p": {"kr": (HEADS, 8, DIM)}, "p2c": {"qr": (2, 8, DIM)},
+        "c2p+p2c": {"kr": (HEADS, 8, DIM), "qr": (2, 8, DIM)},
+    }[scheme]  # fmt: skip
+    mask, scale = (distances(offset) <= 0)[:, None], None if scheme in ("shaw", "transformer_xl") else 0.2
+
+    def ours(t: Inputs) -> Tensor:
+        if scheme == "shaw":
+            bias = ShawKeys(t["a"], route="table")
+        elif scheme == "transformer_xl":
+            bias = TransformerXL(t["weight"], t["u"], t["v"], clamp=5, route="table")
+        else:
+            bias = Disentangled(t.get("kr"), t.get("qr"), max_distance=16, buckets=8, route="table")
+        return fast(t, bias=bias, scale=scale, mask=fastattn.Causal(), query_offset=offset, backend="cuda")
+
+    def formula(t: Inputs) -> tuple[Tensor, Tensor]:
+        if scheme == "shaw":
+            return _shaw_formula(t, offset, mask)
+        if scheme == "transformer_xl":
+            return _xl_formula(t, offset, mask, 5)
+        return _deberta_formula(t, offset, 8, mask)
+
+    check_scheme(ours, formula, draw(value=(2, 2, KEYS, DIM), **learned), dtype)
+
+
 # -- what they share --------------------------------------------------------------------------------------------------
 
 
@@ -336,8 +371,6 @@ def test_tables_where_they_are_narrow() -> None:
     assert "written out" in notes(shaw + deberta).split(" | ")[1]
     explained = fastattn.explain(t["query"], t["key"], t["value"], bias=deberta)
     assert explained.features == ["row_table", "col_table"]
-    problem = fastattn.functional.lower(t["query"], t["key"], t["value"], bias=deberta)
-    assert any("row and column tables" in why for why in CudaBackend().unsupported_reasons(problem))
     problem = fastattn.functional.lower(t["query"], t["key"], t["value"], bias=deberta, takes_tables=False)
     assert problem.row_table is None
     with pytest.raises(fastattn.UnsupportedError, match="additive"):

@@ -13,14 +13,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from features import BIASES, CONTENT, FEATURES, MASKS, ROTARY, Shape
+from features import BIASES, CONTENT, FEATURES, MASKS, ROTARY, Feature, Scene, Shape, Tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Call, check
 
 import fastattn
 from fastattn.functional import lower
-from fastattn.problem import GRADIENT_FIELDS
+from fastattn.positional.content import ContentBias, Tables
+from fastattn.problem import GRADIENT_FIELDS, Problem
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -178,6 +179,197 @@ def test_composition(
     check(Call(names, shape, dtype, seed=seed, dropout_p=dropout_p), "cuda")
 
 
+class GivenTables(ContentBias):
+    """Row and column tables as they are given."""
+
+    route = "table"
+
+    def __init__(self, tables: Tables) -> None:
+        self.given = tables
+
+    def tables(self, *_: object) -> Tables:
+        return self.given
+
+    def dense(self, *_: object) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class TableCase:
+    """What the tables of a call are: their width, and the column of each entry, T in all, by default its own."""
+
+    width: int
+    left: int
+    columns: tuple[int, ...] | None = None
+    rows: bool = True
+    cols: bool = True
+
+    def __call__(self, scene: Scene) -> Feature:
+        s, width = scene.shape, self.width
+        leaves = {}
+        if self.rows:
+            leaves["rows"] = scene.randn(s.batch, s.heads, s.query_length, width, dtype=torch.float32)
+        if self.cols:
+            leaves["cols"] = scene.randn(s.batch, s.kv_heads, width, s.key_length, dtype=torch.float32)
+        columns = torch.tensor(self.columns or range(width), dtype=torch.int32)
+
+        def bias(leaves: Tensors) -> torch.Tensor:
+            entry = scene.distance.clamp(-self.left, len(columns) - 1 - self.left) + self.left
+            index = columns[entry].long().expand(s.batch, s.heads, -1, -1)
+            total = torch.zeros((), dtype=torch.float64)
+            if self.rows:
+                total = total + leaves["rows"].gather(-1, index)
+            if self.cols:
+                total = total + leaves["cols"].repeat_interleave(s.heads // s.kv_heads, 1).gather(-2, index)
+            return total
+
+        def public(leaves: Tensors) -> dict[str, object]:
+            given = columns if self.columns else None
+            return {"bias": GivenTables(Tables(leaves.get("rows"), leaves.get("cols"), given, self.left))}
+
+        return Feature(leaves=leaves, public=public, bias=bias)
+
+
+# few, of which one is read by no pair and one by a single distance; the reach is not symmetric
+BUCKETS = TableCase(6, 17, (0,) * 5 + (1,) * 9 + (2,) + (4,) * 11 + (5,) * 3)
+TABLE_CASES = {
+    "rows": TableCase(15, 7, cols=False),
+    "columns": TableCase(15, 7, rows=False),
+    "both": TableCase(9, 2),
+    "buckets": BUCKETS,
+    "beyond every distance": TableCase(701, 350),
+    "one": TableCase(1, 0),
+    "one side": TableCase(12, 11),
+    "other side": TableCase(4, 0, (0, 1, 1, 1, 2, 2, 3)),
+}
+
+
+@pytest.fixture
+def table_case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The feature of the case that the test names, for as long as it runs."""
+    monkeypatch.setitem(FEATURES, "given tables", request.param)
+    return "given tables"
+
+
+def _cases(*names: str) -> pytest.MarkDecorator:
+    cases = {name: TABLE_CASES[name] for name in names or TABLE_CASES}
+    return pytest.mark.parametrize("table_case", cases.values(), ids=cases, indirect=True)
+
+
+FAR = Shape(1, 4, 2, query_length=70, key_length=230, head_dim=32, value_dim=32)
+
+
+@_cases()
+@pytest.mark.parametrize("shape", [SHAPE, DECODE, FAR], ids=["rows", "decode", "far"])
+def test_tables(table_case: str, shape: Shape) -> None:
+    """Within reach, across its ends and beyond; a group of heads adds to one column table."""
+    check(Call((table_case,), shape, HALF), "cuda")
+
+
+@_cases("both", "buckets")
+@pytest.mark.parametrize("offset", [0, -60, 190, torch.tensor([3, -90])], ids=str)
+@pytest.mark.parametrize(
+    "features",
+    [("causal",), ("window", "table"), ("key_lengths", "softcap", "alibi"), ("documents", "dense_full", "sink")],
+    ids="+".join,
+)
+def test_tables_beside_other_features(
+    table_case: str, features: tuple[str, ...], offset: int | torch.Tensor
+) -> None:  # fmt: skip
+    check(Call((table_case, *features), SHAPE, BFLOAT16, offset=offset, dropout_p=0.2), "cuda")
+
+
+@_cases("buckets")
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
+def test_tables_at_head_dims(table_case: str, dim: int, dtype: torch.dtype) -> None:
+    shape = Shape(1, 2, 1, query_length=35, key_length=70, head_dim=dim, value_dim=dim)
+    check(Call((table_case, "causal"), shape, dtype), "cuda")
+
+
+@_cases("buckets")
+@pytest.mark.parametrize("key_length", [1, 63, 65, 129])
+@pytest.mark.parametrize("query_length", [1, 63, 129])
+def test_tables_at_lengths(table_case: str, query_length: int, key_length: int) -> None:
+    shape = Shape(1, 2, 1, query_length=query_length, key_length=key_length, head_dim=32, value_dim=32)
+    check(Call((table_case, "causal"), shape, HALF), "cuda")
+
+
+@_cases("both")
+@pytest.mark.parametrize("sizes", [{"query_length": 0}, {"key_length": 0}, {"batch": 0}], ids=str)
+def test_tables_of_nothing(table_case: str, sizes: dict[str, int]) -> None:
+    check(Call((table_case,), dataclasses.replace(SHAPE, **sizes), HALF), "cuda")
+
+
+def table_problem(columns: list[int] | None = None) -> Problem:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 32, dtype=HALF) for n in (40, 75, 75))
+    rows, cols = torch.randn(1, 2, 40, 5), torch.randn(1, 2, 5, 75)
+    return Problem(
+        query=query, key=key, value=value, scale=0.2, query_offset=35, row_table=rows, col_table=cols, columns_left=2,
+        columns=None if columns is None else torch.tensor(columns, dtype=torch.int32),
+    )  # fmt: skip
+
+
+def run_problem(problem: Problem) -> list[torch.Tensor]:
+    """Output, and gradients of both tables."""
+    torch.manual_seed(1)
+    out, _, statistics = torch.ops.fastattn.cuda_forward(*problem.arguments())
+    needs = sum(1 << bit for bit, name in enumerate(GRADIENT_FIELDS) if name.endswith("_table"))
+    grad_out = torch.randn_like(out)
+    grads = torch.ops.fastattn.cuda_backward(grad_out, None, out, statistics, needs, *problem.arguments())
+    return [out, *grads[-2:]]
+
+
+def test_tables_may_be_slices_of_larger_ones() -> None:
+    problem = table_problem()
+
+    def guarded(x: torch.Tensor) -> torch.Tensor:
+        whole = torch.full([n + 5 for n in x.shape], float("nan"))
+        inner = whole[tuple(slice(2, 2 + n) for n in x.shape)]
+        inner.copy_(x)
+        return inner
+
+    sliced = dataclasses.replace(
+        problem, row_table=guarded(problem.row_table), col_table=guarded(problem.col_table)
+    )  # fmt: skip
+    for ours, want in zip(run_problem(sliced), run_problem(problem), strict=True):
+        assert torch.equal(ours, want)
+
+
+def test_columns_that_do_not_exist_are_clamped() -> None:
+    """They lie in the GPU's memory, where no operator looks at them."""
+    for ours, want in zip(
+        run_problem(table_problem([-9, 1, 2, 2, 99])), run_problem(table_problem([0, 1, 2, 2, 4])), strict=True
+    ):  # fmt: skip
+        assert torch.equal(ours, want)
+
+
+def test_gradients_of_tables_alone(device: ModuleType) -> None:
+    """Each is made by one kernel, and neither needs dQ, dK or dV."""
+    problem = table_problem()
+    out, _, statistics = torch.ops.fastattn.cuda_forward(*problem.arguments())
+    for name, kernel in (("row_table", "backward_q_f16_d32"), ("col_table", "backward_kv_f16_d32")):
+        device.clear_reports()
+        needs = 1 << GRADIENT_FIELDS.index(name)
+        torch.ops.fastattn.cuda_backward(torch.randn_like(out), None, out, statistics, needs, *problem.arguments())
+        assert kernels(device) == ["attention_delta", kernel]
+
+
+def test_tables_keep_to_the_kernels_of_sm_80(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_CUDA_HOPPER", "1")
+    device.set_device(shared_memory_per_block=227 * 1024, capability=90)
+    device.clear_reports()
+    call = Call(("shaw",), SHAPE, HALF)
+    check(call, "cuda")
+    assert not any("hopper" in kernel for kernel in kernels(device))
+    leaves = call.leaves
+    explained = fastattn.explain(
+        leaves["query"], leaves["key"], leaves["value"], **call.keywords(leaves), backend="cuda"
+    )  # fmt: skip
+    assert explained.plan["not_hopper"] == "row and column tables"
+
+
 @pytest.mark.parametrize("query_length", [20, 40])
 def test_same_dropout_as_the_cpu_backend(query_length: int) -> None:
     query, key = torch.zeros(2, 3, query_length, 16, dtype=HALF), torch.zeros(2, 3, 37, 16, dtype=HALF)
@@ -228,7 +420,7 @@ def test_not_a_number_stays_where_it_may_be_seen(where: str, query_length: int) 
 
 
 def test_gradients_are_bit_identical() -> None:
-    call = Call(("causal", "table", "alibi", "dense_full", "sink"), SHAPE, HALF)
+    call = Call(("causal", "table", "alibi", "dense_full", "sink", "deberta"), SHAPE, HALF)
     first, second = call.fused("cuda"), call.fused("cuda")
     for name, grad in first.grads.items():
         assert torch.equal(grad, second.grads[name]), name
@@ -307,6 +499,6 @@ def test_gradients_that_are_not_wanted_cost_nothing(device: ModuleType) -> None:
 
 
 def test_every_gradient_has_a_feature() -> None:
-    """What the kernels give gradients for is covered above; they refuse row and column tables."""
-    covered = {"query", "key", "value", "slopes", "table", "dense_bias", "sink"}
-    assert set(GRADIENT_FIELDS) - {"row_table", "col_table"} == covered
+    """What the kernels give gradients for is covered above."""
+    covered = {"query", "key", "value", "slopes", "table", "dense_bias", "sink", "row_table", "col_table"}
+    assert set(GRADIENT_FIELDS) == covered

@@ -112,7 +112,6 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(FASTATTN_PROBLEM_PARAMETERS) {
   Call call(query);
   const Tensor q = call.rows("query", query), k = call.rows("key", key), v = call.rows("value", value);
   const Problem p = unpack(call.place, q, k, v, FASTATTN_PROBLEM_FEATURES);
-  STD_TORCH_CHECK(!p.row_table && !p.col_table, "fastattn: the CUDA kernels take no row_table and no col_table");
   const ForwardResults results(call.place, p, query);
   attention_forward(p, results.views, call, call.device);
   return results.take();

@@ -42,8 +42,6 @@ class Backend(ABC):
     other backends."""
 
     name: str
-    # Whether its attention reads row and column tables.
-    takes_tables = True
     # Whether its attention can give its weights, too.
     gives_weights = False
 

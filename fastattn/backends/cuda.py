@@ -81,7 +81,6 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 class CudaBackend(GpuBackend):
     name = "cuda"
     stand_in = "simulator"
-    takes_tables = False
 
     @property
     def reason(self) -> str | None:
@@ -106,8 +105,6 @@ class CudaBackend(GpuBackend):
         if bias is not None and bias.dtype not in ROW_DTYPES:
             reasons.append(f"a dense bias of dtype {_names((bias.dtype,))}; it takes {_names(ROW_DTYPES)}")
         if isinstance(problem, Problem):
-            if problem.row_table is not None or problem.col_table is not None:
-                reasons.append("row and column tables; the triton backend has them, and a bias has route='dense'")
             for name, dim in (("D", problem.query.shape[3]), ("Dv", problem.value.shape[3])):
                 if dim > MAX_HEAD_DIM or dim % 8 or dim == 0:
                     reasons.append(f"{name} = {dim}; it has multiples of 8 up to {MAX_HEAD_DIM}")
@@ -157,7 +154,7 @@ def _backward(
         grad_lse,
         _aligned_rows(out),
         statistics,
-        *[grad for name, grad in grads.items() if name not in ("row_table", "col_table")],
+        *grads.values(),
     )
     return tuple(absent_gradient(name, grad_out, statistics) if grad is None else grad for name, grad in grads.items())
 

@@ -30,8 +30,8 @@ class Disentangled(ContentBias):
 
     DeBERTa's scale is 1 / sqrt(D n), n the number of terms: pass it to `attention`.  Route "table" hands the products
     q . kr and k . qr to the kernel, (B, Hq, Sq, 2 span) and (B, Hk, 2 span, Sk) numbers.  Route "dense" writes their
-    sum out, (B, Hq, Sq, Sk).  "auto" takes the tables unless they are wider than there are keys, another bias has
-    tables already, or the backend asked for reads none (cuda).
+    sum out, (B, Hq, Sq, Sk).  "auto" takes the tables unless they are wider than there are keys, or another bias
+    has tables already.
 
     Args:
         position_keys: kr, (2 span, D), or (Hq, 2 span, D) when projected by head; None without c2p.

@@ -26,7 +26,7 @@ class ShawKeys(ContentBias):
     with e (2k + 1, D).  Gradients: de_r = scale * sum of dS[i, j] q_i over the pairs at distance r, and
     dq_i += scale * sum_j dS[i, j] e_r.  Route "table" hands the products q . e to the kernel, (B, Hq, Sq, 2k + 1)
     numbers.  Route "dense" writes them out, (B, Hq, Sq, Sk).  "auto" takes the table unless it is wider than there are
-    keys, another bias has tables already, or the backend asked for reads none (cuda).
+    keys, or another bias has tables already.
 
     Args:
         embeddings: (2k + 1, D), or (Hq, 2k + 1, D) for vectors of each head's own; floating.

@@ -39,7 +39,7 @@ class TransformerXL(ContentBias):
 
     With a clamp there are 2 clamp + 1 vectors R: route "table" hands their products with A to the kernel,
     (B, Hq, Sq, 2 clamp + 1) numbers, and "auto" takes it unless that is wider than there are keys, something rotates,
-    there is a softcap, another bias has tables already, or the backend asked for reads none (cuda); then it is "dense".
+    there is a softcap, or another bias has tables already; then it is "dense".
 
     Args:
         weight: W, (Hq, D, E) floating, E even: `r_net.weight` viewed by head.

@@ -14,6 +14,15 @@ FASTATTN_DEVICE void settle([[maybe_unused]] float (&registers)[N]) {
 #endif
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed after this line, and takes no
+// registers through a loop around it.
+FASTATTN_DEVICE int unknown(int x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // Everything that `sum`, never negative, is made of is computed before this line.  ptxas sinks exponentials below the
 // wait for a product that is under way beside them, and then nothing overlaps; of what was tried (volatile, empty
 // asm statements, __syncwarp), a branch that depends on all of them and is never taken is what holds them.

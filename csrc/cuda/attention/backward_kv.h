@@ -5,6 +5,7 @@
 // warps share a band of 16 keys: both compute its scores, each accumulates half of the columns.
 #pragma once
 
+#include "content_gradient.h"
 #include "score_gradient.h"
 #include "tiles.h"
 
@@ -74,6 +75,12 @@ FASTATTN_DEVICE void attention_backward_kv(const BackwardParams& params) {
     copy_async_commit();
   };
 
+  const auto dcol_table = [&] {  // of this head
+    return params.dcol_table + static_cast<i64>(unknown(b * kv_heads + kv_head)) * (p.content.last + 1) * p.key_length;
+  };
+  if (params.dcol_table)  // zero before the barrier of the first step
+    clear_block<kThreads>(dcol_table() + n0, p.key_length, p.content.last + 1,
+                          smaller(Config::kKeys, p.key_length - n0));
   float dk[1][kPartColumns / 8][4], dv[1][kPartColumns / 8][4];
   clear(dk);
   clear(dv);
@@ -112,13 +119,13 @@ FASTATTN_DEVICE void attention_backward_kv(const BackwardParams& params) {
     sync_block();
 
     const int first = m0 + interval.offset;
-    const Side side = side_of(p, first, smaller(m0 + kQueries, p.query_length) - 1 + interval.offset, n0, last + 1);
+    const Sides sides = sides_of(p, first, smaller(m0 + kQueries, p.query_length) - 1 + interval.offset, n0, last + 1);
     float s[1][kQueries / 8][4], ds[1][kQueries / 8][4];
     const auto raw = [&](float (&product)[1][kQueries / 8][4]) {
       multiply_rows<T, KeyTile, RowTile>(product, key_tile, band * 16, query_tile);
     };
     raw(s);
-    finish_scores(s, p, interval, at, masked, side);
+    finish_scores(s, p, interval, at, masked, sides);
     multiply_rows<T, KeyTile, RowTile>(ds, value_tile, band * 16, grad_tile);
     weights_and_gradient(s, ds, p, at, careful, [&](int, int n, int r) {
       const int row = 8 * n + 2 * (lane & 3) + (r & 1);
@@ -129,6 +136,7 @@ FASTATTN_DEVICE void attention_backward_kv(const BackwardParams& params) {
     uint32_t packed[1][kQueries / 16][4];
     pack_rows<T>(packed, s);
     accumulate<T, RowTile>(dv, packed, grad_tile, part * (kPartColumns / 16));
+    if (params.dcol_table && part == 0) add_to_table(ds, p, interval, at, sides.content, dcol_table());
     if (p.softcap_out != 0.0f) through_softcap(ds, s, p, raw);
     pack_rows<T>(packed, ds);
     accumulate<T, RowTile>(dk, packed, query_tile, part * (kPartColumns / 16));

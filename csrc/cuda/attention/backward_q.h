@@ -2,6 +2,7 @@
 // is a sum over a query's keys: the slopes' gradient and those of the two ends of the distance table.
 #pragma once
 
+#include "content_gradient.h"
 #include "score_gradient.h"
 #include "tiles.h"
 
@@ -91,7 +92,13 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
                                  p.value_dim);
     copy_step(start);
   }
-  sync_block();  // the context is there
+  if (params.drow_table) {
+    const int columns = p.content.last + 1;
+    const i64 row = (static_cast<i64>(b) * p.heads + h) * p.query_length + m0;
+    clear_block<kThreads>(params.drow_table + row * columns, columns, smaller(Config::kRows, p.query_length - m0),
+                          columns);
+  }
+  sync_block();  // the context is there, and the table's gradient is zero
   for (int n = start; n < end; ++n) {
     const int stage = (n & (stages - 1)) * KeyTile::kBytes;
     const SharedAddress key_tile = key_tiles + stage, value_tile = value_tiles + stage;
@@ -113,13 +120,13 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
     sync_block();
 
     const Place<> at{row0, n0 + 2 * (lane & 3), context.batch, context.head};
-    const Side side = side_of(p, context.first, context.last, n0, n0 + kKeys);
+    const Sides sides = sides_of(p, context.first, context.last, n0, n0 + kKeys);
     float s[1][kKeys / 8][4], ds[1][kKeys / 8][4];
     const auto raw = [&](float (&product)[1][kKeys / 8][4]) {
       multiply_rows<T, RowTile, KeyTile>(product, query_tile, band0, key_tile);
     };
     raw(s);
-    finish_scores(s, p, context.interval, at, masked, side);
+    finish_scores(s, p, context.interval, at, masked, sides);
     multiply_rows<T, RowTile, KeyTile>(ds, grad_tile, band0, value_tile);
     weights_and_gradient(s, ds, p, at, careful, [&](int, int, int r) { return rows[r / 2]; });
 
@@ -132,12 +139,17 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
     if (params.partial_ends) {
       each(ds, [&](float& x, int band, int c, int r) {
         const int distance = at.key(band, c, r) - (at.query(band, c, r) + context.interval.offset);
-        if (side == Side::kFarLeft || (side == Side::kNear && distance <= -p.table_left)) {
+        if (sides.table == Side::kFarLeft || (sides.table == Side::kNear && distance <= -p.table_left)) {
           left_sum += x;
-        } else if (side == Side::kFarRight || distance >= p.table_right) {
+        } else if (sides.table == Side::kFarRight || distance >= p.table_right) {
           right_sum += x;
         }
       });
+    }
+    if (params.drow_table) {
+      const i64 head = static_cast<i64>(context.batch) * p.heads + context.head;
+      add_to_table(ds, p, context.interval, at, sides.content,
+                   params.drow_table + head * p.query_length * (p.content.last + 1));
     }
     if (p.softcap_out != 0.0f) through_softcap(ds, s, p, raw);
     uint32_t packed[1][kKeys / 16][4];

@@ -120,7 +120,7 @@ FASTATTN_DEVICE void attention_decode(const DecodeParams& params) {
     sync_warp();
     copy_keys(n0 + Config::kStep);
     const bool masked = needs_masks(p, keys, n0, n0 + kKeys);
-    finish_scores(s, p, interval, at, masked, side_of(p, first, last, n0, n0 + kKeys));
+    finish_scores(s, p, interval, at, masked, sides_of(p, first, last, n0, n0 + kKeys));
     copy_async_wait<1>();
     sync_warp();
     uint32_t poisoned = 0;

@@ -190,7 +190,7 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
     const RowContext context = load_context(context_at);
     const Place<> at{row, n0 + 2 * (lane & 3), context.batch, context.head};
     const bool masked = needs_masks(p, context.keys, n0, n0 + kKeys);
-    finish_scores(s, p, context.interval, at, masked, side_of(p, context.first, context.last, n0, n0 + kKeys));
+    finish_scores(s, p, context.interval, at, masked, sides_of(p, context.first, context.last, n0, n0 + kKeys));
 
     if (params.two_stages) {
       copy_async_wait<1>();

@@ -40,8 +40,8 @@ class Backward {
   void run() {
     if (rows) launch_delta();
     if (out.dsink) sum_partials(partial_sink, delta_tiles, 1, 0, out.dsink, false);
-    if (out.dkey || out.dvalue) launch_kv();
-    if (out.dquery || out.dslopes || out.dtable) launch_q();
+    if (out.dkey || out.dvalue || out.dcol_table) launch_kv();
+    if (out.dquery || out.dslopes || out.dtable || out.drow_table) launch_q();
     if (out.ddense_bias) launch_bias();
     if (out.dtable) launch_table();
     rotate_back(p, out.dquery, out.dkey, device);
@@ -92,6 +92,7 @@ class Backward {
     b.two_stages = fits(device, tiles.shared_bytes(true), 1);
     b.dkey = result_of("dkey", out.dkey);
     b.dvalue = result_of("dvalue", out.dvalue);
+    if (out.dcol_table) b.dcol_table = numbers(out.dcol_table);
     if (hopper) return hopper_backward_kv(p, b, device);
     const i64 blocks = b.tiles * p.kv_heads * p.batch;
     if (blocks) kBackwardKv[type_index(p)][dim](launch(blocks, tiles.shared_bytes(b.two_stages)), b);
@@ -103,6 +104,7 @@ class Backward {
     b.tiles = static_cast<int>(ceil_div(p.query_length, tiles.rows));
     b.two_stages = fits(device, tiles.shared_bytes(true), 1);
     b.dquery = result_of("dquery", out.dquery);
+    if (out.drow_table) b.drow_table = numbers(out.drow_table);
     if (hopper) b.tiles = hopper_partial_sums(p);
     const i64 blocks = b.tiles * p.query_heads * p.batch;
     if (out.dslopes) b.partial_slopes = floats(blocks);

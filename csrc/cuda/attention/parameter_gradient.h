@@ -67,13 +67,13 @@ FASTATTN_DEVICE void add_score_gradient(float (&acc)[1][8][4], const ParameterPa
   };
   float s[1][8][4], ds[1][8][4];
   clear(s);
-  clear(ds);
   add_wide_product<Config>(s, p.query, at_row(p.query, b, h, m0), rows, p.key, at_row(p.key, b, h / p.group, n0),
                            columns, p.head_dim, careful);
+  const Place<> at{m0 + warp_index() * 16 + lane_index() / 4, n0 + 2 * (lane_index() & 3), b, h};
+  finish_scores(s, p, interval, at, masked, sides_of(p, first, last, n0, n0 + Config::kSize));
+  clear(ds);
   add_wide_product<Config>(ds, params.grad_out, at_row(params.grad_out, b, h, m0), rows, p.value,
                            at_row(p.value, b, h / p.group, n0), columns, p.value_dim, careful);
-  const Place<> at{m0 + warp_index() * 16 + lane_index() / 4, n0 + 2 * (lane_index() & 3), b, h};
-  finish_scores(s, p, interval, at, masked, side_of(p, first, last, n0, n0 + Config::kSize));
   RowStatistics statistics[2];
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {

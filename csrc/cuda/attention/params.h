@@ -56,11 +56,13 @@ struct BackwardParams {
   int tiles = 0;
   bool two_stages = false;
   // of the kernel over key tiles
-  Result dkey, dvalue;  // null where not wanted
+  Result dkey, dvalue;          // null where not wanted
+  float* dcol_table = nullptr;  // contiguous (B, Hk, C, Sk)
   // of the kernel over query tiles
   Result dquery;
   float* partial_slopes = nullptr;  // (B, Hq, tiles)
   float* partial_ends = nullptr;    // (B, Hq, tiles, 2): distances at or beyond the table's left and right end
+  float* drow_table = nullptr;      // contiguous (B, Hq, Sq, C)
 };
 
 // Gradients that are sums of dS over places: a dense bias, or the inner entries of the distance table.

@@ -153,6 +153,63 @@ FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention
   }
 }
 
+// Distances to columns of row and column tables.  Clamped: nobody has looked at what `columns` holds on a GPU.
+template <int kCount>
+FASTATTN_DEVICE void find_columns(int (&column)[kCount], const ContentTables& t) {
+  FASTATTN_UNROLL
+  for (int& x : column) x = smaller(larger(x, -t.left), t.right) + t.left;
+  if (!t.columns) return;
+  FASTATTN_UNROLL
+  for (int& x : column) x = smaller(larger(load_constant(t.columns + x), 0), t.last);
+}
+
+// The one column of a tile that lies beyond their reach.
+FASTATTN_DEVICE int far_column(const ContentTables& t, Side side) {
+  int column[1] = {side == Side::kFarLeft ? -t.left : t.right};
+  find_columns(column, t);
+  return column[0];
+}
+
+// A tile beyond the reach of the tables reads one column.  Others look up eight columns of the tile at a time, in a
+// loop that is not unrolled: like the loads of masks, those of a whole tile took the registers that the tile needs.
+// Rows and keys beyond the tables' ends are masked, and read inside them.
+template <class Place, int kBands, int kColumns>
+FASTATTN_DEVICE void add_tables(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v, const Place& at,
+                                Side side) {
+  const ContentTables& t = p.content;
+  const float* const rows = t.rows + at.batch * t.rows_batch;
+  const float* const keys = t.cols + (at.batch * t.cols_batch + at.head / p.group * t.cols_head);
+  const auto row_entry = [&](int band, int n, int r, int column) {
+    const i64 row = smaller(at.query(band, n, r), p.query_length - 1);
+    return load_constant(rows + (at.head_at(band, r) * t.rows_head + row * t.rows_row) + column) * kLog2E;
+  };
+  const auto column_entry = [&](int band, int n, int r, int column) {
+    const int key = smaller(at.key(band, n, r), p.key_length - 1);
+    return load_constant(keys + static_cast<i64>(column) * t.cols_column + key) * kLog2E;
+  };
+  if (side != Side::kNear) {
+    const int column = far_column(t, side);
+    if (t.rows) each(s, [&](float& x, int band, int n, int r) { x += row_entry(band, n, r, column); });
+    if (t.cols) each(s, [&](float& x, int band, int n, int r) { x += column_entry(band, n, r, column); });
+    return;
+  }
+  FASTATTN_NO_UNROLL
+  for (int n = 0; n < kColumns; ++n) {
+    int column[4 * kBands];
+    float added[4 * kBands];
+    const auto each_of_n = [&](auto f) {
+      FASTATTN_UNROLL
+      for (int x = 0; x < 4 * kBands; ++x) f(x, x / 4, x % 4);
+    };
+    each_of_n([&](int x, int band, int r) { column[x] = at.key(band, n, r) - (at.query(band, n, r) + v.offset); });
+    find_columns(column, t);
+    each_of_n([&](int x, int, int) { added[x] = 0.0f; });
+    if (t.rows) each_of_n([&](int x, int band, int r) { added[x] += row_entry(band, n, r, column[x]); });
+    if (t.cols) each_of_n([&](int x, int band, int r) { added[x] += column_entry(band, n, r, column[x]); });
+    each(s, [&](float& x, int band, int m, int r) { x += m == n ? added[4 * band + r] : 0.0f; });
+  }
+}
+
 // Bit 4 * n + r of bits[band]: whether accumulator [band][n][r] may be seen, a dense bias of -inf aside.  A loop that
 // is not unrolled, since it touches no accumulator: unrolled, its loads took the registers that the tile needs.
 template <class Place, int kBands, int kColumns>
@@ -204,9 +261,10 @@ FASTATTN_DEVICE bool needs_care(const Attention& p, bool masked) { return masked
 // Everything: -inf where masked, which is checked only where `masked` says that it may happen.
 template <class Place, int kBands, int kColumns>
 FASTATTN_DEVICE void finish_scores(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v,
-                                   const Place& at, bool masked, Side side) {
+                                   const Place& at, bool masked, Sides sides) {
   scale_and_cap<Place>(s, p);
-  add_biases(s, p, v, at, side);
+  add_biases(s, p, v, at, sides.table);
+  if (p.content.rows || p.content.cols) add_tables(s, p, v, at, sides.content);
   if (masked) apply_masks(s, p, v, at);
 }
 

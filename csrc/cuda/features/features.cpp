@@ -21,7 +21,7 @@ const T* pointer(const View& view) {
 Dense dense_of(const View& view) { return {view.data, view.stride[0], view.stride[1], view.stride[2], view.stride[3]}; }
 
 void set_scale(Attention& f, const Problem& p) {
-  const bool added = p.slopes || p.table || p.dense_bias;
+  const bool added = p.slopes || p.table || p.dense_bias || p.row_table || p.col_table;
   f.scale = static_cast<float>(p.scale);
   f.scale_log2 = static_cast<float>(p.scale * kLog2E);
   if (p.softcap != 0) {
@@ -33,6 +33,36 @@ void set_scale(Attention& f, const Problem& p) {
     f.negate = p.scale < 0;
     f.multiplier = std::abs(f.scale_log2);
   }
+}
+
+void check_dense(const char* name, const View& view) {
+  if (view.size[3] > 1 && view.stride[3] != 1)
+    throw std::runtime_error(std::string("fastattn: ") + name + ": the last dimension must be dense");
+}
+
+ContentTables tables_of(const Problem& p) {
+  ContentTables t;
+  if (!p.row_table && !p.col_table) return t;
+  t.last = checked("columns of row_table and col_table", p.table_columns(), kFarthest) - 1;
+  if (p.row_table) {
+    check_dense("row_table", p.row_table);
+    t.rows = pointer<float>(p.row_table);
+    t.rows_batch = p.row_table.stride[0];
+    t.rows_head = p.row_table.stride[1];
+    t.rows_row = checked("elements between rows of row_table", p.row_table.stride[2]);
+  }
+  if (p.col_table) {
+    check_dense("col_table", p.col_table);
+    t.cols = pointer<float>(p.col_table);
+    t.cols_batch = p.col_table.stride[0];
+    t.cols_head = p.col_table.stride[1];
+    t.cols_column = checked("elements between rows of col_table", p.col_table.stride[2]);
+  }
+  t.columns = pointer<int32_t>(p.columns);
+  const i64 last = checked("columns", p.column_entries(), kFarthest) - 1;
+  t.left = static_cast<int>(std::clamp(p.columns_left, i64{0}, last));
+  t.right = static_cast<int>(last) - t.left;
+  return t;
 }
 
 }  // namespace
@@ -77,6 +107,7 @@ Attention features_of(const Problem& p) {
     f.bias_row = static_cast<int>(f.bias.row);
     f.bias_column = static_cast<int>(f.bias.column);
   }
+  f.content = tables_of(p);
   f.sink = {pointer<float>(p.sink), p.sink.stride[0]};
   if (p.dropout_p > 0) {
     f.dropout_seed = pointer<i64>(p.seed);

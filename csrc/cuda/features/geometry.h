@@ -124,14 +124,28 @@ FASTATTN_DEVICE RowContext load_context(SharedAddress at) {
   return __builtin_bit_cast(RowContext, parts);
 }
 
-// Where a tile of keys n0 ... n1 - 1 lies relative to the reach of the distance table, seen from positions first ...
-// last.
+// Where a tile of keys n0 ... n1 - 1 lies relative to the distances -left ... right, seen from positions first ...
+// last.  Each bound is read where it is asked for: both before it took registers from a kernel of sm_90a.
 enum class Side { kNear, kFarLeft, kFarRight };
 
-FASTATTN_DEVICE Side side_of(const Attention& p, int first, int last, int n0, int n1) {
-  if (n1 - 1 - first <= -p.table_left) return Side::kFarLeft;
-  if (n0 - last >= p.table_right) return Side::kFarRight;
+FASTATTN_DEVICE Side side_of(const int& left, const int& right, int first, int last, int n0, int n1) {
+  if (n1 - 1 - first <= -left) return Side::kFarLeft;
+  if (n0 - last >= right) return Side::kFarRight;
   return Side::kNear;
+}
+
+// Relative to the reach of the distance table.
+FASTATTN_DEVICE Side side_of(const Attention& p, int first, int last, int n0, int n1) {
+  return side_of(p.table_left, p.table_right, first, last, n0, n1);
+}
+
+// Relative to that of the distance table, and of row and column tables.
+struct Sides {
+  Side table, content;
+};
+
+FASTATTN_DEVICE Sides sides_of(const Attention& p, int first, int last, int n0, int n1) {
+  return {side_of(p, first, last, n0, n1), side_of(p.content.left, p.content.right, first, last, n0, n1)};
 }
 
 }  // namespace fastattn::cuda

@@ -46,6 +46,17 @@ struct PerRow {
   i64 batch = 0, head = 0, row = 0;
 };
 
+// (B, Hq, Sq, C) and (B, Hk, C, Sk) of float32, whose last dimension is dense: query i and key j read rows[i][c] and
+// cols[c][j] at c = columns[clamp(distance, -left, right) + left].
+struct ContentTables {
+  const float *rows = nullptr, *cols = nullptr;
+  i64 rows_batch = 0, rows_head = 0, cols_batch = 0, cols_head = 0;
+  int rows_row = 0, cols_column = 0;
+  const int32_t* columns = nullptr;  // null: a column for each distance
+  int left = 0, right = 0;           // T = left + 1 + right
+  int last = 0;                      // C - 1
+};
+
 enum class Element : int { kFloat32, kFloat16, kBFloat16 };
 
 // (B, H, Sq, Sk)
@@ -82,6 +93,7 @@ struct Attention {
   Dense bias;                           // its row and column strides are these:
   int bias_row = 0, bias_column = 0;
   Element bias_element = Element::kFloat32;
+  ContentTables content;
   PerHead sink;
 
   const i64* dropout_seed = nullptr;  // two numbers in device memory: Philox key, counter offset

@@ -74,6 +74,7 @@ const char* reason_against_hopper(const Problem& p, const Device& device) {
   if (device.capability / 10 != 9) return "not a device of capability 9.0";
   if (!kBuilt) return "the library was built without sm_90a";
   if (hopper_asked() == "0") return "not asked for with FASTATTN_CUDA_HOPPER=1";
+  if (p.row_table || p.col_table) return "row and column tables";
   if (p.key_length == 0) return "no keys";
   if (same_row_everywhere(p.query) || same_row_everywhere(p.key) || same_row_everywhere(p.value))
     return "an operand is broadcast along its length";

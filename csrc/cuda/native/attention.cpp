@@ -22,7 +22,8 @@ void simulate_forward(py::object problem, py::object out, py::object lse, py::ob
 
 void simulate_backward(py::object problem, py::object grad_out, py::object grad_lse, py::object out,
                        py::object statistics, py::object dquery, py::object dkey, py::object dvalue, py::object dslopes,
-                       py::object dtable, py::object ddense_bias, py::object dsink) {
+                       py::object dtable, py::object ddense_bias, py::object dsink, py::object drow_table,
+                       py::object dcol_table) {
   Tensors tensors;
   const Problem p = read_problem(tensors, problem);
   const BackwardInput input{tensors.read("grad_out", grad_out), tensors.read("grad_lse", grad_lse),
@@ -35,6 +36,8 @@ void simulate_backward(py::object problem, py::object grad_out, py::object grad_
   output.dtable = tensors.write("dtable", dtable);
   output.ddense_bias = tensors.write("ddense_bias", ddense_bias);
   output.dsink = tensors.write("dsink", dsink);
+  output.drow_table = tensors.write("drow_table", drow_table);
+  output.dcol_table = tensors.write("dcol_table", dcol_table);
   Scratch scratch;
   attention_backward(p, input, output, scratch, simulated());
 }

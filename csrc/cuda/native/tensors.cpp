@@ -25,6 +25,7 @@ DType dtype_of(const char* name, py::handle tensor) {
   if (dtype == "bfloat16") return DType::kBFloat16;
   if (dtype == "float16") return DType::kFloat16;
   if (dtype == "bool") return DType::kBool;
+  if (dtype == "int32") return DType::kInt32;
   if (dtype == "int64") return DType::kInt64;
   throw py::type_error(std::string(name) + " has dtype " + dtype + ", which the kernels do not know");
 }
@@ -104,6 +105,9 @@ Problem read_problem(Tensors& tensors, py::handle problem) {
   p.table = view("table");
   p.table_left = integer("table_left");
   p.dense_bias = view("dense_bias");
+  p.row_table = view("row_table"), p.col_table = view("col_table");
+  p.columns = view("columns");
+  p.columns_left = integer("columns_left");
   p.sink = view("sink");
   p.dropout_p = py::cast<double>(problem.attr("dropout_p"));
   if (p.dropout_p > 0) {
