@@ -184,6 +184,7 @@ std::string cuda_plan(FASTATTN_PROBLEM_PARAMETERS) {
                                                  {"stages", plan.stages},
                                                  {"splits", plan.splits},
                                                  {"shared_bytes", plan.shared_bytes},
+                                                 {"packed_heads", plan.packed_heads},
                                                  {"registers", plan.registers},
                                                  {"waves", plan.waves}};
   std::string json = std::string(R"({"kernel": ")") + plan.kernel + '"';

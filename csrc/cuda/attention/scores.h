@@ -78,14 +78,24 @@ FASTATTN_DEVICE void each(float (&s)[kBands][kColumns][4], F f) {
   }
 }
 
-// value[band][r / 2] = f(head) of each row of this lane: one call where all rows have the same head.
-template <int kBands, bool kTransposed, bool kPacked, class F>
-FASTATTN_DEVICE void per_head(float (&value)[kBands][2], const Place<kTransposed, kPacked>& at, F f) {
-  const float common = kPacked ? 0.0f : f(at.head);
+// head[band][r / 2] of each row of this lane.
+template <int kBands, class Place>
+FASTATTN_DEVICE void heads_of(int (&head)[kBands][2], const Place& at) {
   FASTATTN_UNROLL
   for (int band = 0; band < kBands; ++band) {
     FASTATTN_UNROLL
-    for (int half = 0; half < 2; ++half) value[band][half] = kPacked ? f(at.head_at(band, 2 * half)) : common;
+    for (int half = 0; half < 2; ++half) head[band][half] = at.head_at(band, 2 * half);
+  }
+}
+
+// value[band][r / 2] = f(head) of each row of this lane: one call where all rows have the same head.
+template <int kBands, class Place, class F>
+FASTATTN_DEVICE void per_head(float (&value)[kBands][2], const Place& at, F f) {
+  const float common = Place::kPacked ? 0.0f : f(at.head_at(0, 0));
+  FASTATTN_UNROLL
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) value[band][half] = Place::kPacked ? f(at.head_at(band, 2 * half)) : common;
   }
 }
 
@@ -120,10 +130,12 @@ FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention
       per_head(end, at, [&](int head) { return load_constant(table + head * p.table_head + column) * kLog2E; });
       each(s, [&](float& x, int band, int, int r) { x += end[band][r / 2]; });
     } else {
+      int head[kBands][2];
+      heads_of(head, at);
       each(s, [&](float& x, int band, int n, int r) {
         const int distance = at.key(band, n, r) - (at.query(band, n, r) + v.offset);
         const int column = smaller(larger(distance, -p.table_left), p.table_right) + p.table_left;
-        x += load_constant(table + at.head_at(band, r) * p.table_head + column) * kLog2E;
+        x += load_constant(table + head[band][r / 2] * p.table_head + column) * kLog2E;
       });
     }
   }
@@ -138,13 +150,20 @@ FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention
         row[band][half] = at.kTransposed ? smaller(at.key(band, 0, 2 * half), p.key_length - 1) * p.bias_column
                                          : smaller(at.query(band, 0, 2 * half), p.query_length - 1) * p.bias_row;
     }
-    const i64 slice = b * p.bias.batch + at.head * p.bias.head;
+    // packed rows start each in a slice of their own
+    const i64 slice = b * p.bias.batch + (at.kPacked ? 0 : at.head_at(0, 0) * p.bias.head);
+    i64 start[kBands][2];
+    FASTATTN_UNROLL
+    for (int band = 0; band < kBands; ++band) {
+      FASTATTN_UNROLL
+      for (int half = 0; half < 2; ++half)
+        start[band][half] = at.kPacked ? slice + at.head_at(band, 2 * half) * p.bias.head + row[band][half] : slice;
+    }
     with_reader(p.bias.data, p.bias_element, [&](auto read) {
       each(s, [&](float& x, int band, int n, int r) {
         const int across = at.kTransposed ? smaller(at.query(0, n, r), p.query_length - 1) * p.bias_row
                                           : smaller(at.key(0, n, r), p.key_length - 1) * p.bias_column;
-        const i64 head = at.kPacked ? (at.head_at(band, r) - at.head) * p.bias.head : 0;
-        const float added = read(slice + head + (row[band][r / 2] + across));
+        const float added = read(start[band][r / 2] + (at.kPacked ? across : row[band][r / 2] + across));
         // not fmaxf, which would drop a NaN
         const float raised = added < kLowestBias ? kLowestBias : added;
         x = added == -infinity() ? -infinity() : x + raised * kLog2E;
@@ -163,6 +182,8 @@ FASTATTN_DEVICE void visible_bits(uint32_t (&bits)[kBands], const Attention& p, 
   const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data) + at.batch * p.mask.batch;
   FASTATTN_UNROLL
   for (int band = 0; band < kBands; ++band) bits[band] = 0;
+  int head[kBands][2];
+  heads_of(head, at);
   FASTATTN_NO_UNROLL
   for (int n = 0; n < kColumns; ++n) {
     FASTATTN_UNROLL
@@ -175,7 +196,7 @@ FASTATTN_DEVICE void visible_bits(uint32_t (&bits)[kBands], const Attention& p, 
         bool seen = j >= lo && j < hi && i < p.query_length;
         if (p.query_ids.data && seen) seen = load_constant(query_ids + i) == load_constant(key_ids + j);
         if (p.mask.data && seen)
-          seen = load_constant(mask + at.head_at(band, r) * p.mask.head + i * p.mask.row + j * p.mask.column) != 0;
+          seen = load_constant(mask + head[band][r / 2] * p.mask.head + i * p.mask.row + j * p.mask.column) != 0;
         bits[band] |= static_cast<uint32_t>(seen) << (4 * n + r);
       }
     }

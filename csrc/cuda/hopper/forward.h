@@ -20,6 +20,21 @@ struct Known {
   FASTATTN_DEVICE operator bool() const { return kValue; }
 };
 
+// Rows of a group that no box fills.  What they hold reaches no row but their own; it must be something.
+template <class QueryTile>
+FASTATTN_DEVICE void zero_spare_rows(SharedAddress own_queries, int group, const Packing& packing) {
+  constexpr int kRowBytes = QueryTile::kRowBytes, kPanels = QueryTile::kDim / QueryTile::kPanelColumns;
+  const int from = packing.heads * packing.queries * kRowBytes;
+  FASTATTN_NO_UNROLL
+  for (int panel = 0; panel < kPanels; ++panel) {
+    FASTATTN_NO_UNROLL
+    for (int at = from + 16 * (thread_index() % kGroupThreads); at < 64 * kRowBytes; at += 16 * kGroupThreads)
+      store_shared(own_queries + panel * QueryTile::kPanelBytes + at, Vec4{{0, 0, 0, 0}});
+  }
+  fence_async_shared();
+  named_barrier_sync(kGroupBarrier + group, kGroupThreads);
+}
+
 template <class Config>
 FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const HopperBlock<Config>& block, int group) {
   using T = typename Config::T;
@@ -29,30 +44,39 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
   constexpr int kKeys = Config::kKeys, kGroups = Config::kGroups;
   constexpr bool kAlternate = Config::kAlternate, kOwnOut = Config::kOwnOut;
   const Attention& p = params.attention;
-  const RowStore<T, QueryTile, kOwnOut> store{params.out, params.rows_out, block.out(),
-                                              group,      p.query_length,  p.value_dim};
+  const Packing& packing = params.packing;
+  const RowStore<T, QueryTile, kOwnOut, /*kPacked=*/true> store{params.out,     params.rows_out, block.out(), group,
+                                                                p.query_length, p.value_dim,     packing};
   const SharedAddress own_queries = block.queries() + 64 * group * QueryTile::kRowBytes;
+  if (packing.heads * packing.queries < 64) zero_spare_rows<QueryTile>(own_queries, group, packing);
   int use = 0, round = 0;  // of the ring: the tile whose weights are at hand; tiles of queries so far
   if (kAlternate && group == 0) named_barrier_arrive(kTurnBarrier, 2 * kGroupThreads);
 
-  for_own_rows<Config>(params.schedule, params.attention, [&](const QueryRows& rows) {
-    // Needed for a moment in each tile, and too much to keep where a tile has every stage: the first row of this lane,
-    // and what the tile of rows knows of itself.
-    const auto row = [&] {
-      const int thread = thread_index_again();
-      return rows.m0 + 64 * group + (thread >> 1 & 48) + (thread >> 2 & 7);  // 16 to a warp
-    };
+  for_own_rows<Config>(params.schedule, params.attention, packing, [&](const QueryRows& rows) {
+    // Needed for a moment in each tile, and too much to keep where a tile has every stage: what the tile of rows knows
+    // of itself, and the rows of this lane.
     const auto context_at = [&] { return block.context((thread_index_again() >> 5) - 4); };
     const auto context = [&] {
       if constexpr (Config::kPlain) return rows.context;
       return load_context(context_at());
+    };
+    const auto place = [&](const RowContext& context) {
+      return packed_place(p, packing, rows.m0, group, context.batch, context.head);
+    };
+    OwnRows own{{-infinity(), -infinity()}, {0.0f, 0.0f}, {1.0f, 1.0f}};
+    const auto finish = [&](float (&s)[Config::kKeys / 2], int n, auto masked) {
+      const RowContext here = context();
+      finish_keys<Config>(s, p, here, place(here), n * kKeys, masked);
+      weigh(s, own, p.multiplier);
+      if constexpr (!Config::kPlain) {
+        if (p.dropout_seed) drop(s, p, place(context()), n * kKeys);
+      }
     };
     if constexpr (!Config::kPlain) {
       sync_warp();  // after the reads of the tile before
       if (lane_index() == 0) store_context(context_at(), rows.context);
       sync_warp();
     }
-    OwnRows own{{-infinity(), -infinity()}, {0.0f, 0.0f}, {1.0f, 1.0f}};
     uint32_t poisoned = 0;
     float acc[Config::kDim / 2];
     FASTATTN_UNROLL
@@ -71,7 +95,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         if (checked) {
           const Vec4 found = load_shared<Vec4>(block.checks(use));
           if (found.x[0] | found.x[1] | found.x[2])
-            poisoned |= rows_that_see<Config>(block.checks(use), p, context(), row(), n * kKeys);
+            poisoned |= rows_that_see<Config>(block.checks(use), p, context().interval, place(context()), n * kKeys);
         }
         warp_arrive(block.values_empty(use));
       };
@@ -87,11 +111,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_wait<0>();
         settle(s);
         warp_arrive(block.keys_empty(use));
-        finish_keys<Config>(s, p, context(), row(), n * kKeys, masks_at<Config>(p, rows.context, n));
-        weigh(s, own, p.multiplier);
-        if constexpr (!Config::kPlain) {
-          if (p.dropout_seed) drop(s, p, context(), row(), n * kKeys);
-        }
+        finish(s, n, masks_at<Config>(p, rows.context, n));
         pack_weights<T>(weights, s);
       }
       const auto step = [&](auto masked) {
@@ -110,11 +130,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_wait<1>();
         settle(s);
         warp_arrive(block.keys_empty(use + 1));
-        finish_keys<Config>(s, p, context(), row(), n * kKeys, masked);
-        weigh(s, own, p.multiplier);
-        if constexpr (!Config::kPlain) {
-          if (p.dropout_seed) drop(s, p, context(), row(), n * kKeys);
-        }
+        finish(s, n, masked);
         if constexpr (Config::kPin) finish_before(own.sum[0] + own.sum[1]);
         warpgroup_wait<0>();
         settle(acc);
@@ -146,23 +162,24 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       ++use;
     }
 
-    const int b = context().batch, h = context().head;
-    const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
-    const i64 row0 = (static_cast<i64>(b) * p.heads + h) * p.query_length;
+    const PackedPlace at = place(context());
+    const int b = at.batch;
     float factor[2];
     FASTATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
+      const int i = at.queries[half], h = at.head_at(0, 2 * half);
+      const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
       const RowEnd end = end_row(own.largest[half] * p.multiplier, quad_sum(own.sum[half]), sink);
-      const int i = row() + 8 * half;
       factor[half] = poisoned >> half & 1 ? not_a_number() : end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
-      if (i < p.query_length && (lane_index() & 3) == 0) store_row_end(end, params.lse, params.statistics, row0 + i);
+      if (i < p.query_length && (lane_index() & 3) == 0)
+        store_row_end(end, params.lse, params.statistics, (static_cast<i64>(b) * p.heads + h) * p.query_length + i);
     }
     if (rows.start < rows.end) {
-      store(rows.m0, b, h, acc, factor);
+      store(rows.m0, b, at.head, acc, factor);
       if constexpr (!kOwnOut) warp_arrive(block.queries_empty());
       ++round;
     } else {
-      store.zeros(rows.m0, b, h);
+      store.zeros(rows.m0, b, at.head);
     }
   });
   if (kOwnOut && store.issues()) bulk_wait_read<0>();  // shared memory is there until the last copy has read it

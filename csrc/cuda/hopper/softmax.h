@@ -13,6 +13,40 @@ struct OwnRows {
   float rescale[2];          // from before the last tile to after it
 };
 
+// The place of this lane's rows in a tile whose rows are packed (attention/scores.h: Place).
+struct PackedPlace {
+  static constexpr bool kTransposed = false, kPacked = true;
+  const Packing& packing;
+  int queries[2];  // of OwnRows; a row that is nobody's has a query that does not exist
+  int column, batch;
+  int head;  // the first that shares the tile
+
+  FASTATTN_DEVICE int query(int, int, int r) const { return r >> 1 ? queries[1] : queries[0]; }
+  FASTATTN_DEVICE int key(int, int n, int r) const { return column + 8 * n + (r & 1); }
+  // found again where it is needed: a register less, and most calls do not need it
+  FASTATTN_DEVICE int head_at(int, int r) const {
+    const int row = row_of_lane(r >> 1);
+    return head + row - (row * packing.reciprocal >> 16) * packing.heads;
+  }
+  // of the 64 of a group, 16 to a warp
+  static FASTATTN_DEVICE int row_of_lane(int half) {
+    const int thread = thread_index_again();
+    return (thread >> 1 & 48) + (thread >> 2 & 7) + 8 * half;
+  }
+};
+
+// `first`: the first query of the tile.
+FASTATTN_DEVICE PackedPlace packed_place(const Attention& p, const Packing& packing, int first, int group, int batch,
+                                         int head) {
+  PackedPlace at{packing, {}, 2 * (thread_index_again() & 3), batch, head};
+  FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int query = PackedPlace::row_of_lane(half) * packing.reciprocal >> 16;
+    at.queries[half] = query < packing.queries ? first + group * packing.queries + query : p.query_length;
+  }
+  return at;
+}
+
 // Calls f(part, first column) for parts of at most 64 columns of a tile of scores, as float (&)[1][columns / 8][4]: a
 // part's elements fit the bits of one word.
 template <int kFirst = 0, int N, class F>
@@ -38,13 +72,13 @@ FASTATTN_DEVICE void apply_intervals(float (&s)[N], const Attention& p, const In
   int lo[2], hi[2];
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int row = at.row + 8 * half;
     if constexpr (Place::kTransposed) {
-      const Range queries = queries_of_keys(p, v, row, row);
+      const int key = at.key(0, 0, 2 * half);
+      const Range queries = queries_of_keys(p, v, key, key);
       lo[half] = queries.lo;
       hi[half] = queries.hi;
     } else {
-      keys_of_query(p, v, row + v.offset, lo[half], hi[half]);
+      keys_of_query(p, v, at.query(0, 0, 2 * half) + v.offset, lo[half], hi[half]);
     }
     lo[half] -= at.column;
     hi[half] -= at.column;
@@ -76,13 +110,19 @@ FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interv
   if (masked) apply_intervals(s, p, v, at);
 }
 
-// The same of tile n of the keys of a tile of query rows.
+// The same of the keys n0 ... of a tile of query rows.
+template <class Config, class Place, int N>
+FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowContext& context, const Place& at, int n0,
+                                 bool masked) {
+  finish_tile<Config>(s, p, context.interval, part_of(at, n0),
+                      side_of(p, context.first, context.last, n0, n0 + Config::kKeys), masked);
+}
+
 template <class Config, int N>
 FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowContext& context, int row, int n0,
                                  bool masked) {
-  const Place<> at{row, n0 + 2 * (lane_index() & 3), context.batch, context.head};
-  finish_tile<Config>(s, p, context.interval, at, side_of(p, context.first, context.last, n0, n0 + Config::kKeys),
-                      masked);
+  const Place<> at{row, 2 * (lane_index() & 3), context.batch, context.head};
+  finish_keys<Config>(s, p, context, at, n0, masked);
 }
 
 // Scores become weights relative to the largest so far; `own.rescale` takes what was summed before to the same.
@@ -110,11 +150,10 @@ FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, float multiplier) {
 }
 
 template <int N>
-FASTATTN_DEVICE void drop(float (&s)[N], const Attention& p, const RowContext& context, int row, int n0) {
+FASTATTN_DEVICE void drop(float (&s)[N], const Attention& p, const PackedPlace& at, int n0) {
   in_parts(s, [&](auto& part, int first) {
     uint32_t bits[1];
-    const Place<> at{row, n0 + 2 * (lane_index() & 3) + first, context.batch, context.head};
-    keep_bits<1, sizeof(part) / sizeof(part[0][0])>(bits, p, at);
+    keep_bits<1, sizeof(part) / sizeof(part[0][0])>(bits, p, part_of(at, n0 + first));
     each(part, [&](float& x, int, int n, int r) { x = has(bits[0], n, r) ? x : 0.0f; });
   });
 }
@@ -133,18 +172,18 @@ FASTATTN_DEVICE void rescale(float (&acc)[N], const OwnRows& own) {
 
 // Which of this lane's rows see a value that is not finite, among the checked ones of a tile (bit `half`).  Rare.
 template <class Config>
-FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p, const RowContext& context, int row,
-                                       int n0) {
-  const int b = context.batch, h = context.head;
+FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p, const Interval& v,
+                                       const PackedPlace& at, int n0) {
+  const int b = at.batch;
   uint32_t sees = 0;
   FASTATTN_NO_UNROLL
-  for (int column = 2 * (lane_index() & 3); column < Config::kKeys; column += 8) {
+  for (int column = at.column; column < Config::kKeys; column += 8) {
     FASTATTN_NO_UNROLL
     for (int r = 0; r < 4; ++r) {
       if (load_shared<uint8_t>(checks + 16 + column + (r & 1)) == 0) continue;
-      const int i = row + 8 * (r >> 1), j = n0 + column + (r & 1);
+      const int i = at.query(0, 0, r), h = at.head_at(0, r), j = n0 + column + (r & 1);
       int lo, hi;
-      keys_of_query(p, context.interval, i + context.interval.offset, lo, hi);
+      keys_of_query(p, v, i + v.offset, lo, hi);
       bool seen = j >= lo && j < hi && i < p.query_length;
       if constexpr (!Config::kPlain) {
         if (seen && p.query_ids.data)

@@ -51,6 +51,7 @@ py::dict plan(py::object problem) {
   result["shared_bytes"] = plan.shared_bytes;
   result["stages"] = plan.stages;
   result["splits"] = plan.splits;
+  if (plan.packed_heads) result["packed_heads"] = plan.packed_heads;
   if (plan.registers) result["registers"] = plan.registers;
   if (plan.waves) result["waves"] = plan.waves;
   if (*plan.against_hopper) result["not_hopper"] = plan.against_hopper;
