@@ -110,18 +110,34 @@ FASTATTN_DEVICE void scale_and_cap(float (&s)[kBands][kColumns][4], const Attent
   }
 }
 
+FASTATTN_DEVICE float slope_of(const Attention& p, int b, int head) {
+  return load_constant(p.slopes.data + b * p.slopes.batch + head) * p.slope_unit;
+}
+
+// Distances are converted once for each row, and are exact below 2^24, as sums of small integers in float32 are; from
+// there on they are right to a rounding or two.
+template <class Place, int kBands, int kColumns>
+FASTATTN_DEVICE void add_slopes(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v,
+                                const Place& at) {
+  float slope[kBands][2], first[kBands][2];
+  per_head(slope, at, [&](int head) { return slope_of(p, at.batch, head); });
+  FASTATTN_UNROLL
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half)
+      first[band][half] = static_cast<float>(at.key(band, 0, 2 * half) - (at.query(band, 0, 2 * half) + v.offset));
+  }
+  each(s, [&](float& x, int band, int n, int r) {
+    const int further = 8 * n + (r & 1);
+    const float distance = first[band][r / 2] + static_cast<float>(at.kTransposed ? -further : further);
+    x = fmaf(-slope[band][r / 2], fabsf(distance), x);
+  });
+}
+
 template <class Place, int kBands, int kColumns>
 FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v, const Place& at,
                                 Side side) {
   const int b = at.batch;
-  if (p.slopes.data) {
-    float slope[kBands][2];
-    per_head(slope, at, [&](int head) { return load_constant(p.slopes.data + b * p.slopes.batch + head) * kLog2E; });
-    each(s, [&](float& x, int band, int n, int r) {
-      const int distance = at.key(band, n, r) - (at.query(band, n, r) + v.offset);
-      x -= slope[band][r / 2] * static_cast<float>(distance < 0 ? -distance : distance);
-    });
-  }
   if (p.table) {
     const float* table = p.table + b * p.table_batch;
     if (side != Side::kNear) {
@@ -227,6 +243,7 @@ template <class Place, int kBands, int kColumns>
 FASTATTN_DEVICE void finish_scores(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v,
                                    const Place& at, bool masked, Side side) {
   scale_and_cap<Place>(s, p);
+  if (p.slopes.data) add_slopes(s, p, v, at);
   add_biases(s, p, v, at, side);
   if (masked) apply_masks(s, p, v, at);
 }

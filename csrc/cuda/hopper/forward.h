@@ -6,7 +6,6 @@
 #pragma once
 
 #include "producer.h"
-#include "row_store.h"
 #include "softmax.h"
 
 namespace fastattn::cuda {
@@ -60,14 +59,19 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       if constexpr (Config::kPlain) return rows.context;
       return load_context(context_at());
     };
-    const auto place = [&](const RowContext& context) {
-      return packed_place(p, packing, rows.m0, group, context.batch, context.head);
-    };
+    const auto place = [&](const RowContext& context) { return packed_place(p, packing, context, group); };
     OwnRows own{{-infinity(), -infinity()}, {0.0f, 0.0f}, {1.0f, 1.0f}};
     const auto finish = [&](float (&s)[Config::kKeys / 2], int n, auto masked) {
       const RowContext here = context();
-      finish_keys<Config>(s, p, here, place(here), n * kKeys, masked);
-      weigh(s, own, p.multiplier);
+      const PackedPlace at = place(here);
+      const int n0 = n * kKeys;
+      const bool before = n0 + kKeys - 1 <= here.first, lines = p.slopes.data && (before || n0 >= here.last);
+      finish_keys<Config>(s, p, here, at, n0, masked, !lines);
+      float shift[2] = {0.0f, 0.0f};
+      if constexpr (!Config::kPlain) {
+        if (lines) add_lines(s, shift, p, here.interval, part_of(at, n0), before);
+      }
+      weigh<!Config::kPlain>(s, own, p.multiplier, shift);
       if constexpr (!Config::kPlain) {
         if (p.dropout_seed) drop(s, p, place(context()), n * kKeys);
       }
@@ -77,7 +81,6 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       if (lane_index() == 0) store_context(context_at(), rows.context);
       sync_warp();
     }
-    uint32_t poisoned = 0;
     float acc[Config::kDim / 2];
     FASTATTN_UNROLL
     for (int i = 0; i < Config::kDim / 2; ++i) acc[i] = 0.0f;
@@ -95,7 +98,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         if (checked) {
           const Vec4 found = load_shared<Vec4>(block.checks(use));
           if (found.x[0] | found.x[1] | found.x[2])
-            poisoned |= rows_that_see<Config>(block.checks(use), p, context().interval, place(context()), n * kKeys);
+            poison(acc, rows_that_see<Config>(block.checks(use), p, context().interval, place(context()), n * kKeys));
         }
         warp_arrive(block.values_empty(use));
       };
@@ -162,7 +165,8 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       ++use;
     }
 
-    const PackedPlace at = place(context());
+    const RowContext here = context();
+    const PackedPlace at = place(here);
     const int b = at.batch;
     float factor[2];
     FASTATTN_UNROLL
@@ -170,16 +174,16 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       const int i = at.queries[half], h = at.head_at(0, 2 * half);
       const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
       const RowEnd end = end_row(own.largest[half] * p.multiplier, quad_sum(own.sum[half]), sink);
-      factor[half] = poisoned >> half & 1 ? not_a_number() : end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
+      factor[half] = end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
       if (i < p.query_length && (lane_index() & 3) == 0)
         store_row_end(end, params.lse, params.statistics, (static_cast<i64>(b) * p.heads + h) * p.query_length + i);
     }
     if (rows.start < rows.end) {
-      store(rows.m0, b, at.head, acc, factor);
+      store(here.first_row, b, at.head, acc, factor);
       if constexpr (!kOwnOut) warp_arrive(block.queries_empty());
       ++round;
     } else {
-      store.zeros(rows.m0, b, at.head);
+      store.zeros(here.first_row, b, at.head);
     }
   });
   if (kOwnOut && store.issues()) bulk_wait_read<0>();  // shared memory is there until the last copy has read it

@@ -4,6 +4,7 @@
 #include "../attention/dropout.h"
 #include "../attention/row_end.h"
 #include "block.h"
+#include "row_store.h"
 
 namespace fastattn::cuda {
 
@@ -35,14 +36,15 @@ struct PackedPlace {
   }
 };
 
-// `first`: the first query of the tile.
-FASTATTN_DEVICE PackedPlace packed_place(const Attention& p, const Packing& packing, int first, int group, int batch,
-                                         int head) {
-  PackedPlace at{packing, {}, 2 * (thread_index_again() & 3), batch, head};
+FASTATTN_DEVICE PackedPlace packed_place(const Attention& p, const Packing& packing, const RowContext& context,
+                                         int group) {
+  const int thread = thread_index_again();
+  const int first = context.first_row + group * packing.queries;  // of this group
+  PackedPlace at{packing, {}, 2 * (thread & 3), context.batch, context.head};
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int query = PackedPlace::row_of_lane(half) * packing.reciprocal >> 16;
-    at.queries[half] = query < packing.queries ? first + group * packing.queries + query : p.query_length;
+    at.queries[half] = query < packing.queries ? first + query : p.query_length;
   }
   return at;
 }
@@ -96,12 +98,13 @@ FASTATTN_DEVICE Place part_of(Place at, int first) {
 // From raw products to scores, -inf where masked.
 template <class Config, class Place, int N>
 FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interval& v, const Place& at, Side side,
-                                 bool masked) {
+                                 bool masked, bool slopes = true) {
   if constexpr (!Config::kPlain) {
     const bool elements = masked && (p.query_ids.data || p.mask.data);
     in_parts(s, [&](auto& part, int first) {
       const Place here = part_of(at, first);
       scale_and_cap<Place>(part, p);
+      if (slopes && p.slopes.data) add_slopes(part, p, v, here);
       add_biases(part, p, v, here, side);
       if (elements) apply_masks(part, p, v, here);
     });
@@ -113,9 +116,28 @@ FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interv
 // The same of the keys n0 ... of a tile of query rows.
 template <class Config, class Place, int N>
 FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowContext& context, const Place& at, int n0,
-                                 bool masked) {
+                                 bool masked, bool slopes = true) {
   finish_tile<Config>(s, p, context.interval, part_of(at, n0),
-                      side_of(p, context.first, context.last, n0, n0 + Config::kKeys), masked);
+                      side_of(p, context.first, context.last, n0, n0 + Config::kKeys), masked, slopes);
+}
+
+// Where all keys of a tile lie on one side of all its queries, a slope is a line over the keys: what a lane's columns
+// do not share is one multiplication by a constant for each, and the rest one number for each row, which the caller
+// adds.  Lines count from the last column of a lane back, so that they are short where weights are largest: in the
+// tiles before a query.  Their constants are integers below 2^8, the rest is a distance (add_slopes: exact below 2^24).
+template <int N>
+FASTATTN_DEVICE void add_lines(float (&s)[N], float (&shift)[2], const Attention& p, const Interval& v,
+                               const PackedPlace& at, bool before) {
+  constexpr int kLast = N / 4 * 8 - 7;
+  float step[2];
+  FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const float slope = slope_of(p, at.batch, at.head_at(0, 2 * half));
+    step[half] = before ? slope : -slope;
+    shift[half] = step[half] * static_cast<float>(at.column + kLast - (at.query(0, 0, 2 * half) + v.offset));
+  }
+  FASTATTN_UNROLL
+  for (int i = 0; i < N; ++i) s[i] = fmaf(step[i >> 1 & 1], static_cast<float>(i / 4 * 8 + (i & 1) - kLast), s[i]);
 }
 
 template <class Config, int N>
@@ -126,23 +148,26 @@ FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowCon
 }
 
 // Scores become weights relative to the largest so far; `own.rescale` takes what was summed before to the same.
-template <int N>
-FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, float multiplier) {
+// kShifted: `shift` is still to be added to this lane's scores of each row.
+template <bool kShifted, int N>
+FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, float multiplier, const float (&shift)[2]) {
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
-    float largest = own.largest[half];
+    float largest = kShifted ? -infinity() : own.largest[half];
     FASTATTN_UNROLL
     for (int i = 2 * half; i < N; i += 4) largest = fmaxf(largest, fmaxf(s[i], s[i + 1]));
+    if constexpr (kShifted) largest = fmaxf(own.largest[half], largest + shift[half]);
     largest = quad_max(largest);
     // a row that has seen nothing yet keeps a finite pivot, so that -inf - -inf never happens
     const float pivot = largest == -infinity() ? 0.0f : largest * multiplier;
     own.rescale[half] = exp2_approx(own.largest[half] * multiplier - pivot);
     own.largest[half] = largest;
     float sum = own.sum[half] * own.rescale[half];
+    const float rest = kShifted ? fmaf(shift[half], multiplier, -pivot) : -pivot;
     FASTATTN_UNROLL
     for (int i = 2 * half; i < N; i += 4) {
-      s[i] = exp2_approx(fmaf(s[i], multiplier, -pivot));
-      s[i + 1] = exp2_approx(fmaf(s[i + 1], multiplier, -pivot));
+      s[i] = exp2_approx(fmaf(s[i], multiplier, rest));
+      s[i + 1] = exp2_approx(fmaf(s[i + 1], multiplier, rest));
       sum += s[i] + s[i + 1];
     }
     own.sum[half] = sum;
@@ -168,6 +193,13 @@ template <int N>
 FASTATTN_DEVICE void rescale(float (&acc)[N], const OwnRows& own) {
   FASTATTN_UNROLL
   for (int i = 0; i < N; ++i) acc[i] *= own.rescale[i >> 1 & 1];
+}
+
+// Rows whose bit is set become NaN, and stay it.
+template <int N>
+FASTATTN_DEVICE void poison(float (&acc)[N], uint32_t rows) {
+  FASTATTN_UNROLL
+  for (int i = 0; i < N; ++i) acc[i] = rows >> (i >> 1 & 1) & 1 ? not_a_number() : acc[i];
 }
 
 // Which of this lane's rows see a value that is not finite, among the checked ones of a tile (bit `half`).  Rare.
