@@ -207,7 +207,7 @@ GROUPS = {
     (7, 1, 37): 7,
     (24, 2, 19): 6,
     (16, 1, 97): 16,
-    (71, 1, 17): 1,
+    (67, 1, 17): 1,
     (4, 2, 384): 1,
 }
 
@@ -288,7 +288,8 @@ def test_order_of_tiles(device: ModuleType, dim: int, multiprocessors: int) -> N
     device.set_device(shared_memory_per_block=SHARED_BYTES, multiprocessors=multiprocessors, capability=90)
     shape = Shape(3, 4, 2, query_length=260, key_length=140, head_dim=dim, value_dim=dim)
     check(Forward(("causal",), shape, HALF, offset=0), "cuda")
-    assert device.reports()[0]["grid"][0] == min(multiprocessors, 3 * 4 * -(-260 // (192 if dim == 64 else 128)))
+    # two heads take turns in the rows of a tile
+    assert device.reports()[0]["grid"][0] == min(multiprocessors, 3 * 2 * -(-520 // (192 if dim == 64 else 128)))
 
 
 def test_sections_of_heads_that_do_not_come_out_even(device: ModuleType) -> None:
