@@ -69,7 +69,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       finish_keys<Config>(s, p, here, at, n0, masked, !lines);
       float shift[2] = {0.0f, 0.0f};
       if constexpr (!Config::kPlain) {
-        if (lines) add_lines(s, shift, p, here.interval, part_of(at, n0), before);
+        if (lines) add_lines(s, shift, block.slopes(context_at()), here.interval, part_of(at, n0), before);
       }
       weigh<!Config::kPlain>(s, own, p.multiplier, shift);
       if constexpr (!Config::kPlain) {
@@ -79,6 +79,11 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
     if constexpr (!Config::kPlain) {
       sync_warp();  // after the reads of the tile before
       if (lane_index() == 0) store_context(context_at(), rows.context);
+      if (p.slopes.data && lane_index() < 16) {
+        const int row = (thread_index_again() >> 1 & 48) + lane_index();
+        const int head = rows.context.head + row - (row * packing.reciprocal >> 16) * packing.heads;
+        store_shared(block.slopes(context_at()) + 4 * lane_index(), slope_of(p, rows.context.batch, head));
+      }
       sync_warp();
     }
     float acc[Config::kDim / 2];
@@ -154,14 +159,14 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         }
       }
       if constexpr (kOwnOut) warp_arrive(block.queries_empty());
-      const bool checked = checked_at<Config>(p, rows.context, rows.start);
+      const bool checked = checked_at<Config>(p, rows.context, n + 1);
       wait_values(checked);
       warpgroup_fence();
       issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
       warpgroup_commit();
       warpgroup_wait<0>();
       settle(acc);
-      release_values(rows.start, checked);
+      release_values(n + 1, checked);
       ++use;
     }
 
@@ -175,7 +180,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
       const RowEnd end = end_row(own.largest[half] * p.multiplier, quad_sum(own.sum[half]), sink);
       factor[half] = end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
-      if (i < p.query_length && (lane_index() & 3) == 0)
+      if (i < p.query_length && (thread_index_again() & 3) == 0)
         store_row_end(end, params.lse, params.statistics, (static_cast<i64>(b) * p.heads + h) * p.query_length + i);
     }
     if (rows.start < rows.end) {

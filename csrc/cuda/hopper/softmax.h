@@ -126,13 +126,13 @@ FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowCon
 // adds.  Lines count from the last column of a lane back, so that they are short where weights are largest: in the
 // tiles before a query.  Their constants are integers below 2^8, the rest is a distance (add_slopes: exact below 2^24).
 template <int N>
-FASTATTN_DEVICE void add_lines(float (&s)[N], float (&shift)[2], const Attention& p, const Interval& v,
+FASTATTN_DEVICE void add_lines(float (&s)[N], float (&shift)[2], SharedAddress slopes, const Interval& v,
                                const PackedPlace& at, bool before) {
   constexpr int kLast = N / 4 * 8 - 7;
   float step[2];
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const float slope = slope_of(p, at.batch, at.head_at(0, 2 * half));
+    const float slope = load_shared<float>(slopes + (PackedPlace::row_of_lane(half) & 15) * 4);
     step[half] = before ? slope : -slope;
     shift[half] = step[half] * static_cast<float>(at.column + kLast - (at.query(0, 0, 2 * half) + v.offset));
   }

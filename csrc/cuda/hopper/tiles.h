@@ -38,7 +38,8 @@ struct HopperForwardTiles {
   constexpr int after_values() const { return values_at() + stages * key_bytes(); }
   constexpr int check_bytes() const { return 16 + (keys + 15) / 16 * 16; }  // a word per checker, a byte per key
   constexpr int barriers() const { return 2 + 5 * stages; }
-  constexpr int context_bytes() const { return 4 * groups * 48; }
+  static constexpr int kContextBytes = 48 + 4 * 16;  // of a warp: what its tile is, slopes of its rows
+  constexpr int context_bytes() const { return 4 * groups * kContextBytes; }
   constexpr int small_bytes() const { return stages * check_bytes() + context_bytes() + 8 * barriers(); }
   constexpr bool own_out() const { return after_values() + query_bytes() + small_bytes() <= kHopperSharedBytes; }
   constexpr int out_at() const { return own_out() ? after_values() : 0; }
