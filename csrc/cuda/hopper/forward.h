@@ -34,6 +34,12 @@ FASTATTN_DEVICE void zero_spare_rows(SharedAddress own_queries, int group, const
   named_barrier_sync(kGroupBarrier + group, kGroupThreads);
 }
 
+// warp_arrive without a register for the number of the lane.
+FASTATTN_DEVICE void elected_arrive(SharedAddress barrier) {
+  sync_warp();
+  if (elect_one()) mbarrier_arrive(barrier);
+}
+
 template <class Config>
 FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const HopperBlock<Config>& block, int group) {
   using T = typename Config::T;
@@ -105,7 +111,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
           if (found.x[0] | found.x[1] | found.x[2])
             poison(acc, rows_that_see<Config>(block.checks(use), p, context().interval, place(context()), n * kKeys));
         }
-        warp_arrive(block.values_empty(use));
+        elected_arrive(block.values_empty(use));
       };
 
       mbarrier_wait(block.queries_full(), round & 1);
@@ -118,7 +124,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_commit();
         warpgroup_wait<0>();
         settle(s);
-        warp_arrive(block.keys_empty(use));
+        elected_arrive(block.keys_empty(use));
         finish(s, n, masks_at<Config>(p, rows.context, n));
         pack_weights<T>(weights, s);
       }
@@ -137,7 +143,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         if (kAlternate) named_barrier_arrive(kTurnBarrier + (group + 1) % kGroups, 2 * kGroupThreads);
         warpgroup_wait<1>();
         settle(s);
-        warp_arrive(block.keys_empty(use + 1));
+        elected_arrive(block.keys_empty(use + 1));
         finish(s, n, masked);
         if constexpr (Config::kPin) finish_before(own.sum[0] + own.sum[1]);
         warpgroup_wait<0>();
@@ -158,7 +164,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
           step(masks_at<Config>(p, rows.context, n));
         }
       }
-      if constexpr (kOwnOut) warp_arrive(block.queries_empty());
+      if constexpr (kOwnOut) elected_arrive(block.queries_empty());
       const bool checked = checked_at<Config>(p, rows.context, n + 1);
       wait_values(checked);
       warpgroup_fence();
@@ -180,12 +186,12 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
       const RowEnd end = end_row(own.largest[half] * p.multiplier, quad_sum(own.sum[half]), sink);
       factor[half] = end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
-      if (i < p.query_length && (thread_index_again() & 3) == 0)
+      if (i < p.query_length && (lane_index() & 3) == 0)
         store_row_end(end, params.lse, params.statistics, (static_cast<i64>(b) * p.heads + h) * p.query_length + i);
     }
     if (rows.start < rows.end) {
       store(here.first_row, b, at.head, acc, factor);
-      if constexpr (!kOwnOut) warp_arrive(block.queries_empty());
+      if constexpr (!kOwnOut) elected_arrive(block.queries_empty());
       ++round;
     } else {
       store.zeros(here.first_row, b, at.head);
