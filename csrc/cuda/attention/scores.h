@@ -198,8 +198,6 @@ FASTATTN_DEVICE void visible_bits(uint32_t (&bits)[kBands], const Attention& p, 
   const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data) + at.batch * p.mask.batch;
   FASTATTN_UNROLL
   for (int band = 0; band < kBands; ++band) bits[band] = 0;
-  int head[kBands][2];
-  heads_of(head, at);
   FASTATTN_NO_UNROLL
   for (int n = 0; n < kColumns; ++n) {
     FASTATTN_UNROLL
@@ -212,7 +210,7 @@ FASTATTN_DEVICE void visible_bits(uint32_t (&bits)[kBands], const Attention& p, 
         bool seen = j >= lo && j < hi && i < p.query_length;
         if (p.query_ids.data && seen) seen = load_constant(query_ids + i) == load_constant(key_ids + j);
         if (p.mask.data && seen)
-          seen = load_constant(mask + head[band][r / 2] * p.mask.head + i * p.mask.row + j * p.mask.column) != 0;
+          seen = load_constant(mask + at.head_at(band, r) * p.mask.head + i * p.mask.row + j * p.mask.column) != 0;
         bits[band] |= static_cast<uint32_t>(seen) << (4 * n + r);
       }
     }
