@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -66,8 +67,9 @@ def suffix(dtype: torch.dtype) -> str:
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=str)
 @pytest.mark.parametrize("feature", TAKEN)
 def test_feature(device: ModuleType, feature: str, dtype: torch.dtype) -> None:
+    """Two heads that share tiles of rows, or, in bfloat16, that have key heads of their own."""
     shape = Shape(heads=2, kv_heads=1, query_length=17, key_length=40) if feature in ROTARY else SHAPE
-    check(Forward((feature,), shape, dtype), "cuda")
+    check(Forward((feature,), replace(shape, kv_heads=1 if dtype == HALF else 2), dtype), "cuda")
     ran = forward_kernels(device)
     assert len(ran) == 1
     assert ran <= {f"hopper_forward_{suffix(dtype)}_d64", f"hopper_forward_plain_{suffix(dtype)}_d64"}
@@ -215,6 +217,102 @@ def test_lengths(query_length: int, key_length: int, features: tuple[str, ...]) 
     check(Forward(features, shape, BFLOAT16), "cuda")
 
 
+def packed_heads(device: ModuleType, shape: Shape) -> object:
+    query, key, value = (
+        torch.zeros(shape.batch, heads, length, dim, dtype=HALF)
+        for heads, length, dim in (
+            (shape.heads, shape.query_length, shape.head_dim),
+            (shape.kv_heads, shape.key_length, shape.head_dim),
+            (shape.kv_heads, shape.key_length, shape.value_dim),
+        )
+    )
+    return json.loads(device.attention_plan(lower(query, key, value)))["packed_heads"]
+
+
+GROUPS = {
+    # heads, key heads, queries: heads that share a tile
+    (4, 2, 40): 2,
+    (8, 2, 33): 4,
+    (16, 2, 17): 8,
+    (8, 1, 70): 8,
+    (6, 2, 50): 3,
+    (7, 1, 37): 7,
+    (24, 2, 19): 6,
+    (16, 1, 97): 16,
+    (67, 1, 17): 1,
+    (4, 2, 384): 1,
+}
+
+
+@pytest.mark.parametrize("features", [("causal",), ("causal", "alibi", "sink", "table", "dense_full")], ids="+".join)
+@pytest.mark.parametrize(("heads", "kv_heads", "query_length"), GROUPS)
+def test_heads_that_share_a_tile(
+    device: ModuleType, heads: int, kv_heads: int, query_length: int, features: tuple[str, ...]
+) -> None:
+    """Groups that divide 64 or not, one key head or two, last tiles that are not full."""
+    shape = Shape(2, heads, kv_heads, query_length, key_length=141, head_dim=64, value_dim=56)
+    if features == ("causal",):
+        assert packed_heads(device, shape) == GROUPS[heads, kv_heads, query_length]
+    check(Forward(features, shape, HALF, dropout_p=0.0 if features == ("causal",) else 0.2), "cuda")
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature_of_packed_rows(device: ModuleType, feature: str) -> None:
+    """Whatever depends on the head or the query takes the row's own; 63 of 64 rows exist."""
+    shape = Shape(heads=6, kv_heads=2, query_length=27, key_length=40)
+    assert packed_heads(device, shape) == 3
+    check(Forward((feature,), shape, BFLOAT16, dropout_p=0.25), "cuda")
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("query_offset", [-20, 16])
+def test_packed_rows_that_see_nothing(query_offset: int, dim: int) -> None:
+    shape = Shape(1, 10, 2, query_length=33, key_length=150, head_dim=dim, value_dim=dim)
+    check(Forward(("causal",), shape, BFLOAT16, offset=query_offset), "cuda")
+    check(Forward(("window", "alibi"), shape, BFLOAT16, offset=query_offset), "cuda")
+
+
+def test_packed_rows_meet_what_is_not_a_number(device: ModuleType) -> None:
+    """A value that some rows of a tile see and others do not, of queries that are neighbours there."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 6, 43, 64), torch.randn(1, 2, 50, 64), torch.randn(1, 2, 50, 64)
+    value[0, 1, 20, 3] = float("nan")
+    mask = torch.rand(1, 6, 43, 50) < 0.5
+    for options, seen in (
+        ({"mask": fastattn.Causal(), "query_offset": 0}, (torch.arange(43) >= 20).expand(6, -1)),
+        ({"mask": fastattn.BoolMask(mask)}, mask[0, :, :, 20]),
+    ):
+        out = fastattn.attention(query.to(HALF), key.to(HALF), value.to(HALF), backend="cuda", **options)
+        assert torch.equal(out[0].isnan().any(-1), seen & (torch.arange(6) >= 3)[:, None])
+
+
+@pytest.mark.parametrize("layout", ["bshd", "broadcast"])
+def test_layouts_of_packed_queries(device: ModuleType, layout: str) -> None:
+    """Heads beside each other in memory; heads that are one, which no box can take together."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 30, 4, 64).to(HALF).transpose(1, 2)
+    if layout == "broadcast":
+        query = query[:, :1].expand(-1, 4, -1, -1)
+    key, value = (torch.randn(2, 1, 70, 64).to(HALF) for _ in range(2))
+    out = fastattn.attention(query, key, value, mask=fastattn.Causal(), backend="cuda")
+    expected = fastattn.attention(query.contiguous(), key, value, mask=fastattn.Causal(), backend="cuda")
+    assert torch.equal(out, expected)
+    plan = json.loads(device.attention_plan(lower(query, key, value)))
+    assert plan["packed_heads"] == (4 if layout == "bshd" else 1)
+
+
+@pytest.mark.parametrize("features", [("causal", "sink"), ("window", "alibi", "dense_full")], ids="+".join)
+def test_few_queries(device: ModuleType, features: tuple[str, ...]) -> None:
+    """Rows that one pass over the keys serves, and tiles enough for all blocks: not the kernel that splits keys."""
+    shape = Shape(2, 16, 2, query_length=5, key_length=200, head_dim=64, value_dim=64)
+    check(Forward(features, shape, HALF), "cuda")
+    assert len(forward_kernels(device)) == 1
+    device.clear_reports()
+    device.set_device(shared_memory_per_block=SHARED_BYTES, multiprocessors=5, capability=90)
+    check(Forward(features, shape, HALF), "cuda")
+    assert not forward_kernels(device)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 132])
 @pytest.mark.parametrize("dim", [64, 256])
 def test_order_of_tiles(device: ModuleType, dim: int, multiprocessors: int) -> None:
@@ -222,7 +320,8 @@ def test_order_of_tiles(device: ModuleType, dim: int, multiprocessors: int) -> N
     device.set_device(shared_memory_per_block=SHARED_BYTES, multiprocessors=multiprocessors, capability=90)
     shape = Shape(3, 4, 2, query_length=260, key_length=140, head_dim=dim, value_dim=dim)
     check(Forward(("causal",), shape, HALF, offset=0), "cuda")
-    assert device.reports()[0]["grid"][0] == min(multiprocessors, 3 * 4 * -(-260 // (192 if dim == 64 else 128)))
+    # two heads take turns in the rows of a tile
+    assert device.reports()[0]["grid"][0] == min(multiprocessors, 3 * 2 * -(-520 // (192 if dim == 64 else 128)))
 
 
 def test_sections_of_heads_that_do_not_come_out_even(device: ModuleType) -> None:

@@ -166,8 +166,8 @@ def test_machine_code(name: str) -> None:
     beside = made.beside_the_second_product("MUFU.EX2")
     assert len(beside) == len(wanted.beside)
     if "unpinned" in name:
-        # what the pin is for: without it some loop keeps next to none, and this test would see it
-        assert min(beside) < wanted.beside[0] // 4
+        # what the pin is for: without it some loop keeps less than half, and this test would see it
+        assert min(beside) < wanted.beside[0] // 2
     else:
         assert all(found >= least for found, least in zip(beside, wanted.beside, strict=True)), beside
 

@@ -29,11 +29,10 @@ FASTATTN_DEVICE void words_of(const DropoutKey& seed, int key_group, int query, 
 
 // Bit 4 * n + r of result[band] says whether accumulator [band][n][r] is kept.  Rows are queries; the first key of the
 // tile is a multiple of 4.
-template <int kBands, int kColumns>
-FASTATTN_DEVICE void keep_bits(uint32_t (&bits)[kBands], const Attention& p, const Place<false>& at) {
+template <int kBands, int kColumns, class Place>
+FASTATTN_DEVICE void keep_bits(uint32_t (&bits)[kBands], const Attention& p, const Place& at) {
   static_assert(kColumns <= 8);
   const DropoutKey seed = dropout_key(p);
-  const int batch_head = at.batch * p.heads + at.head;
   const bool odd = lane_index() & 1;
   FASTATTN_UNROLL
   for (int band = 0; band < kBands; ++band) {
@@ -42,7 +41,8 @@ FASTATTN_DEVICE void keep_bits(uint32_t (&bits)[kBands], const Attention& p, con
     for (int n = 0; n < kColumns; ++n) {
       uint32_t words[4];
       // even lanes draw for the upper row, odd ones for the lower; both hold keys of the same group of four
-      words_of(seed, at.column_at(n, 0) >> 2, at.row_at(band, odd ? 2 : 0), batch_head, words);
+      const int r = odd ? 2 : 0;
+      words_of(seed, at.key(band, n, 0) >> 2, at.query(band, n, r), at.batch * p.heads + at.head_at(band, r), words);
       const uint32_t first = shuffle_xor(odd ? words[0] : words[2], 1),
                      second = shuffle_xor(odd ? words[1] : words[3], 1);
       const uint32_t mine[4] = {odd ? first : words[0], odd ? second : words[1], odd ? words[2] : first,

@@ -22,6 +22,7 @@ struct Plan {
   int dim = 0;             // that the kernel computes with
   int rows = 0, keys = 0;  // of a tile
   int threads = 0, shared_bytes = 0, stages = 0, splits = 1;
+  int packed_heads = 0;             // that share a tile of queries, where they may
   int registers = 0, waves = 0;     // of a thread that computes, and of blocks; zero where the compiler sees to it
   const char* against_hopper = "";  // on a device of capability 9.0: why not the kernels of sm_90a
 };

@@ -78,7 +78,8 @@ void decode(const Problem& p, const ForwardOutput& output, const Plan& plan, Wor
 
 // Few queries have a kernel of their own; 0 splits where this is no such call.
 Plan few_queries_plan(const Problem& p, const Device& device) {
-  const bool few = p.query_length <= kFewQueries && p.dropout_p == 0 && p.batch * p.query_heads * p.query_length > 0;
+  const bool few = p.query_length <= kFewQueries && p.dropout_p == 0 && p.batch * p.query_heads * p.query_length > 0 &&
+                   !hopper_takes_few_queries(p, device);
   Plan plan;
   if (few) plan = decode_plan(p, device);
   if (!few || plan.shared_bytes > device.shared_memory_per_block) plan.splits = 0;
@@ -120,6 +121,7 @@ std::string plan_json(const Problem& p, const Device& device) {
                                                             {"stages", plan.stages},
                                                             {"splits", plan.splits},
                                                             {"shared_bytes", plan.shared_bytes},
+                                                            {"packed_heads", plan.packed_heads},
                                                             {"registers", plan.registers},
                                                             {"waves", plan.waves}})
       if (value) json += std::string(", \"") + name + "\": " + std::to_string(value);

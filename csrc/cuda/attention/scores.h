@@ -78,14 +78,24 @@ FASTATTN_DEVICE void each(float (&s)[kBands][kColumns][4], F f) {
   }
 }
 
-// value[band][r / 2] = f(head) of each row of this lane: one call where all rows have the same head.
-template <int kBands, bool kTransposed, bool kPacked, class F>
-FASTATTN_DEVICE void per_head(float (&value)[kBands][2], const Place<kTransposed, kPacked>& at, F f) {
-  const float common = kPacked ? 0.0f : f(at.head);
+// head[band][r / 2] of each row of this lane.
+template <int kBands, class Place>
+FASTATTN_DEVICE void heads_of(int (&head)[kBands][2], const Place& at) {
   FASTATTN_UNROLL
   for (int band = 0; band < kBands; ++band) {
     FASTATTN_UNROLL
-    for (int half = 0; half < 2; ++half) value[band][half] = kPacked ? f(at.head_at(band, 2 * half)) : common;
+    for (int half = 0; half < 2; ++half) head[band][half] = at.head_at(band, 2 * half);
+  }
+}
+
+// value[band][r / 2] = f(head) of each row of this lane: one call where all rows have the same head.
+template <int kBands, class Place, class F>
+FASTATTN_DEVICE void per_head(float (&value)[kBands][2], const Place& at, F f) {
+  const float common = Place::kPacked ? 0.0f : f(at.head_at(0, 0));
+  FASTATTN_UNROLL
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half) value[band][half] = Place::kPacked ? f(at.head_at(band, 2 * half)) : common;
   }
 }
 
@@ -100,18 +110,34 @@ FASTATTN_DEVICE void scale_and_cap(float (&s)[kBands][kColumns][4], const Attent
   }
 }
 
+FASTATTN_DEVICE float slope_of(const Attention& p, int b, int head) {
+  return load_constant(p.slopes.data + b * p.slopes.batch + head) * p.slope_unit;
+}
+
+// Distances are converted once for each row, and are exact below 2^24, as sums of small integers in float32 are; from
+// there on they are right to a rounding or two.
+template <class Place, int kBands, int kColumns>
+FASTATTN_DEVICE void add_slopes(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v,
+                                const Place& at) {
+  float slope[kBands][2], first[kBands][2];
+  per_head(slope, at, [&](int head) { return slope_of(p, at.batch, head); });
+  FASTATTN_UNROLL
+  for (int band = 0; band < kBands; ++band) {
+    FASTATTN_UNROLL
+    for (int half = 0; half < 2; ++half)
+      first[band][half] = static_cast<float>(at.key(band, 0, 2 * half) - (at.query(band, 0, 2 * half) + v.offset));
+  }
+  each(s, [&](float& x, int band, int n, int r) {
+    const int further = 8 * n + (r & 1);
+    const float distance = first[band][r / 2] + static_cast<float>(at.kTransposed ? -further : further);
+    x = fmaf(-slope[band][r / 2], fabsf(distance), x);
+  });
+}
+
 template <class Place, int kBands, int kColumns>
 FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v, const Place& at,
                                 Side side) {
   const int b = at.batch;
-  if (p.slopes.data) {
-    float slope[kBands][2];
-    per_head(slope, at, [&](int head) { return load_constant(p.slopes.data + b * p.slopes.batch + head) * kLog2E; });
-    each(s, [&](float& x, int band, int n, int r) {
-      const int distance = at.key(band, n, r) - (at.query(band, n, r) + v.offset);
-      x -= slope[band][r / 2] * static_cast<float>(distance < 0 ? -distance : distance);
-    });
-  }
   if (p.table) {
     const float* table = p.table + b * p.table_batch;
     if (side != Side::kNear) {
@@ -120,10 +146,12 @@ FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention
       per_head(end, at, [&](int head) { return load_constant(table + head * p.table_head + column) * kLog2E; });
       each(s, [&](float& x, int band, int, int r) { x += end[band][r / 2]; });
     } else {
+      int head[kBands][2];
+      heads_of(head, at);
       each(s, [&](float& x, int band, int n, int r) {
         const int distance = at.key(band, n, r) - (at.query(band, n, r) + v.offset);
         const int column = smaller(larger(distance, -p.table_left), p.table_right) + p.table_left;
-        x += load_constant(table + at.head_at(band, r) * p.table_head + column) * kLog2E;
+        x += load_constant(table + head[band][r / 2] * p.table_head + column) * kLog2E;
       });
     }
   }
@@ -138,13 +166,20 @@ FASTATTN_DEVICE void add_biases(float (&s)[kBands][kColumns][4], const Attention
         row[band][half] = at.kTransposed ? smaller(at.key(band, 0, 2 * half), p.key_length - 1) * p.bias_column
                                          : smaller(at.query(band, 0, 2 * half), p.query_length - 1) * p.bias_row;
     }
-    const i64 slice = b * p.bias.batch + at.head * p.bias.head;
+    // packed rows start each in a slice of their own
+    const i64 slice = b * p.bias.batch + (at.kPacked ? 0 : at.head_at(0, 0) * p.bias.head);
+    i64 start[kBands][2];
+    FASTATTN_UNROLL
+    for (int band = 0; band < kBands; ++band) {
+      FASTATTN_UNROLL
+      for (int half = 0; half < 2; ++half)
+        start[band][half] = at.kPacked ? slice + at.head_at(band, 2 * half) * p.bias.head + row[band][half] : slice;
+    }
     with_reader(p.bias.data, p.bias_element, [&](auto read) {
       each(s, [&](float& x, int band, int n, int r) {
         const int across = at.kTransposed ? smaller(at.query(0, n, r), p.query_length - 1) * p.bias_row
                                           : smaller(at.key(0, n, r), p.key_length - 1) * p.bias_column;
-        const i64 head = at.kPacked ? (at.head_at(band, r) - at.head) * p.bias.head : 0;
-        const float added = read(slice + head + (row[band][r / 2] + across));
+        const float added = read(start[band][r / 2] + (at.kPacked ? across : row[band][r / 2] + across));
         // not fmaxf, which would drop a NaN
         const float raised = added < kLowestBias ? kLowestBias : added;
         x = added == -infinity() ? -infinity() : x + raised * kLog2E;
@@ -263,6 +298,7 @@ template <class Place, int kBands, int kColumns>
 FASTATTN_DEVICE void finish_scores(float (&s)[kBands][kColumns][4], const Attention& p, const Interval& v,
                                    const Place& at, bool masked, Sides sides) {
   scale_and_cap<Place>(s, p);
+  if (p.slopes.data) add_slopes(s, p, v, at);
   add_biases(s, p, v, at, sides.table);
   if (p.content.rows || p.content.cols) add_tables(s, p, v, at, sides.content);
   if (masked) apply_masks(s, p, v, at);

@@ -21,9 +21,13 @@ const T* pointer(const View& view) {
 Dense dense_of(const View& view) { return {view.data, view.stride[0], view.stride[1], view.stride[2], view.stride[3]}; }
 
 void set_scale(Attention& f, const Problem& p) {
-  const bool added = p.slopes || p.table || p.dense_bias || p.row_table || p.col_table;
+  // slopes alone are taken to the units of q.k, where these are numbers of ordinary size
+  const double size = std::abs(p.scale);
+  const bool added =
+      p.table || p.dense_bias || p.row_table || p.col_table || (p.slopes && !(size > 1e-6 && size < 1e6));
   f.scale = static_cast<float>(p.scale);
   f.scale_log2 = static_cast<float>(p.scale * kLog2E);
+  f.slope_unit = static_cast<float>(kLog2E);
   if (p.softcap != 0) {
     f.softcap_in = static_cast<float>(p.scale / p.softcap);
     f.softcap_out = static_cast<float>(p.softcap * kLog2E);
@@ -32,6 +36,7 @@ void set_scale(Attention& f, const Problem& p) {
   } else {
     f.negate = p.scale < 0;
     f.multiplier = std::abs(f.scale_log2);
+    f.slope_unit = static_cast<float>(1 / size);
   }
 }
 

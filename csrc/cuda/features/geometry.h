@@ -89,7 +89,7 @@ struct RowContext {
   Range keys;       // of all its rows
   int first, last;  // positions of its rows
   int batch, head;
-  int unused;
+  int first_row;
 };
 
 inline constexpr int kContextBytes = sizeof(RowContext);
@@ -103,6 +103,7 @@ FASTATTN_DEVICE RowContext row_context(const Attention& p, int b, int h, int fir
   context.keys = keys_of_queries(p, context.interval, context.first, context.last);
   context.batch = b;
   context.head = h;
+  context.first_row = first_row;
   return context;
 }
 

@@ -72,7 +72,7 @@ struct Attention {
   int query_length = 0, key_length = 0;
   int head_dim = 0, value_dim = 0;  // multiples of 8, at most the kernel's own
 
-  // Scores are held in units of q.k times sign(scale) while nothing is added to them (scaled == false), and
+  // Scores are held in units of q.k times sign(scale) while nothing but slopes is added to them (scaled == false), and
   // `multiplier` takes them to base-2 logarithms inside the exponential; else they are base-2 logarithms already.
   bool scaled = false, negate = false;
   float multiplier = 1;
@@ -87,6 +87,7 @@ struct Attention {
   Dense mask;  // bytes, non-zero = may attend
 
   PerHead slopes;
+  float slope_unit = 1;  // from a slope to the units of scores
   const float* table = nullptr;
   i64 table_batch = 0, table_head = 0;
   int table_left = 0, table_right = 0;  // its columns are left + 1 + right

@@ -48,8 +48,9 @@ struct HopperBlock {
   }
 
   FASTATTN_DEVICE SharedAddress context(int consumer_warp) const {
-    return base + Config::kContextsAt + kContextBytes * consumer_warp;
+    return base + Config::kContextsAt + HopperForwardTiles::kContextBytes * consumer_warp;
   }
+  FASTATTN_DEVICE static SharedAddress slopes(SharedAddress context) { return context + kContextBytes; }
 
   FASTATTN_DEVICE SharedAddress queries_full() const { return barrier(0); }
   FASTATTN_DEVICE SharedAddress queries_empty() const { return barrier(1); }

@@ -20,6 +20,29 @@ constexpr i64 kSectionBytes = i64{32} << 20;
 
 bool same_row_everywhere(const View& x) { return x.size[2] > 1 && x.stride[2] == 0; }
 
+// One dimension of a tensor, and how much of it a copy takes.
+struct Axis {
+  i64 size, stride;
+  int box;
+};
+
+TensorMap map_of_axes(const Problem& p, const void* data, i64 columns, int dim, const Axis (&axes)[3]) {
+  TensorLayout layout;
+  layout.data = data;
+  layout.element = p.query.dtype == DType::kFloat16 ? TensorElement::kHalf : TensorElement::kBFloat16;
+  layout.rank = 4;
+  layout.swizzle = dim % 64 == 0 ? Swizzle::k128 : Swizzle::k64;
+  layout.size[0] = static_cast<uint64_t>(columns);
+  layout.box[0] = dim % 64 == 0 ? 64 : 32;
+  for (int n = 0; n < 3; ++n) {
+    const bool broadcast = axes[n].stride == 0;
+    layout.size[n + 1] = static_cast<uint64_t>(broadcast ? 1 : axes[n].size);
+    layout.stride_bytes[n] = static_cast<uint64_t>(broadcast ? 16 : 2 * axes[n].stride);
+    layout.box[n + 1] = static_cast<uint32_t>(axes[n].box);
+  }
+  return encode_tensor_map(layout);
+}
+
 }  // namespace
 
 std::string_view hopper_asked() {
@@ -38,20 +61,14 @@ bool is_plain(const Attention& a) {
 }
 
 MappedOperand map_of(const Problem& p, const Operand& x, i64 heads, i64 length, i64 columns, int dim, int rows) {
-  TensorLayout layout;
-  layout.data = x.data;
-  layout.element = p.query.dtype == DType::kFloat16 ? TensorElement::kHalf : TensorElement::kBFloat16;
-  layout.rank = 4;
-  const i64 sizes[4] = {columns, length, heads, p.batch}, strides[4] = {1, x.row, x.head, x.batch};
-  for (int axis = 0; axis < 4; ++axis) {
-    layout.size[axis] = static_cast<uint64_t>(strides[axis] == 0 ? 1 : sizes[axis]);
-    if (axis > 0) layout.stride_bytes[axis - 1] = static_cast<uint64_t>(strides[axis] == 0 ? 16 : 2 * strides[axis]);
-  }
-  layout.swizzle = dim % 64 == 0 ? Swizzle::k128 : Swizzle::k64;
-  layout.box[0] = dim % 64 == 0 ? 64 : 32;
-  layout.box[1] = static_cast<uint32_t>(rows);
-  layout.box[2] = layout.box[3] = 1;
-  return {encode_tensor_map(layout), x.head != 0, x.batch != 0};
+  const Axis axes[3] = {{length, x.row, rows}, {heads, x.head, 1}, {p.batch, x.batch, 1}};
+  return {map_of_axes(p, x.data, columns, dim, axes), x.head != 0, x.batch != 0};
+}
+
+MappedOperand packed_map_of(const Problem& p, const Operand& x, i64 columns, int dim, const Packing& packing) {
+  const Axis axes[3] = {
+      {p.query_heads, x.head, packing.heads}, {p.query_length, x.row, packing.queries}, {p.batch, x.batch, 1}};
+  return {map_of_axes(p, x.data, columns, dim, axes), x.head != 0, x.batch != 0};
 }
 
 MappedOperand map_of(const Problem& p, const Result& x, i64 heads, i64 length, i64 columns, int dim, int rows) {

@@ -26,6 +26,9 @@ bool is_plain(const Attention& attention);
 MappedOperand map_of(const Problem& problem, const Operand& x, i64 heads, i64 length, i64 columns, int dim, int rows);
 MappedOperand map_of(const Problem& problem, const Result& x, i64 heads, i64 length, i64 columns, int dim, int rows);
 
+// The same with heads before rows, for rows that are packed: a box takes a group's queries of a pack's heads.
+MappedOperand packed_map_of(const Problem& problem, const Operand& x, i64 columns, int dim, const Packing& packing);
+
 // Tiles of `rows` rows of `length`, of each of `heads` heads.  A section holds as many heads as have what they all read
 // in L2: `bytes` for every `group` of them.
 Schedule schedule_of(const Problem& problem, i64 length, int rows, i64 heads, i64 group, i64 bytes);

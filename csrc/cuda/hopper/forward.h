@@ -6,7 +6,6 @@
 #pragma once
 
 #include "producer.h"
-#include "row_store.h"
 #include "softmax.h"
 
 namespace fastattn::cuda {
@@ -20,6 +19,27 @@ struct Known {
   FASTATTN_DEVICE operator bool() const { return kValue; }
 };
 
+// Rows of a group that no box fills.  What they hold reaches no row but their own; it must be something.
+template <class QueryTile>
+FASTATTN_DEVICE void zero_spare_rows(SharedAddress own_queries, int group, const Packing& packing) {
+  constexpr int kRowBytes = QueryTile::kRowBytes, kPanels = QueryTile::kDim / QueryTile::kPanelColumns;
+  const int from = packing.heads * packing.queries * kRowBytes;
+  FASTATTN_NO_UNROLL
+  for (int panel = 0; panel < kPanels; ++panel) {
+    FASTATTN_NO_UNROLL
+    for (int at = from + 16 * (thread_index() % kGroupThreads); at < 64 * kRowBytes; at += 16 * kGroupThreads)
+      store_shared(own_queries + panel * QueryTile::kPanelBytes + at, Vec4{{0, 0, 0, 0}});
+  }
+  fence_async_shared();
+  named_barrier_sync(kGroupBarrier + group, kGroupThreads);
+}
+
+// warp_arrive without a register for the number of the lane.
+FASTATTN_DEVICE void elected_arrive(SharedAddress barrier) {
+  sync_warp();
+  if (elect_one()) mbarrier_arrive(barrier);
+}
+
 template <class Config>
 FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const HopperBlock<Config>& block, int group) {
   using T = typename Config::T;
@@ -29,31 +49,49 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
   constexpr int kKeys = Config::kKeys, kGroups = Config::kGroups;
   constexpr bool kAlternate = Config::kAlternate, kOwnOut = Config::kOwnOut;
   const Attention& p = params.attention;
-  const RowStore<T, QueryTile, kOwnOut> store{params.out, params.rows_out, block.out(),
-                                              group,      p.query_length,  p.value_dim};
+  const Packing& packing = params.packing;
+  const RowStore<T, QueryTile, kOwnOut, /*kPacked=*/true> store{params.out,     params.rows_out, block.out(), group,
+                                                                p.query_length, p.value_dim,     packing};
   const SharedAddress own_queries = block.queries() + 64 * group * QueryTile::kRowBytes;
+  if (packing.heads * packing.queries < 64) zero_spare_rows<QueryTile>(own_queries, group, packing);
   int use = 0, round = 0;  // of the ring: the tile whose weights are at hand; tiles of queries so far
   if (kAlternate && group == 0) named_barrier_arrive(kTurnBarrier, 2 * kGroupThreads);
 
-  for_own_rows<Config>(params.schedule, params.attention, [&](const QueryRows& rows) {
-    // Needed for a moment in each tile, and too much to keep where a tile has every stage: the first row of this lane,
-    // and what the tile of rows knows of itself.
-    const auto row = [&] {
-      const int thread = thread_index_again();
-      return rows.m0 + 64 * group + (thread >> 1 & 48) + (thread >> 2 & 7);  // 16 to a warp
-    };
+  for_own_rows<Config>(params.schedule, params.attention, packing, [&](const QueryRows& rows) {
+    // Needed for a moment in each tile, and too much to keep where a tile has every stage: what the tile of rows knows
+    // of itself, and the rows of this lane.
     const auto context_at = [&] { return block.context((thread_index_again() >> 5) - 4); };
     const auto context = [&] {
       if constexpr (Config::kPlain) return rows.context;
       return load_context(context_at());
     };
+    const auto place = [&](const RowContext& context) { return packed_place(p, packing, context, group); };
+    OwnRows own{{-infinity(), -infinity()}, {0.0f, 0.0f}, {1.0f, 1.0f}};
+    const auto finish = [&](float (&s)[Config::kKeys / 2], int n, auto masked) {
+      const RowContext here = context();
+      const PackedPlace at = place(here);
+      const int n0 = n * kKeys;
+      const bool before = n0 + kKeys - 1 <= here.first, lines = p.slopes.data && (before || n0 >= here.last);
+      finish_keys<Config>(s, p, here, at, n0, masked, !lines);
+      float shift[2] = {0.0f, 0.0f};
+      if constexpr (!Config::kPlain) {
+        if (lines) add_lines(s, shift, block.slopes(context_at()), here.interval, part_of(at, n0), before);
+      }
+      weigh<!Config::kPlain>(s, own, p.multiplier, shift);
+      if constexpr (!Config::kPlain) {
+        if (p.dropout_seed) drop(s, p, place(context()), n * kKeys);
+      }
+    };
     if constexpr (!Config::kPlain) {
       sync_warp();  // after the reads of the tile before
       if (lane_index() == 0) store_context(context_at(), rows.context);
+      if (p.slopes.data && lane_index() < 16) {
+        const int row = (thread_index_again() >> 1 & 48) + lane_index();
+        const int head = rows.context.head + row - (row * packing.reciprocal >> 16) * packing.heads;
+        store_shared(block.slopes(context_at()) + 4 * lane_index(), slope_of(p, rows.context.batch, head));
+      }
       sync_warp();
     }
-    OwnRows own{{-infinity(), -infinity()}, {0.0f, 0.0f}, {1.0f, 1.0f}};
-    uint32_t poisoned = 0;
     float acc[Config::kDim / 2];
     FASTATTN_UNROLL
     for (int i = 0; i < Config::kDim / 2; ++i) acc[i] = 0.0f;
@@ -71,9 +109,9 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         if (checked) {
           const Vec4 found = load_shared<Vec4>(block.checks(use));
           if (found.x[0] | found.x[1] | found.x[2])
-            poisoned |= rows_that_see<Config>(block.checks(use), p, context(), row(), n * kKeys);
+            poison(acc, rows_that_see<Config>(block.checks(use), p, context().interval, place(context()), n * kKeys));
         }
-        warp_arrive(block.values_empty(use));
+        elected_arrive(block.values_empty(use));
       };
 
       mbarrier_wait(block.queries_full(), round & 1);
@@ -86,12 +124,8 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_commit();
         warpgroup_wait<0>();
         settle(s);
-        warp_arrive(block.keys_empty(use));
-        finish_keys<Config>(s, p, context(), row(), n * kKeys, masks_at<Config>(p, rows.context, n));
-        weigh(s, own, p.multiplier);
-        if constexpr (!Config::kPlain) {
-          if (p.dropout_seed) drop(s, p, context(), row(), n * kKeys);
-        }
+        elected_arrive(block.keys_empty(use));
+        finish(s, n, masks_at<Config>(p, rows.context, n));
         pack_weights<T>(weights, s);
       }
       const auto step = [&](auto masked) {
@@ -109,12 +143,8 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         if (kAlternate) named_barrier_arrive(kTurnBarrier + (group + 1) % kGroups, 2 * kGroupThreads);
         warpgroup_wait<1>();
         settle(s);
-        warp_arrive(block.keys_empty(use + 1));
-        finish_keys<Config>(s, p, context(), row(), n * kKeys, masked);
-        weigh(s, own, p.multiplier);
-        if constexpr (!Config::kPlain) {
-          if (p.dropout_seed) drop(s, p, context(), row(), n * kKeys);
-        }
+        elected_arrive(block.keys_empty(use + 1));
+        finish(s, n, masked);
         if constexpr (Config::kPin) finish_before(own.sum[0] + own.sum[1]);
         warpgroup_wait<0>();
         settle(acc);
@@ -134,35 +164,37 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
           step(masks_at<Config>(p, rows.context, n));
         }
       }
-      if constexpr (kOwnOut) warp_arrive(block.queries_empty());
-      const bool checked = checked_at<Config>(p, rows.context, rows.start);
+      if constexpr (kOwnOut) elected_arrive(block.queries_empty());
+      const bool checked = checked_at<Config>(p, rows.context, n + 1);
       wait_values(checked);
       warpgroup_fence();
       issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
       warpgroup_commit();
       warpgroup_wait<0>();
       settle(acc);
-      release_values(rows.start, checked);
+      release_values(n + 1, checked);
       ++use;
     }
 
-    const int b = context().batch, h = context().head;
-    const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
-    const i64 row0 = (static_cast<i64>(b) * p.heads + h) * p.query_length;
+    const RowContext here = context();
+    const PackedPlace at = place(here);
+    const int b = at.batch;
     float factor[2];
     FASTATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
+      const int i = at.queries[half], h = at.head_at(0, 2 * half);
+      const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
       const RowEnd end = end_row(own.largest[half] * p.multiplier, quad_sum(own.sum[half]), sink);
-      const int i = row() + 8 * half;
-      factor[half] = poisoned >> half & 1 ? not_a_number() : end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
-      if (i < p.query_length && (lane_index() & 3) == 0) store_row_end(end, params.lse, params.statistics, row0 + i);
+      factor[half] = end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
+      if (i < p.query_length && (lane_index() & 3) == 0)
+        store_row_end(end, params.lse, params.statistics, (static_cast<i64>(b) * p.heads + h) * p.query_length + i);
     }
     if (rows.start < rows.end) {
-      store(rows.m0, b, h, acc, factor);
-      if constexpr (!kOwnOut) warp_arrive(block.queries_empty());
+      store(here.first_row, b, at.head, acc, factor);
+      if constexpr (!kOwnOut) elected_arrive(block.queries_empty());
       ++round;
     } else {
-      store.zeros(rows.m0, b, h);
+      store.zeros(here.first_row, b, at.head);
     }
   });
   if (kOwnOut && store.issues()) bulk_wait_read<0>();  // shared memory is there until the last copy has read it

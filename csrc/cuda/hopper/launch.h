@@ -10,6 +10,11 @@ namespace fastattn::cuda {
 // environment asks: FASTATTN_CUDA_HOPPER=1, or =unpinned for the variant without held exponentials, where there is one.
 const char* reason_against_hopper(const Problem& problem, const Device& device);
 
+// Whether a call that the kernel for few queries could take is better off here: its rows are packed sixteen at a time,
+// and every sixteen read the keys again, while here 64 or more share them.  Keys are not cut into parts here, so there
+// must be tiles enough to fill the device.
+bool hopper_takes_few_queries(const Problem& problem, const Device& device);
+
 Plan hopper_forward_plan(const Problem& problem, const Device& device);
 void hopper_forward(const Problem& problem, const ForwardOutput& output, Workspace& workspace, const Device& device);
 

@@ -22,8 +22,23 @@ struct Schedule {
   bool longest_first = false;  // the last tiles come first
 };
 
+// Which query and head a row of a tile of queries is.  Heads that share a key head may share a tile: row r of a group
+// of 64 is then query r / heads of head r % heads.  Where `heads` does not divide 64, the last rows are nobody's.
+struct Packing {
+  int heads = 1;
+  int queries = 64;          // of a group: 64 / heads
+  int reciprocal = 1 << 16;  // r / heads is r * reciprocal >> 16, for r up to 64
+  int packs = 1;             // of a batch: its heads / heads
+};
+
+constexpr Packing packing_of(int heads, int all_heads) {
+  return {heads, 64 / heads, 65535 / heads + 1, all_heads / heads};
+}
+
 struct HopperForwardParams {
-  MappedOperand query, key, value, out;
+  MappedOperand query, out;  // (B, S, H, D): a box takes the heads of a pack and their queries (packed_map_of)
+  MappedOperand key, value;
+  Packing packing;
   Attention attention;  // its operands are not used
   Result rows_out;      // the output once more, for rows that see nothing
   float* lse = nullptr;

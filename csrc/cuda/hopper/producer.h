@@ -16,7 +16,7 @@ FASTATTN_DEVICE void load_tiles(const HopperForwardParams& params, const HopperB
   using Block = HopperBlock<Config>;
   using KeyTile = typename Config::KeyTile;
   int use = 0, round = 0;  // next use of the ring for keys; tiles of queries so far
-  for_own_rows<Config>(params.schedule, params.attention, [&](const QueryRows& rows) {
+  for_own_rows<Config>(params.schedule, params.attention, params.packing, [&](const QueryRows& rows) {
     if (rows.start >= rows.end) return;
     const int b = rows.context.batch, h = rows.context.head, kv = h / params.attention.group;
     for (int n = rows.end - 1; n >= rows.start - 1; --n) {
@@ -28,8 +28,8 @@ FASTATTN_DEVICE void load_tiles(const HopperForwardParams& params, const HopperB
       }
       if (n == rows.end - 1) {
         mbarrier_wait(block.queries_empty(), (round & 1) ^ 1);
-        load_tile<typename Config::QueryTile>(block.queries(), params.query, block.queries_full(), rows.m0, h, b,
-                                              CachePolicy::kEvictFirst);
+        load_packed_tile<typename Config::QueryTile>(block.queries(), params.query, params.packing,
+                                                     block.queries_full(), rows.m0, h, b, CachePolicy::kEvictFirst);
         ++round;
       } else {
         const int before = use - (n >= rows.start ? 2 : 1);
@@ -78,7 +78,7 @@ template <class Config>
 FASTATTN_DEVICE void check_tiles(const HopperForwardParams& params, const HopperBlock<Config>& block, int checker) {
   using Block = HopperBlock<Config>;
   int use = 0;
-  for_own_rows<Config>(params.schedule, params.attention, [&](const QueryRows& rows) {
+  for_own_rows<Config>(params.schedule, params.attention, params.packing, [&](const QueryRows& rows) {
     for (int n = rows.end - 1; n >= rows.start; --n, ++use) {
       // A phase for every use, and no further ahead than the ring is long: a wait for a phase passes as well while the
       // one before it is not complete.

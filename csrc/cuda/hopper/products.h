@@ -9,6 +9,7 @@
 #include "../arch/hopper.h"
 #include "../arch/overlap.h"
 #include "../attention/tile.h"
+#include "params.h"
 
 namespace fastattn::cuda {
 
@@ -69,6 +70,22 @@ FASTATTN_DEVICE void load_tile(SharedAddress tile, const Operand& from, SharedAd
   for (int panel = 0; panel < Tile::kDim / Tile::kPanelColumns; ++panel)
     tensor_load_4d(tile + panel * Tile::kPanelBytes, &from.map, barrier, panel * Tile::kPanelColumns, row,
                    head * from.head_step, batch * from.batch_step, policy);
+}
+
+// The same of a tile of queries, whose rows are packed: a box for each group of 64.
+template <class Tile>
+FASTATTN_DEVICE void load_packed_tile(SharedAddress tile, const MappedOperand& from, const Packing& packing,
+                                      SharedAddress barrier, int query, int head, int batch, CachePolicy policy) {
+  constexpr int kPanels = Tile::kDim / Tile::kPanelColumns, kGroups = Tile::kRows / 64;
+  mbarrier_arrive_expect(barrier, kGroups * kPanels * Tile::kRowBytes * packing.heads * packing.queries);
+  FASTATTN_NO_UNROLL
+  for (int group = 0; group < kGroups; ++group) {
+    FASTATTN_UNROLL
+    for (int panel = 0; panel < kPanels; ++panel)
+      tensor_load_4d(tile + panel * Tile::kPanelBytes + 64 * group * Tile::kRowBytes, &from.map, barrier,
+                     panel * Tile::kPanelColumns, head * from.head_step, query + group * packing.queries,
+                     batch * from.batch_step, policy);
+  }
 }
 
 }  // namespace fastattn::cuda

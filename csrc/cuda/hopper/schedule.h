@@ -12,9 +12,9 @@
 namespace fastattn::cuda {
 
 struct QueryRows {
-  RowContext context;
-  int m0;
-  int start, end;  // tiles of keys
+  RowContext context;  // its head is the first of those that share the tile
+  int m0;              // first query
+  int start, end;      // tiles of keys
 };
 
 // The t-th in order: a tile of a head, and which batch and head.
@@ -27,12 +27,14 @@ FASTATTN_DEVICE void place_of(const Schedule& order, int t, int& tile, int& pair
 }
 
 template <class Config>
-FASTATTN_DEVICE QueryRows query_rows(const Schedule& order, const Attention& p, int t) {
+FASTATTN_DEVICE QueryRows query_rows(const Schedule& order, const Attention& p, const Packing& packing, int t) {
   int tile, pair;
   place_of(order, t, tile, pair);
   QueryRows rows;
-  rows.m0 = tile * Config::kRows;
-  rows.context = row_context(p, pair / p.heads, pair % p.heads, rows.m0, rows.m0 + Config::kRows - 1);
+  const int queries = Config::kRows / 64 * packing.queries;
+  rows.m0 = tile * queries;
+  rows.context =
+      row_context(p, pair / packing.packs, pair % packing.packs * packing.heads, rows.m0, rows.m0 + queries - 1);
   const Range& keys = rows.context.keys;
   rows.start = larger(keys.lo, 0) / Config::kKeys;
   rows.end = keys.hi > 0 ? (keys.hi + Config::kKeys - 1) / Config::kKeys : 0;
@@ -51,8 +53,13 @@ FASTATTN_DEVICE void for_own_tiles(const Schedule& order, F f) {
 
 // Calls f(QueryRows) for the tiles of query rows of this block.
 template <class Config, class F>
+FASTATTN_DEVICE void for_own_rows(const Schedule& order, const Attention& p, const Packing& packing, F f) {
+  for_own_tiles(order, [&](int t) { f(query_rows<Config>(order, p, packing, t)); });
+}
+
+template <class Config, class F>
 FASTATTN_DEVICE void for_own_rows(const Schedule& order, const Attention& p, F f) {
-  for_own_tiles(order, [&](int t) { f(query_rows<Config>(order, p, t)); });
+  for_own_rows<Config>(order, p, Packing{1, 64, 1 << 16, p.heads}, f);
 }
 
 // Whether a tile of keys needs a look at single elements.

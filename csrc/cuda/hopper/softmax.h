@@ -4,6 +4,7 @@
 #include "../attention/dropout.h"
 #include "../attention/row_end.h"
 #include "block.h"
+#include "row_store.h"
 
 namespace fastattn::cuda {
 
@@ -12,6 +13,41 @@ struct OwnRows {
   float largest[2], sum[2];  // so far; sums are of this lane's columns
   float rescale[2];          // from before the last tile to after it
 };
+
+// The place of this lane's rows in a tile whose rows are packed (attention/scores.h: Place).
+struct PackedPlace {
+  static constexpr bool kTransposed = false, kPacked = true;
+  const Packing& packing;
+  int queries[2];  // of OwnRows; a row that is nobody's has a query that does not exist
+  int column, batch;
+  int head;  // the first that shares the tile
+
+  FASTATTN_DEVICE int query(int, int, int r) const { return r >> 1 ? queries[1] : queries[0]; }
+  FASTATTN_DEVICE int key(int, int n, int r) const { return column + 8 * n + (r & 1); }
+  // found again where it is needed: a register less, and most calls do not need it
+  FASTATTN_DEVICE int head_at(int, int r) const {
+    const int row = row_of_lane(r >> 1);
+    return head + row - (row * packing.reciprocal >> 16) * packing.heads;
+  }
+  // of the 64 of a group, 16 to a warp
+  static FASTATTN_DEVICE int row_of_lane(int half) {
+    const int thread = thread_index_again();
+    return (thread >> 1 & 48) + (thread >> 2 & 7) + 8 * half;
+  }
+};
+
+FASTATTN_DEVICE PackedPlace packed_place(const Attention& p, const Packing& packing, const RowContext& context,
+                                         int group) {
+  const int thread = thread_index_again();
+  const int first = context.first_row + group * packing.queries;  // of this group
+  PackedPlace at{packing, {}, 2 * (thread & 3), context.batch, context.head};
+  FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int query = PackedPlace::row_of_lane(half) * packing.reciprocal >> 16;
+    at.queries[half] = query < packing.queries ? first + query : p.query_length;
+  }
+  return at;
+}
 
 // Calls f(part, first column) for parts of at most 64 columns of a tile of scores, as float (&)[1][columns / 8][4]: a
 // part's elements fit the bits of one word.
@@ -38,13 +74,13 @@ FASTATTN_DEVICE void apply_intervals(float (&s)[N], const Attention& p, const In
   int lo[2], hi[2];
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int row = at.row + 8 * half;
     if constexpr (Place::kTransposed) {
-      const Range queries = queries_of_keys(p, v, row, row);
+      const int key = at.key(0, 0, 2 * half);
+      const Range queries = queries_of_keys(p, v, key, key);
       lo[half] = queries.lo;
       hi[half] = queries.hi;
     } else {
-      keys_of_query(p, v, row + v.offset, lo[half], hi[half]);
+      keys_of_query(p, v, at.query(0, 0, 2 * half) + v.offset, lo[half], hi[half]);
     }
     lo[half] -= at.column;
     hi[half] -= at.column;
@@ -62,12 +98,13 @@ FASTATTN_DEVICE Place part_of(Place at, int first) {
 // From raw products to scores, -inf where masked.
 template <class Config, class Place, int N>
 FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interval& v, const Place& at, Side side,
-                                 bool masked) {
+                                 bool masked, bool slopes = true) {
   if constexpr (!Config::kPlain) {
     const bool elements = masked && (p.query_ids.data || p.mask.data);
     in_parts(s, [&](auto& part, int first) {
       const Place here = part_of(at, first);
       scale_and_cap<Place>(part, p);
+      if (slopes && p.slopes.data) add_slopes(part, p, v, here);
       add_biases(part, p, v, here, side);
       if (elements) apply_masks(part, p, v, here);
     });
@@ -76,33 +113,61 @@ FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interv
   if (masked) apply_intervals(s, p, v, at);
 }
 
-// The same of tile n of the keys of a tile of query rows.
+// The same of the keys n0 ... of a tile of query rows.
+template <class Config, class Place, int N>
+FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowContext& context, const Place& at, int n0,
+                                 bool masked, bool slopes = true) {
+  finish_tile<Config>(s, p, context.interval, part_of(at, n0),
+                      side_of(p, context.first, context.last, n0, n0 + Config::kKeys), masked, slopes);
+}
+
+// Where all keys of a tile lie on one side of all its queries, a slope is a line over the keys: what a lane's columns
+// do not share is one multiplication by a constant for each, and the rest one number for each row, which the caller
+// adds.  Lines count from the last column of a lane back, so that they are short where weights are largest: in the
+// tiles before a query.  Their constants are integers below 2^8, the rest is a distance (add_slopes: exact below 2^24).
+template <int N>
+FASTATTN_DEVICE void add_lines(float (&s)[N], float (&shift)[2], SharedAddress slopes, const Interval& v,
+                               const PackedPlace& at, bool before) {
+  constexpr int kLast = N / 4 * 8 - 7;
+  float step[2];
+  FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const float slope = load_shared<float>(slopes + (PackedPlace::row_of_lane(half) & 15) * 4);
+    step[half] = before ? slope : -slope;
+    shift[half] = step[half] * static_cast<float>(at.column + kLast - (at.query(0, 0, 2 * half) + v.offset));
+  }
+  FASTATTN_UNROLL
+  for (int i = 0; i < N; ++i) s[i] = fmaf(step[i >> 1 & 1], static_cast<float>(i / 4 * 8 + (i & 1) - kLast), s[i]);
+}
+
 template <class Config, int N>
 FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowContext& context, int row, int n0,
                                  bool masked) {
-  const Place<> at{row, n0 + 2 * (lane_index() & 3), context.batch, context.head};
-  finish_tile<Config>(s, p, context.interval, at, side_of(p, context.first, context.last, n0, n0 + Config::kKeys),
-                      masked);
+  const Place<> at{row, 2 * (lane_index() & 3), context.batch, context.head};
+  finish_keys<Config>(s, p, context, at, n0, masked);
 }
 
 // Scores become weights relative to the largest so far; `own.rescale` takes what was summed before to the same.
-template <int N>
-FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, float multiplier) {
+// kShifted: `shift` is still to be added to this lane's scores of each row.
+template <bool kShifted, int N>
+FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, float multiplier, const float (&shift)[2]) {
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
-    float largest = own.largest[half];
+    float largest = kShifted ? -infinity() : own.largest[half];
     FASTATTN_UNROLL
     for (int i = 2 * half; i < N; i += 4) largest = fmaxf(largest, fmaxf(s[i], s[i + 1]));
+    if constexpr (kShifted) largest = fmaxf(own.largest[half], largest + shift[half]);
     largest = quad_max(largest);
     // a row that has seen nothing yet keeps a finite pivot, so that -inf - -inf never happens
     const float pivot = largest == -infinity() ? 0.0f : largest * multiplier;
     own.rescale[half] = exp2_approx(own.largest[half] * multiplier - pivot);
     own.largest[half] = largest;
     float sum = own.sum[half] * own.rescale[half];
+    const float rest = kShifted ? fmaf(shift[half], multiplier, -pivot) : -pivot;
     FASTATTN_UNROLL
     for (int i = 2 * half; i < N; i += 4) {
-      s[i] = exp2_approx(fmaf(s[i], multiplier, -pivot));
-      s[i + 1] = exp2_approx(fmaf(s[i + 1], multiplier, -pivot));
+      s[i] = exp2_approx(fmaf(s[i], multiplier, rest));
+      s[i + 1] = exp2_approx(fmaf(s[i + 1], multiplier, rest));
       sum += s[i] + s[i + 1];
     }
     own.sum[half] = sum;
@@ -110,11 +175,10 @@ FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, float multiplier) {
 }
 
 template <int N>
-FASTATTN_DEVICE void drop(float (&s)[N], const Attention& p, const RowContext& context, int row, int n0) {
+FASTATTN_DEVICE void drop(float (&s)[N], const Attention& p, const PackedPlace& at, int n0) {
   in_parts(s, [&](auto& part, int first) {
     uint32_t bits[1];
-    const Place<> at{row, n0 + 2 * (lane_index() & 3) + first, context.batch, context.head};
-    keep_bits<1, sizeof(part) / sizeof(part[0][0])>(bits, p, at);
+    keep_bits<1, sizeof(part) / sizeof(part[0][0])>(bits, p, part_of(at, n0 + first));
     each(part, [&](float& x, int, int n, int r) { x = has(bits[0], n, r) ? x : 0.0f; });
   });
 }
@@ -131,20 +195,27 @@ FASTATTN_DEVICE void rescale(float (&acc)[N], const OwnRows& own) {
   for (int i = 0; i < N; ++i) acc[i] *= own.rescale[i >> 1 & 1];
 }
 
+// Rows whose bit is set become NaN, and stay it.
+template <int N>
+FASTATTN_DEVICE void poison(float (&acc)[N], uint32_t rows) {
+  FASTATTN_UNROLL
+  for (int i = 0; i < N; ++i) acc[i] = rows >> (i >> 1 & 1) & 1 ? not_a_number() : acc[i];
+}
+
 // Which of this lane's rows see a value that is not finite, among the checked ones of a tile (bit `half`).  Rare.
 template <class Config>
-FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p, const RowContext& context, int row,
-                                       int n0) {
-  const int b = context.batch, h = context.head;
+FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p, const Interval& v,
+                                       const PackedPlace& at, int n0) {
+  const int b = at.batch;
   uint32_t sees = 0;
   FASTATTN_NO_UNROLL
-  for (int column = 2 * (lane_index() & 3); column < Config::kKeys; column += 8) {
+  for (int column = at.column; column < Config::kKeys; column += 8) {
     FASTATTN_NO_UNROLL
     for (int r = 0; r < 4; ++r) {
       if (load_shared<uint8_t>(checks + 16 + column + (r & 1)) == 0) continue;
-      const int i = row + 8 * (r >> 1), j = n0 + column + (r & 1);
+      const int i = at.query(0, 0, r), h = at.head_at(0, r), j = n0 + column + (r & 1);
       int lo, hi;
-      keys_of_query(p, context.interval, i + context.interval.offset, lo, hi);
+      keys_of_query(p, v, i + v.offset, lo, hi);
       bool seen = j >= lo && j < hi && i < p.query_length;
       if constexpr (!Config::kPlain) {
         if (seen && p.query_ids.data)

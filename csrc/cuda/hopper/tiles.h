@@ -37,7 +37,8 @@ struct HopperForwardTiles {
   constexpr int after_values() const { return values_at() + stages * key_bytes(); }
   constexpr int check_bytes() const { return 16 + (keys + 15) / 16 * 16; }  // a word per checker, a byte per key
   constexpr int barriers() const { return 2 + 5 * stages; }
-  constexpr int context_bytes() const { return 4 * groups * 48; }
+  static constexpr int kContextBytes = 48 + 4 * 16;  // of a warp: what its tile is, slopes of its rows
+  constexpr int context_bytes() const { return 4 * groups * kContextBytes; }
   constexpr int small_bytes() const { return stages * check_bytes() + context_bytes() + 8 * barriers(); }
   constexpr bool own_out() const { return after_values() + query_bytes() + small_bytes() <= kHopperSharedBytes; }
   constexpr int out_at() const { return own_out() ? after_values() : 0; }
@@ -67,6 +68,24 @@ constexpr HopperForwardTiles hopper_forward_tiles(int dim, bool plain) {
       return {256, 2, plain ? 80 : 64, 2, false};
   }
 }
+
+// How many of the `group` query heads of a key head share a tile (params.h: Packing): those that make the fewest tiles.
+// A tile costs what its keys cost, however many of its rows exist, so fewer tiles are less work, by as much; where the
+// number is the same nothing is won, and heads stay apart.
+constexpr int packed_heads(long long queries, int group, int row_groups) {
+  int best = 1;
+  long long fewest = 0;
+  for (int heads = 1; heads <= 64 && heads <= group; ++heads) {
+    if (group % heads != 0) continue;
+    const int rows = row_groups * (64 / heads);
+    const long long tiles = (queries + rows - 1) / rows * (group / heads);
+    if (heads > 1 && tiles >= fewest) continue;
+    best = heads;
+    fewest = tiles;
+  }
+  return best;
+}
+static_assert(packed_heads(4096, 8, 2) == 1 && packed_heads(1, 8, 2) == 8 && packed_heads(20, 8, 2) == 4);
 
 // dQ: two groups of 64 query rows, which hold queries and gradients of the output while keys and values come by.
 struct HopperBackwardQTiles {
