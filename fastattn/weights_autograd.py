@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fastattn.autograd import (
     _GRADIENT_PLACES,
+    _ORDER,
+    _SCALARS,
+    _TENSORS,
     FusedBackward,
     _batch_axis,
     _each_sample,
@@ -64,11 +67,10 @@ class FusedWeights(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.average, ctx.leading = inputs[:_FIXED]
         args = inputs[_FIXED:]
-        ctx.scalars = [None if isinstance(x, Tensor) else x for x in args]
-        ctx.is_tensor = [isinstance(x, Tensor) for x in args]
+        ctx.scalars = [args[place] for place in _SCALARS]
         out, lse, statistics, _ = output
         ctx.mark_non_differentiable(lse, statistics)
-        ctx.save_for_backward(out, statistics, *[x for x in args if isinstance(x, Tensor)])
+        ctx.save_for_backward(out, statistics, *[args[place] for place in _TENSORS])
 
     @staticmethod
     def backward(
@@ -81,8 +83,8 @@ class FusedWeights(torch.autograd.Function):
         out, statistics, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        remaining = iter(tensors)
-        args = [next(remaining) if is_tensor else x for is_tensor, x in zip(ctx.is_tensor, ctx.scalars, strict=True)]
+        saved = [*tensors, *ctx.scalars]
+        args = [saved[place] for place in _ORDER]
         if grad_weights is None:
             grads = call_backward(FusedBackward, ctx.backend, needs, grad_out, None, out, statistics, *args)
         else:

@@ -20,6 +20,7 @@ from tests.test_cpu_backend import (
     SHAPED,
     Gradients,
     assert_within_budget,
+    check_gradients,
     everything,
     operand_rounding,
     plain,
@@ -94,16 +95,7 @@ def check(problem: Problem, average: bool, leading: int = 0) -> None:
     lse_rounding = u if dtype == torch.bfloat16 else operand_rounding(problem)
     assert_within_budget("lse", lse, exact_lse, peer_lse, 4 * lse_rounding)
     assert_within_budget("weights", weights, exact_weights, peer_weights, rounding + recomputed)
-    for name, grad in got.items():
-        assert grad.shape == getattr(problem, name).shape
-        assert grad.dtype == getattr(problem, name).dtype
-        if name in SHAPED:
-            assert_within_budget(name, grad, exact[name], peer[name], 2 * rounding + recomputed)
-        else:
-            mass = problem.query_length * problem.key_length * problem.num_heads
-            distance = problem.key_length if name == "slopes" else 1
-            error = (grad.double() - exact[name]).abs().max()
-            assert error <= 4 * u * distance * mass**0.5 + 2 * (peer[name].double() - exact[name]).abs().max(), name
+    check_gradients(problem, got, exact, peer, 2 * rounding + recomputed)
 
 
 @pytest.mark.parametrize("average", [True, False])

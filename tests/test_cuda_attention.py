@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from oracle import Call, check
 
 import fastattn
+from fastattn.backends.cuda import CudaBackend
 from fastattn.functional import lower
 from fastattn.positional.content import ContentBias, Tables
 from fastattn.problem import GRADIENT_FIELDS, Problem
@@ -354,6 +355,9 @@ def test_gradients_of_tables_alone(device: ModuleType) -> None:
         needs = 1 << GRADIENT_FIELDS.index(name)
         torch.ops.fastattn.cuda_backward(torch.randn_like(out), None, out, statistics, needs, *problem.arguments())
         assert kernels(device) == ["attention_delta", kernel]
+        wanted = dataclasses.replace(problem, **{name: getattr(problem, name).clone().requires_grad_()})
+        told = CudaBackend().plan(wanted)
+        assert [told[side]["kernel"] for side in ("backward_q", "backward_kv") if side in told] == [kernel]
 
 
 def test_tables_keep_to_the_kernels_of_sm_80(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,10 @@ from fastattn.softmax_problem import SOFTMAX_FIELDS, SOFTMAX_GRADIENT_FIELDS, So
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16)
-BACKWARD_KERNELS = {"backward_q": ("query", "slopes", "table"), "backward_kv": ("key", "value")}  # fields each is for
+BACKWARD_KERNELS = {  # the fields whose gradients each gives
+    "backward_q": ("query", "slopes", "table", "row_table"),
+    "backward_kv": ("key", "value", "col_table"),
+}
 ROW_DTYPES = (torch.float32, *DTYPES)  # of the masked softmax, the rotation, and of a dense bias
 
 
