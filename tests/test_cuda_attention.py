@@ -356,8 +356,8 @@ def test_gradients_of_tables_alone(device: ModuleType) -> None:
         torch.ops.fastattn.cuda_backward(torch.randn_like(out), None, out, statistics, needs, *problem.arguments())
         assert kernels(device) == ["attention_delta", kernel]
         wanted = dataclasses.replace(problem, **{name: getattr(problem, name).clone().requires_grad_()})
-        told = CudaBackend().plan(wanted)
-        assert [told[side]["kernel"] for side in ("backward_q", "backward_kv") if side in told] == [kernel]
+        told = CudaBackend().plan(wanted).keys()
+        assert told & {"backward_q", "backward_kv"} == {kernel.removesuffix("_f16_d32")}
 
 
 def test_tables_keep_to_the_kernels_of_sm_80(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
