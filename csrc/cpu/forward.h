@@ -22,7 +22,7 @@ class Forward {
   // A strip's scores stay in the first-level cache between the two products and the softmax; a wide tile costs fewer
   // passes over the accumulator.  Tile registers want more rows at once.
   static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
-  static constexpr i64 kMaxTile = sizeof(Acc) == 8 ? 256 : 512;
+  static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 512;
   static constexpr i64 kStrip = kTiles ? 32 : 12;
   static constexpr i64 kWholeStrips = kTiles ? 64 : 48;
 
@@ -110,6 +110,16 @@ class Forward {
     i64 count() const { return heads * rows; }
     i64 head_of(i64 r) const { return r / rows; }
     i64 query_of(i64 r) const { return first + r % rows; }
+
+    // call(n, head, query) for rows [row, row + count): one division for all of them
+    template <class Call>
+    FASTATTN_INLINE void each(i64 row, i64 count, Call call) const {
+      i64 g = head_of(row), i = query_of(row);
+      for (i64 n = 0; n < count; ++n) {
+        call(n, g, i);
+        if (++i == first + rows) i = first, ++g;
+      }
+    }
   };
 
   Block block(i64 index) const {
@@ -172,9 +182,10 @@ class Forward {
         strip(item, scorers, s, r, smaller(kStrip, count - r), origin, keys, padded,
               bad_keys || bad_queries ? &key_rows : nullptr, bad_values ? &value_rows : nullptr);
     }
-    for (i64 r = 0; r < count; ++r)
-      finish_row(scorers[item.head_of(r)], o, item.query_of(r), s.maximum[r], reduce_add<Acc>(load(s.sum + r * kLane)),
+    item.each(0, count, [&](i64 r, i64 g, i64 i) {
+      finish_row(scorers[g], o, i, s.maximum[r], reduce_add<Acc>(load(s.sum + r * kLane)),
                  s.accumulator + r * value_width, value_width);
+    });
   }
 
   // One strip of rows against one packed tile.  Non-null sources say that the tile has flagged rows.
@@ -204,13 +215,20 @@ class Forward {
     if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, smaller(end, keys), *bad_keys);
 
     Interval live[kStrip];
-    alignas(64) Acc largest[kStates] = {};
-    for (i64 r = 0; r < rows; ++r) {
-      const i64 row = first_row + r;
-      Acc* const score = s.scores + r * score_row();
-      live[r] = scorers[item.head_of(row)].apply(item.query_of(row), origin, begin, end, score, s.temp, nullptr);
-      largest[r] = row_max(score, live[r].low, live[r].high);
+    Vec<Acc> largest[kStates];
+    if (one_head && scorers[item.head_of(first_row)].sees_all(i0, i1, origin, {begin, end})) {
+      for (i64 r = 0; r < rows; ++r) {
+        live[r] = {begin, end};
+        largest[r] = row_max_lanes(s.scores + r * score_row(), begin, end);
+      }
+    } else {
+      item.each(first_row, rows, [&](i64 r, i64 g, i64 i) {
+        Acc* const score = s.scores + r * score_row();
+        live[r] = scorers[g].apply(i, origin, begin, end, score, s.temp, nullptr);
+        largest[r] = row_max_lanes(score, live[r].low, live[r].high);
+      });
     }
+    for (i64 r = rows; r < round_up(rows, kLane); ++r) largest[r] = Vec<Acc>{};
     weigh(item, scorers, s, first_row, rows, origin, {begin, end}, live, largest);
     const A* const weights = weights_of(s);
     const i64 value_piece = padded / Mode::kPair * Mode::kPanel;
@@ -224,18 +242,21 @@ class Forward {
   // Where weights are as wide as scores, they take their place.
   A* weights_of(const Scratch& s) const { return Mode::kPair == 2 ? s.weights : reinterpret_cast<A*>(s.scores); }
 
+  static constexpr Acc kSlack = 8;
   static constexpr i64 kStates = (kStrip + kLane - 1) / kLane * kLane;
 
   // Scores to weights, zero outside of what a row sees, and the running maxima, sums and accumulators with them.
-  // `largest` holds the rows' maxima over this tile.
+  // `largest` holds the rows' maxima over this tile, lane by lane.  A maximum moves only where weights would otherwise
+  // be larger than 2^kSlack: floating point is as exact at any scale, and the sums need no rescaling.
   void weigh(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
-             Interval columns, const Interval* live, const Acc* largest) const {
+             Interval columns, const Interval* live, Vec<Acc>* largest) const {
     const Acc factor = scorers[0].factor;  // of all heads
+    const Acc slack = smaller(kSlack / factor, Acc(1e30));
     alignas(64) Acc before[kStates] = {}, now[kStates], reference[kStates], shrink[kStates];
     std::memcpy(before, s.maximum + first_row, rows * sizeof(Acc));
     for (i64 r = 0; r < rows; r += kLane) {  // rows side by side
       const Vec<Acc> zero = {}, none = splat(-kInfinity<Acc>);
-      const Vec<Acc> m = load(before + r), top = vmax(m, load(largest + r));
+      const Vec<Acc> m = load(before + r), here = max_lanes<Acc>(largest + r), top = here > m + slack ? here : m;
       store(now + r, top);
       store(reference + r, top == none ? zero : top);
       store(shrink + r, m == none ? zero : exp2<Mode::kExpDegree>((m - top) * factor));
@@ -243,7 +264,7 @@ class Forward {
     std::memcpy(s.maximum + first_row, now, rows * sizeof(Acc));
 
     A* const weights = weights_of(s);
-    for (i64 r = 0; r < rows; ++r) {
+    item.each(first_row, rows, [&](i64 r, i64 g, i64 i) {
       const i64 row = first_row + r;
       Acc* const sum = s.sum + row * kLane;
       if (now[r] != before[r]) {
@@ -254,14 +275,14 @@ class Forward {
       A* const weight = weights + r * weight_row();
       const Interval seen = live[r];
       if (!seen.empty())
-        store(sum, load(sum) + row_weights(scorers[item.head_of(row)], item.query_of(row), s, origin, seen,
-                                           s.scores + r * score_row(), reference[r], factor, weight));
+        store(sum, load(sum) + row_weights(scorers[g], i, s, origin, seen, s.scores + r * score_row(), reference[r],
+                                           factor, weight));
       for (i64 piece = 0; piece < kPieces; ++piece) {
         A* const part = weight + piece * tile;
         if (columns.low < seen.low) std::memset(part + columns.low, 0, (seen.low - columns.low) * sizeof(A));
         if (seen.high < columns.high) std::memset(part + seen.high, 0, (columns.high - seen.high) * sizeof(A));
       }
-    }
+    });
   }
 
   // The weights of one row as an operand, dropout applied; returns their sum without it, lane by lane.

@@ -59,6 +59,7 @@ class SoftmaxRows {
     layout(measure);
     Arena arena(thread_scratch(measure.used()));
     const Scratch s = layout(arena);
+    FlushScope flush;
     const Scorer<T> scorer(p, b, h);
     for (i64 i = first; i < smaller(first + block, p.query_length); ++i) row(scorer, i, s);
   }

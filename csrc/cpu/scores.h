@@ -55,6 +55,12 @@ struct Scorer {
     return {low, larger(low, smaller(range.high - origin, end))};
   }
 
+  // Whether queries i0 to i1 see all of the columns, and their scores are q.k.
+  bool sees_all(i64 i0, i64 i1, i64 origin, Interval columns) const {
+    return plain && !masked_by_element && geometry.visible(i1).low <= origin + columns.low &&
+           geometry.visible(i0).high >= origin + columns.high;
+  }
+
   // Turns q.k in s[begin, end) into masked scores and returns the part that holds any, in whole vectors: what lies
   // outside of it is masked and left as it was.  begin and end are multiples of the vector length; temp has room for
   // a tile row.  With `cap_gradient`, the derivative of the softcap is left there.
@@ -226,8 +232,9 @@ struct Scorer {
   }
 };
 
+// The largest score of [begin, end), lane by lane.
 template <class T>
-inline T row_max(const T* s, i64 begin, i64 end) {
+FASTATTN_INLINE Vec<T> row_max_lanes(const T* s, i64 begin, i64 end) {
   Vec<T> a = splat(-kInfinity<T>), b = a;
   i64 j = begin;
   for (; j + 2 * kLanes<T> <= end; j += 2 * kLanes<T>) {
@@ -235,7 +242,12 @@ inline T row_max(const T* s, i64 begin, i64 end) {
     b = vmax(load(s + j + kLanes<T>), b);
   }
   if (j < end) a = vmax(load(s + j), a);
-  return reduce_max<T>(vmax(a, b));
+  return vmax(a, b);
+}
+
+template <class T>
+inline T row_max(const T* s, i64 begin, i64 end) {
+  return reduce_max<T>(row_max_lanes(s, begin, end));
 }
 
 // The exponent of the softmax, x in 2^x: fused for plain rows, in two steps otherwise (finfo.min * log2(e) would be
@@ -263,7 +275,9 @@ inline Vec<T> row_exp(T* s, i64 begin, i64 end, T reference, T factor) {
 template <bool kPlain, class Mode>
 inline Vec<float> row_exp_operand(const float* s, i64 begin, i64 end, float reference, float factor, bf16* out,
                                   i64 apart) {
-  const auto weight = [&](i64 j) { return exp2<Mode::kExpDegree>(exponent<kPlain>(load(s + j), reference, factor)); };
+  const auto weight = [=](i64 j) __attribute__((always_inline)) {
+    return exp2<Mode::kExpDegree>(exponent<kPlain>(load(s + j), reference, factor));
+  };
   Vec<float> sum = {}, odd = {};
   i64 j = begin;
   for (; j + 32 <= end; j += 32) {

@@ -167,23 +167,33 @@ FASTATTN_INLINE void transpose(Vec<T>* rows) {
   if constexpr (kStage > 1) transpose<T, kStage / 2>(rows);
 }
 
-// Lane k of the result is the sum of the lanes of rows[k]: the transpose's stages, each adding what it swaps.
-template <class T, int kStage, int... kLane>
-FASTATTN_INLINE void add_stage(Vec<T>* rows, std::integer_sequence<int, kLane...>) {
+// Lane k of the result joins the lanes of rows[k]: the transpose's stages, each joining what it swaps.
+template <class T, int kStage, class Join, int... kLane>
+FASTATTN_INLINE void join_stage(Vec<T>* rows, Join join, std::integer_sequence<int, kLane...>) {
   using Index = Vec<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
   constexpr int n = kLanes<T>;
   const Index low = {((kLane & kStage) ? n + kLane - kStage : kLane)...};
   const Index high = {((kLane & kStage) ? n + kLane : kLane + kStage)...};
 #pragma GCC unroll 16
   for (int i = 0; i < kStage; ++i)
-    rows[i] = __builtin_shuffle(rows[i], rows[i + kStage], low) + __builtin_shuffle(rows[i], rows[i + kStage], high);
+    rows[i] =
+        join(__builtin_shuffle(rows[i], rows[i + kStage], low), __builtin_shuffle(rows[i], rows[i + kStage], high));
 }
 
-template <class T, int kStage = kLanes<T> / 2>
-FASTATTN_INLINE Vec<T> add_lanes(Vec<T>* rows) {
-  add_stage<T, kStage>(rows, std::make_integer_sequence<int, kLanes<T>>{});
-  if constexpr (kStage > 1) return add_lanes<T, kStage / 2>(rows);
+template <class T, int kStage = kLanes<T> / 2, class Join>
+FASTATTN_INLINE Vec<T> join_lanes(Vec<T>* rows, Join join) {
+  join_stage<T, kStage>(rows, join, std::make_integer_sequence<int, kLanes<T>>{});
+  if constexpr (kStage > 1) return join_lanes<T, kStage / 2>(rows, join);
   return rows[0];
+}
+
+template <class T>
+FASTATTN_INLINE Vec<T> add_lanes(Vec<T>* rows) {
+  return join_lanes<T>(rows, [](Vec<T> a, Vec<T> b) { return a + b; });
+}
+template <class T>
+FASTATTN_INLINE Vec<T> max_lanes(Vec<T>* rows) {
+  return join_lanes<T>(rows, [](Vec<T> a, Vec<T> b) { return vmax(a, b); });
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA
