@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from array import array
 from functools import lru_cache
 
 import torch
@@ -325,9 +326,12 @@ class T5Bias(Bias):
     def lower(self, draft: Draft) -> None:
         check_device("T5Bias.weight", self.weight, draft.device)
         check_shape("T5Bias.weight", self.weight, (self.weight.shape[0], draft.heads))
-        buckets = t5_buckets(self.weight.shape[0], self.bidirectional, self.max_distance)
-        index = torch.tensor(buckets, device=self.weight.device)
-        table = self.weight.to(draft.parameter_dtype).t()[:, index]
+        buckets = self.weight.shape[0], self.bidirectional, self.max_distance
+        if torch.compiler.is_compiling():
+            index = torch.tensor(t5_buckets(*buckets))
+        else:  # a tensor of a list costs as much as the attention of a short sequence
+            index = torch.frombuffer(_t5_bucket_array(*buckets), dtype=torch.int64)
+        table = self.weight.to(draft.parameter_dtype).index_select(0, index.to(self.weight.device)).t().contiguous()
         add_table(draft, table[None], self.max_distance)
 
 
@@ -348,3 +352,8 @@ def t5_buckets(num_buckets: int, bidirectional: bool, max_distance: int) -> tupl
     before = [bucket(n) for n in range(max_distance, -1, -1)]
     after = [per_side + bucket(n) for n in range(1, max_distance + 1)] if bidirectional else []
     return tuple(before + after)
+
+
+@lru_cache
+def _t5_bucket_array(num_buckets: int, bidirectional: bool, max_distance: int) -> array[int]:
+    return array("q", t5_buckets(num_buckets, bidirectional, max_distance))

@@ -76,7 +76,8 @@ struct Scorer {
 
   // Lanes [first, last) of one vector become -inf.
   FASTATTN_INLINE static void hide_lanes(T* s, i64 first, i64 last) {
-    for (i64 k = first; k < last; ++k) s[k] = -kInfinity<T>;
+    const Vec<T> lane = lane_numbers<T>(), hidden = splat(-kInfinity<T>), score = load(s);
+    store(s, (lane >= static_cast<T>(first)) & (lane < static_cast<T>(last)) ? hidden : score);
   }
 
   void transform(i64 i, i64 origin, Interval seen, Interval live, T* s, T* temp, T* cap_gradient) const {
@@ -87,7 +88,7 @@ struct Scorer {
         by = 1;
       }
       if (problem->slopes) add_slope(i, origin, live, s, by), by = 1;
-      if (table) add_table(i, origin, seen, s, by), by = 1;
+      if (table) add_table(i, origin, live, s, by), by = 1;
       if (content) content.add(i, origin - geometry.position(i), origin, seen, s, by), by = 1;
       if (problem->dense_bias) add_dense(i, origin, seen, s, temp, by), by = 1;
       if (by != 1)
@@ -111,17 +112,19 @@ struct Scorer {
   void add_slope(i64 i, i64 origin, Interval live, T* s, T by) const {
     const i64 first = origin - geometry.position(i);  // distance of column 0
     constexpr i64 kExact = i64{1} << 23;
-    const bool exact = first > -kExact && first < kExact;  // small integers: exact in floating point
-    Vec<T> lane;
-    for (int k = 0; k < kLanes<T>; ++k) lane[k] = static_cast<T>(k);
+    const Vec<T> slopes = splat(slope), scales = splat(by);
+    const auto add = [=](i64 j, Vec<T> distance) {
+      store(s + j, load(s + j) * scales - magnitude<T>(distance) * slopes);
+    };
+    if (first > -kExact && first < kExact) {  // small integers: exact in floating point
+      Vec<T> distance = lane_numbers<T>() + static_cast<T>(first + live.low);
+      for (i64 j = live.low; j < live.high; j += kLanes<T>, distance += static_cast<T>(kLanes<T>)) add(j, distance);
+      return;
+    }
     for (i64 j = live.low; j < live.high; j += kLanes<T>) {
       Vec<T> distance;
-      if (exact)
-        distance = splat(static_cast<T>(first + j)) + lane;
-      else
-        for (int k = 0; k < kLanes<T>; ++k) distance[k] = static_cast<T>(first + j + k);
-      distance = distance < 0 ? -distance : distance;
-      store(s + j, load(s + j) * by - distance * slope);
+      for (int k = 0; k < kLanes<T>; ++k) distance[k] = static_cast<T>(first + j + k);
+      add(j, distance);
     }
   }
 
@@ -132,17 +135,26 @@ struct Scorer {
     return {low, larger(low, smaller(seen.high, table_size - *shift))};
   }
 
-  void add_table(i64 i, i64 origin, Interval seen, T* s, T by) const {
-    i64 shift;
-    const Interval near = table_span(i, origin, seen, &shift);
-    const T before = table[0], after = table[(table_size - 1) * table_stride];
-    for (i64 j = seen.low; j < near.low; ++j) s[j] = s[j] * by + before;
-    if (table_stride == 1) {
-      for (i64 j = near.low; j < near.high; ++j) s[j] = s[j] * by + table[j + shift];
-    } else {
-      for (i64 j = near.low; j < near.high; ++j) s[j] = s[j] * by + table[(j + shift) * table_stride];
-    }
-    for (i64 j = near.high; j < seen.high; ++j) s[j] = s[j] * by + after;
+  // Whole vectors: all before the table's inner entries, within them, after them, or across one of their ends.
+  void add_table(i64 i, i64 origin, Interval live, T* s, T by) const {
+    constexpr i64 n = kLanes<T>;
+    const i64 size = table_size, shift = origin - geometry.position(i) + table_left;  // column j, entry j + shift
+    const T* const entries = table;
+    const i64 stride = table_stride;
+    const Vec<T> before = splat(entries[0]), after = splat(entries[(size - 1) * stride]), scales = splat(by);
+    const auto add = [=](i64 j, Vec<T> bias) { store(s + j, load(s + j) * scales + bias); };
+    const auto add_across = [=](i64 j) {  // one end or both
+      const i64 e = j + shift, first = larger(-e, i64{0});
+      const Vec<T> ends = lane_numbers<T>() < static_cast<T>(first) ? before : after;
+      add(j, load_lanes(entries + e * stride, stride, first, smaller(size - e, n), ends));
+    };
+    i64 j = live.low;
+    for (; j < live.high && j + shift <= -n; j += n) add(j, before);
+    if (j < live.high && j + shift < 0) add_across(j), j += n;
+    if (stride == 1)
+      for (; j < live.high && j + shift <= size - n; j += n) add(j, load(entries + j + shift));
+    for (; j < live.high && j + shift < size; j += n) add_across(j);
+    for (; j < live.high; j += n) add(j, after);
   }
 
   void add_dense(i64 i, i64 origin, Interval seen, T* s, T* temp, T by) const {

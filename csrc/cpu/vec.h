@@ -57,6 +57,21 @@ template <class T>
 FASTATTN_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename VectorTypes<T>::loose*>(p);
 }
+// Lanes [first, last) from p, `stride` apart, the others from elsewhere.
+template <class T>
+FASTATTN_INLINE Vec<T> load_lanes(const T* p, i64 stride, i64 first, i64 last, Vec<T> others) {
+#if defined(__AVX512F__)
+  if (stride == 1) {
+    const uint32_t lanes = (1u << last) - (1u << first);
+    if constexpr (sizeof(T) == 4)
+      return (Vec<T>)_mm512_mask_loadu_ps((__m512)others, static_cast<__mmask16>(lanes), p);
+    else
+      return (Vec<T>)_mm512_mask_loadu_pd((__m512d)others, static_cast<__mmask8>(lanes), p);
+  }
+#endif
+  for (i64 k = first; k < last; ++k) others[k] = p[k * stride];
+  return others;
+}
 template <class T>
 FASTATTN_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorTypes<T>::loose*>(p) = v;
@@ -79,6 +94,23 @@ FASTATTN_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
 #endif
 }
 FASTATTN_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+
+// |a|, whose sign bit is all that differs.
+template <class T>
+FASTATTN_INLINE Vec<T> magnitude(Vec<T> a) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  return (Vec<T>)((Vec<Bits>)a & (~Bits{0} >> 1));
+}
+
+// 0, 1, 2, ...
+template <class T, int... kLane>
+FASTATTN_INLINE Vec<T> lane_numbers(std::integer_sequence<int, kLane...>) {
+  return Vec<T>{static_cast<T>(kLane)...};
+}
+template <class T>
+FASTATTN_INLINE Vec<T> lane_numbers() {
+  return lane_numbers<T>(std::make_integer_sequence<int, kLanes<T>>{});
+}
 
 template <class T>
 FASTATTN_INLINE T reduce_max(Vec<T> v) {
