@@ -9,6 +9,7 @@
 namespace fastattn::cuda {
 
 inline constexpr int kHopperDims[] = {64, 96, 128, 192, 256};
+inline constexpr int kHopperE4M3Dims[] = {64, 128, 256};
 inline constexpr int kHopperSharedBytes = 232448;  // that a block may have
 inline constexpr int kHopperRegisters = 65536;     // of a multiprocessor
 inline constexpr int kCheckers = 3;  // warps of the producers' warpgroup that look for NaN among the values
@@ -16,6 +17,7 @@ inline constexpr int kCheckers = 3;  // warps of the producers' warpgroup that l
 struct HopperForwardTiles {
   int dim, groups, keys, stages;  // groups: warpgroups of consumers
   bool alternate;  // consumers take turns at the tensor cores, so that one's softmax meets another's products
+  int element = 2;  // bytes; of 8 bits, values are transposed on their way (transpose.h)
 
   constexpr int rows() const { return 64 * groups; }
   constexpr int threads() const { return 128 * (groups + 1); }
@@ -23,32 +25,36 @@ struct HopperForwardTiles {
   // Registers of a thread.  All start with what the launch gives, and that is all there is: consumers wait for ever for
   // more than producers give up.
   constexpr int launch_registers() const { return kHopperRegisters / threads() / 8 * 8; }
-  constexpr int producer_registers() const { return groups == 3 ? 32 : 24; }
-  constexpr int consumer_registers() const { return groups == 3 ? 160 : 240; }
-  constexpr int held_registers() const { return dim / 2 + keys / 2 + keys / 4; }  // accumulators, scores, weights
+  constexpr bool transposes() const { return element == 1; }
+  constexpr int producer_registers() const { return transposes() ? 56 : groups == 3 ? 32 : 24; }
+  constexpr int consumer_registers() const { return (groups == 3 ? 160 : 240) - (transposes() ? groups == 3 ? 8 : 16 : 0); }
+  // accumulators, scores, weights
+  constexpr int held_registers() const { return dim / 2 + keys / 2 + keys * element / 8; }
 
-  // Shared memory: queries; stages of keys; stages of values; output where there is room, else it takes the queries'
-  // place; for each stage which values are not finite; a copy of the tile's context for each warp of consumers;
-  // barriers.
-  constexpr int query_bytes() const { return 2 * rows() * dim; }
-  constexpr int key_bytes() const { return 2 * keys * dim; }
+  // Shared memory: queries; stages of keys; stages of values; of 8 bits, the same as they came; output where there is
+  // room, else it takes the queries' place; for each stage which values are not finite; a copy of the tile's context
+  // for each warp of consumers; barriers.
+  constexpr int query_bytes() const { return element * rows() * dim; }
+  constexpr int key_bytes() const { return element * keys * dim; }
+  constexpr int out_bytes() const { return 2 * rows() * dim; }
   constexpr int keys_at() const { return query_bytes(); }
   constexpr int values_at() const { return keys_at() + stages * key_bytes(); }
-  constexpr int after_values() const { return values_at() + stages * key_bytes(); }
+  constexpr int arrivals_at() const { return values_at() + stages * key_bytes(); }
+  constexpr int after_values() const { return arrivals_at() + (transposes() ? stages * key_bytes() : 0); }
   constexpr int check_bytes() const { return 16 + (keys + 15) / 16 * 16; }  // a word per checker, a byte per key
-  constexpr int barriers() const { return 2 + 5 * stages; }
+  constexpr int barriers() const { return 2 + (transposes() ? 6 : 5) * stages; }
   static constexpr int kContextBytes = 48 + 4 * 16;  // of a warp: what its tile is, slopes of its rows
   constexpr int context_bytes() const { return 4 * groups * kContextBytes; }
   constexpr int small_bytes() const { return stages * check_bytes() + context_bytes() + 8 * barriers(); }
-  constexpr bool own_out() const { return after_values() + query_bytes() + small_bytes() <= kHopperSharedBytes; }
+  constexpr bool own_out() const { return after_values() + out_bytes() + small_bytes() <= kHopperSharedBytes; }
   constexpr int out_at() const { return own_out() ? after_values() : 0; }
-  constexpr int checks_at() const { return after_values() + (own_out() ? query_bytes() : 0); }
+  constexpr int checks_at() const { return after_values() + (own_out() ? out_bytes() : 0); }
   constexpr int contexts_at() const { return checks_at() + stages * check_bytes(); }
   constexpr int barriers_at() const { return contexts_at() + context_bytes(); }
   constexpr int shared_bytes() const { return barriers_at() + 8 * barriers(); }
 
   constexpr bool fits() const {
-    return shared_bytes() <= kHopperSharedBytes && held_registers() <= consumer_registers() - 16 &&
+    return shared_bytes() <= kHopperSharedBytes && out_bytes() <= (own_out() ? out_bytes() : query_bytes()) && held_registers() <= consumer_registers() - 16 &&
            producer_registers() + groups * consumer_registers() <= (groups + 1) * launch_registers();
   }
 };
@@ -68,6 +74,19 @@ constexpr HopperForwardTiles hopper_forward_tiles(int dim, bool plain) {
       return {256, 2, plain ? 80 : 64, 2, false};
   }
 }
+
+// Of 8 bits: the output, of 16, has a place of its own.
+constexpr HopperForwardTiles hopper_e4m3_tiles(int dim) {
+  switch (dim) {
+    case 64:
+      return {64, 3, 128, 4, true, 1};
+    case 128:
+      return {128, 2, 128, 2, true, 1};
+    default:
+      return {256, 2, 64, 2, false, 1};
+  }
+}
+static_assert(hopper_e4m3_tiles(64).fits() && hopper_e4m3_tiles(128).fits() && hopper_e4m3_tiles(256).fits());
 
 // How many of the `group` query heads of a key head share a tile (params.h: Packing): those that make the fewest tiles.
 // A tile costs what its keys cost, however many of its rows exist, so fewer tiles are less work, by as much; where the
