@@ -49,6 +49,8 @@ inline std::optional<DType> dtype_of(const Tensor& tensor) {
       return DType::kInt32;
     case ScalarType::Long:
       return DType::kInt64;
+    case ScalarType::Float8_e4m3fn:
+      return DType::kFloat8;
     default:
       return std::nullopt;
   }

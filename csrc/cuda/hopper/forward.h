@@ -44,7 +44,7 @@ FASTATTN_DEVICE float scale_at(const PerHead& scale, int b, int head) {
   return scale.data ? load_constant(scale.data + b * scale.batch + head) : 1.0f;
 }
 
-// Of 8 bits: from products of numbers as they are stored to base-2 logarithms.  Scales are positive; others make NaN.
+// Of 8 bits: from products of numbers as they are stored to base-2 logarithms.  Scales that are negative make NaN.
 FASTATTN_DEVICE void scale_multipliers(float (&multiplier)[2], const HopperForwardParams& params,
                                        const PackedPlace& at) {
   FASTATTN_UNROLL
@@ -52,7 +52,8 @@ FASTATTN_DEVICE void scale_multipliers(float (&multiplier)[2], const HopperForwa
     const int h = at.head_at(0, 2 * half);
     const float scale = scale_at(params.query_scale, at.batch, h) *
                         scale_at(params.key_scale, at.batch, h / params.attention.group);
-    multiplier[half] = scale >= 0.0f ? multiplier[half] * scale : not_a_number();
+    // zero would make NaN of -inf, as scores of zero come near enough
+    multiplier[half] = scale >= 0.0f ? fmaxf(multiplier[half] * scale, 1e-30f) : not_a_number();
   }
 }
 
