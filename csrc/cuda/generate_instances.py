@@ -107,7 +107,7 @@ KERNELS = (
         Kernel(
             f"hopper_forward{suffix}", "hopper/forward.h", "HopperForwardParams",
             f"hopper_attention_forward<HopperForwardConfig<{{type}}, {{dim}}, {plain}>>",
-            "hopper_e4m3_tiles({dim}).threads()", "1", ("e4m3",), (64, 128, 256),
+            f"hopper_e4m3_tiles({{dim}}, {plain}).threads()", "1", ("e4m3",), (64, 128, 256),
         )
         for suffix, plain in (("", "false"), ("_plain", "true"))
     ),

@@ -64,8 +64,7 @@ FASTATTN_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector
 #else
   const uint64_t bytes = uint64_t{b} << 32 | a;
   uint32_t result = 0;
-  for (int n = 0; n < 4; ++n)
-    result |= (static_cast<uint32_t>(bytes >> (8 * (selector >> 4 * n & 7))) & 0xFF) << 8 * n;
+  for (int n = 0; n < 4; ++n) result |= (static_cast<uint32_t>(bytes >> (8 * (selector >> 4 * n & 7))) & 0xFF) << 8 * n;
   return result;
 #endif
 }

@@ -3,8 +3,8 @@
 // Thread i of the warpgroup, lane l = i % 32: d[j] is row 16 (i / 32) + l / 4 + 8 ((j / 2) % 2), column
 // 8 (j / 4) + 2 (l % 4) + j % 2.  `shared` takes both operands from shared memory through descriptors; `registers`
 // takes A as load_matrix_x4 and multiply_m16n8k16 know it: the same bytes of a row for 8 bits as for 16, so a[0] has
-// columns 4 (l % 4) to 4 (l % 4) + 3 of E4M3 and a[2] those 16 columns on.  kTransposeA, kTransposeB: the operand's rows
-// run along M or N; those of E4M3 run along K.
+// columns 4 (l % 4) to 4 (l % 4) + 3 of E4M3 and a[2] those 16 columns on.  kTransposeA, kTransposeB: the operand's
+// rows run along M or N; those of E4M3 run along K.
 #pragma once
 
 #include "types.h"

@@ -5,8 +5,8 @@
 // consumers has arrived; `values_checked` when the checkers have looked, which consumers wait for where a tile is
 // masked (producer.h).
 //
-// Values of 8 bits come to `arrivals` and are transposed to `values` (transpose.h): `values_checked` then completes when
-// they are there, and `arrivals_empty` when they have been read.
+// Values of 8 bits come to `arrivals` and are transposed to `values` (transpose.h): `values_checked` then completes
+// when they are there, and `arrivals_empty` when they have been read.
 #pragma once
 
 #include "ring.h"
@@ -23,7 +23,8 @@ template <class T_, int kDim_, bool kPlain_, bool kPin_ = true>
 struct HopperForwardConfig {
   using T = T_;
   static constexpr bool kEight = kIsEight<T>;
-  static constexpr HopperForwardTiles kTiles = kEight ? hopper_e4m3_tiles(kDim_) : hopper_forward_tiles(kDim_, kPlain_);
+  static constexpr HopperForwardTiles kTiles =
+      kEight ? hopper_e4m3_tiles(kDim_, kPlain_) : hopper_forward_tiles(kDim_, kPlain_);
   // Stages between scale and masks, dropout.  Of 8 bits there are none.
   static constexpr bool kBiases = !kPlain_ && !kEight;
   // Weights are multiplied by two to this power, so that they use the range that their type has.

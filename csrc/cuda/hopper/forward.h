@@ -50,8 +50,8 @@ FASTATTN_DEVICE void scale_multipliers(float (&multiplier)[2], const HopperForwa
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int h = at.head_at(0, 2 * half);
-    const float scale = scale_at(params.query_scale, at.batch, h) *
-                        scale_at(params.key_scale, at.batch, h / params.attention.group);
+    const float scale =
+        scale_at(params.query_scale, at.batch, h) * scale_at(params.key_scale, at.batch, h / params.attention.group);
     // zero would make NaN of -inf, as scores of zero come near enough
     multiplier[half] = scale >= 0.0f ? fmaxf(multiplier[half] * scale, 1e-30f) : not_a_number();
   }

@@ -10,7 +10,8 @@ namespace fastattn::cuda {
 // environment asks: FASTATTN_CUDA_HOPPER=1, or =unpinned for the variant without held exponentials, where there is one.
 const char* reason_against_hopper(const Problem& problem, const Device& device);
 
-// The same of operands of 8 bits, which have a kernel here and nowhere else: intervals of keys, documents, masks, sinks.
+// The same of operands of 8 bits, which have a kernel here and nowhere else: intervals of keys, documents, masks,
+// sinks.
 const char* reason_against_e4m3(const Problem& problem, const Device& device);
 
 // Writes out, in bfloat16, and lse.  Throws std::runtime_error where there is a reason against it.

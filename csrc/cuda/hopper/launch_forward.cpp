@@ -21,8 +21,9 @@ constexpr HopperLaunch kE4M3[2][3] = {
     {hopper_forward_plain_e4m3_d64, hopper_forward_plain_e4m3_d128, hopper_forward_plain_e4m3_d256}};
 
 HopperForwardTiles tiles_of(const Problem& p) {
-  if (p.query.dtype == DType::kFloat8) return hopper_e4m3_tiles(kHopperE4M3Dims[hopper_e4m3_dim_index(p)]);
-  return hopper_forward_tiles(kHopperDims[hopper_dim_index(p)], is_plain(features_of(p)));
+  const bool plain = is_plain(features_of(p));
+  if (p.query.dtype == DType::kFloat8) return hopper_e4m3_tiles(kHopperE4M3Dims[hopper_e4m3_dim_index(p)], plain);
+  return hopper_forward_tiles(kHopperDims[hopper_dim_index(p)], plain);
 }
 
 Packing packing_for(const Problem& p, const HopperForwardTiles& tiles) {

@@ -95,12 +95,12 @@ FASTATTN_DEVICE Place part_of(Place at, int first) {
   return at;
 }
 
-// Those of the backward have no name for it.
+// Whether an instance has the stages between scale and masks.
 template <class Config>
-constexpr bool has_biases() {
-  if constexpr (requires { Config::kBiases; }) return Config::kBiases;
-  return !Config::kPlain;
-}
+inline constexpr bool kHasBiases = !Config::kPlain;
+template <class Config>
+  requires requires { Config::kBiases; }
+inline constexpr bool kHasBiases<Config> = Config::kBiases;
 
 // From raw products to scores, -inf where masked.
 template <class Config, class Place, int N>
@@ -110,7 +110,7 @@ FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interv
     const bool elements = masked && (p.query_ids.data || p.mask.data);
     in_parts(s, [&](auto& part, int first) {
       const Place here = part_of(at, first);
-      if constexpr (has_biases<Config>()) {
+      if constexpr (kHasBiases<Config>) {
         scale_and_cap<Place>(part, p);
         if (slopes && p.slopes.data) add_slopes(part, p, v, here);
         add_biases(part, p, v, here, side);
@@ -156,8 +156,8 @@ FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowCon
   finish_keys<Config>(s, p, context, at, n0, masked);
 }
 
-// Scores become weights relative to the largest so far, times 2^kExponent; `own.rescale` takes what was summed before to
-// the same.  kShifted: `shift` is still to be added to this lane's scores of each row.
+// Scores become weights relative to the largest so far, times 2^kExponent; `own.rescale` takes what was summed before
+// to the same.  kShifted: `shift` is still to be added to this lane's scores of each row.
 template <bool kShifted, int kExponent, int N>
 FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, const float (&multipliers)[2], const float (&shift)[2]) {
   FASTATTN_UNROLL
@@ -245,7 +245,7 @@ FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p,
         if (seen && p.mask.data)
           seen = load_constant(static_cast<const uint8_t*>(p.mask.data) + b * p.mask.batch + h * p.mask.head +
                                i * p.mask.row + j * p.mask.column) != 0;
-        if (has_biases<Config>() && seen && p.bias.data)
+        if (kHasBiases<Config> && seen && p.bias.data)
           with_reader(p.bias.data, p.bias_element, [&](auto read) {
             seen = read(b * p.bias.batch + h * p.bias.head + (i * p.bias_row + j * p.bias_column)) != -infinity();
           });

@@ -16,7 +16,7 @@ inline constexpr int kCheckers = 3;  // warps of the producers' warpgroup that l
 
 struct HopperForwardTiles {
   int dim, groups, keys, stages;  // groups: warpgroups of consumers
-  bool alternate;  // consumers take turns at the tensor cores, so that one's softmax meets another's products
+  bool alternate;   // consumers take turns at the tensor cores, so that one's softmax meets another's products
   int element = 2;  // bytes; of 8 bits, values are transposed on their way (transpose.h)
 
   constexpr int rows() const { return 64 * groups; }
@@ -27,7 +27,9 @@ struct HopperForwardTiles {
   constexpr int launch_registers() const { return kHopperRegisters / threads() / 8 * 8; }
   constexpr bool transposes() const { return element == 1; }
   constexpr int producer_registers() const { return transposes() ? 56 : groups == 3 ? 32 : 24; }
-  constexpr int consumer_registers() const { return (groups == 3 ? 160 : 240) - (transposes() ? groups == 3 ? 8 : 16 : 0); }
+  constexpr int consumer_registers() const {
+    return (groups == 3 ? 160 : 240) - (transposes() ? groups == 3 ? 8 : 16 : 0);
+  }
   // accumulators, scores, weights
   constexpr int held_registers() const { return dim / 2 + keys / 2 + keys * element / 8; }
 
@@ -54,7 +56,8 @@ struct HopperForwardTiles {
   constexpr int shared_bytes() const { return barriers_at() + 8 * barriers(); }
 
   constexpr bool fits() const {
-    return shared_bytes() <= kHopperSharedBytes && out_bytes() <= (own_out() ? out_bytes() : query_bytes()) && held_registers() <= consumer_registers() - 16 &&
+    return shared_bytes() <= kHopperSharedBytes && out_bytes() <= (own_out() ? out_bytes() : query_bytes()) &&
+           held_registers() <= consumer_registers() - 16 &&
            producer_registers() + groups * consumer_registers() <= (groups + 1) * launch_registers();
   }
 };
@@ -76,17 +79,16 @@ constexpr HopperForwardTiles hopper_forward_tiles(int dim, bool plain) {
 }
 
 // Of 8 bits: the output, of 16, has a place of its own.
-constexpr HopperForwardTiles hopper_e4m3_tiles(int dim) {
+constexpr HopperForwardTiles hopper_e4m3_tiles(int dim, bool plain) {
   switch (dim) {
     case 64:
-      return {64, 3, 128, 4, true, 1};
+      return {64, plain ? 3 : 2, 128, 4, true, 1};
     case 128:
-      return {128, 2, 128, 2, true, 1};
+      return {128, 2, plain ? 192 : 128, 2, true, 1};
     default:
       return {256, 2, 64, 2, false, 1};
   }
 }
-static_assert(hopper_e4m3_tiles(64).fits() && hopper_e4m3_tiles(128).fits() && hopper_e4m3_tiles(256).fits());
 
 // How many of the `group` query heads of a key head share a tile (params.h: Packing): those that make the fewest tiles.
 // A tile costs what its keys cost, however many of its rows exist, so fewer tiles are less work, by as much; where the
@@ -168,12 +170,13 @@ constexpr HopperBackwardKvTiles hopper_backward_kv_tiles(int dim, bool plain) {
   return {dim, plain || dim < 96 || dim > 128 ? 64 : 32, 2};
 }
 
-template <class Tiles>
-constexpr bool all_fit(Tiles (*tiles)(int, bool)) {
-  for (const int dim : kHopperDims)
+template <class Tiles, int kDims>
+constexpr bool all_fit(Tiles (*tiles)(int, bool), const int (&dims)[kDims]) {
+  for (const int dim : dims)
     if (!tiles(dim, true).fits() || !tiles(dim, false).fits()) return false;
   return true;
 }
-static_assert(all_fit(hopper_forward_tiles) && all_fit(hopper_backward_q_tiles) && all_fit(hopper_backward_kv_tiles));
+static_assert(all_fit(hopper_forward_tiles, kHopperDims) && all_fit(hopper_e4m3_tiles, kHopperE4M3Dims) &&
+              all_fit(hopper_backward_q_tiles, kHopperDims) && all_fit(hopper_backward_kv_tiles, kHopperDims));
 
 }  // namespace fastattn::cuda

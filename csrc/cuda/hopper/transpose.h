@@ -7,8 +7,8 @@
 // 4 t + 3 of a left operand (pack_weights in softmax.h): keys are permuted alike on both sides, and the sum over them
 // is the same.
 //
-// Rows that a stmatrix stores together are four even and four odd columns, so that they fall into eight different groups
-// of banks.
+// Rows that a stmatrix stores together are four even and four odd columns, so that they fall into eight different
+// groups of banks.
 #pragma once
 
 #include "block.h"
