@@ -110,6 +110,8 @@ inline int32_t scalar_type_code(DType dtype) {
       return aoti_torch_dtype_bfloat16();
     case DType::kFloat16:
       return aoti_torch_dtype_float16();
+    case DType::kFloat8:
+      return aoti_torch_dtype_float8_e4m3fn();
     default:
       return aoti_torch_dtype_float32();
   }

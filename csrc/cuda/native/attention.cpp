@@ -58,6 +58,11 @@ std::string plan(py::object problem) {
   return plan_json(read_problem(tensors, problem), simulated());
 }
 
+std::string float8_plan(py::object problem) {
+  Tensors tensors;
+  return e4m3_plan_json(read_problem(tensors, problem), simulated());
+}
+
 void set_device(int shared_memory_per_block, int multiprocessors, int capability) {
   simulated().capability = capability;
   sim::options().shared_limit = shared_memory_per_block;
@@ -70,12 +75,14 @@ void set_device(int shared_memory_per_block, int multiprocessors, int capability
 FASTATTN_BIND(attention) {
   module.def("attention_forward", &simulate_forward,
              "Writes out, lse and statistics of a fastattn.problem.Problem, laid out as its operators return them.");
-  module.def("e4m3_forward", &simulate_e4m3_forward,
+  module.def("float8_forward", &simulate_e4m3_forward,
              "Writes out, in bfloat16, and lse of a fastattn.problem.Problem whose operands are float8_e4m3fn, times "
              "scales (B|1, H) or None.");
   module.def("attention_backward", &simulate_backward,
              "Writes the gradients that are not None, parameters' contiguous in their parameter's shape.");
   module.def("attention_plan", &plan, "Tiles, stages and splits of each kernel of a call, as JSON.");
+  module.def("float8_plan", &float8_plan, "The same of 8-bit operands, which have one kernel.");
+  module.def("capability", [] { return simulated().capability; }, "Of the simulated device, times 10.");
   module.def("set_device", &set_device, py::arg("shared_memory_per_block") = 166912, py::arg("multiprocessors") = 4,
              py::arg("capability") = 80,
              "What the simulated device has: bytes of shared memory for a block, multiprocessors, 10 * capability.");
