@@ -1,4 +1,4 @@
-"""What `attention` does with float8_e4m3fn operands: checks their scales, and dequantises where no kernel takes them."""
+"""What `attention` does with float8_e4m3fn operands: checks their scales, dequantises where no kernel takes them."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ def _times(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def note(query: Tensor, key: Tensor, value: Tensor, scales: Scales, reasons: list[str]) -> str:
-    """A note for `explain` that the operands were dequantised, in which memory and why."""
+    """A note for `explain` that the operands are dequantised, in which memory and why."""
     megabytes = sum(x.numel() * OUT_DTYPE.itemsize for x in (query, key, value)) / 1e6
-    rounded = f", times {' and '.join(name for name, _ in scales.named())}" if scales.named() else ""
-    return f"{FLOAT8} operands in bfloat16{rounded}, {megabytes:.3g} MB; not its own kernel: {'; '.join(reasons)}"
+    times = "".join(f", {name}" for name, _ in scales.named())
+    what = f"float8_e4m3fn operands{times and f' times {times[2:]}'} as bfloat16 of {megabytes:.3g} MB"
+    return f"{what}; the float8 kernel does not run: {'; '.join(reasons)}"

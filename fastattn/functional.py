@@ -146,15 +146,16 @@ def attention(
         backend: name of the backend to use; None picks the first that can (see `explain`).
 
     float8_e4m3fn operands (query, key and value alike) go as they are to a kernel for sm_90a where `explain` says so:
-    scales are applied in float32, and weights are rounded to float8_e4m3fn.  Everywhere else they become bfloat16, which
-    has each of their numbers; query, times the scales of query and key, and value, times its own, are rounded once each
-    (with a bias, query and key each times its own).
+    scales are applied in float32, and weights are rounded to float8_e4m3fn.  Everywhere else they become bfloat16,
+    which has each of their numbers: query, times the scales of query and key, and value, times its own, are rounded
+    once each (with a bias, query and key each times its own).
 
     Under autocast, float32 (and mixed half precision) inputs are cast to the autocast dtype, as for torch's own SDPA.
 
     Returns:
         out (B, Hq, Sq, Dv) in the query's dtype, bfloat16 for float8_e4m3fn, laid out in memory as (B, Sq, Hq, Dv) when
-        the query is; with return_lse also lse (B, Hq, Sq) in float32 (float64 for float64), +inf for a query that sees nothing.
+        the query is; with return_lse also lse (B, Hq, Sq) in float32 (float64 for float64), +inf for a query that sees
+        nothing.
 
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what was expected and what came.  Values
@@ -250,7 +251,7 @@ def lower(
         )
     sizes = _sizes(query, key, value)
     if sizes is None:
-        if float8_for is not None and is_float8(query):
+        if float8_for is not None and is_float8(query, key, value):
             return _lower_float8(
                 query, key, value, scales or Scales(), float8_for[0], mask=mask, bias=bias, rotary=rotary, scale=scale,
                 softcap=softcap, sink=sink, dropout_p=dropout_p, query_offset=query_offset, draw_seed=draw_seed,
@@ -314,10 +315,10 @@ def _lower_float8(
     notes: list[str] | None,
     **call: Any,
 ) -> Problem | QuantizedProblem:
-    """`lower` for 8-bit operands."""
-    _check_operands(query, key, value, (FLOAT8,))
-    check_without_gradients([("query", query), ("key", key), ("value", value), *scales.named()])
+    """`lower` for operands one of which is of 8 bits."""
+    _check_operands(query, key, value, float8=True)
     scales = scales.checked(query, key)
+    check_without_gradients([("query", query), ("key", key), ("value", value), *scales.named()])
     reasons = stages_without_kernel(bias, rotary, softcap, dropout_p, sink)
     if not reasons:
         attention = lower(*map(stand_in, (query, key, value)), sink=sink, **call)
@@ -430,16 +431,14 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.Size, int] 
     return None
 
 
-def _check_operands(
-    query: Tensor, key: Tensor, value: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATING
-) -> tuple[torch.Size, int]:
+def _check_operands(query: Tensor, key: Tensor, value: Tensor, float8: bool = False) -> tuple[torch.Size, int]:
     """Kind, rank, dtype, device and sizes of query, key and value, with words for what is wrong, which takes twice the
     time of `_sizes`; what that returns."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if dtypes is FLOATING:
+        if not float8:
             check_floating(name, x)
-        else:
-            check_tensor(name, x)
+        elif check_tensor(name, x).dtype is not FLOAT8:
+            fail(TypeError, name, f"dtype {FLOAT8} like another of query, key and value", str(x.dtype))
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             fail(ValueError, name, "four dimensions (batch, heads, length, head_dim)", x)

@@ -1,4 +1,4 @@
-"""One call of attention on 8-bit operands as plain data: a `Problem` of them, and what their numbers are multiplied by."""
+"""One call of attention on 8-bit operands as plain data: a `Problem` of them, and what multiplies their numbers."""
 
 from __future__ import annotations
 

@@ -96,7 +96,11 @@ PerHead scale_of(const char* name, const View& scale) {
 }  // namespace
 
 Plan hopper_forward_plan(const Problem& p, const Device& device) { return plan_of(p, device); }
-Plan hopper_e4m3_plan(const Problem& p, const Device& device) { return plan_of(p, device); }
+Plan hopper_e4m3_plan(const Problem& p, const Device& device) {
+  Plan plan = plan_of(p, device);
+  plan.kernel = "hopper_forward_e4m3";
+  return plan;
+}
 
 void hopper_e4m3_forward(const Problem& p, const OperandScales& scales, const ForwardOutput& output,
                          Workspace& workspace, const Device& device) {
