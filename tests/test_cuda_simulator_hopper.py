@@ -451,7 +451,7 @@ def test_pack_to_8_bits(run: Run) -> None:
     middle = (exact[1:] + exact[:-1]) / 2
     values = torch.cat([
         exact, middle, middle.nextafter(torch.tensor(torch.inf)), middle.nextafter(torch.tensor(-torch.inf)),
-        torch.randn(5000) * 4, torch.rand(1000) * 2**-8, torch.tensor([1e-30, -1e-40, 2.0**-10, -(2.0**-10), 0.0, -0.0]),
+        torch.randn(5000) * 4, torch.rand(1000) * 2**-8, torch.tensor([1e-30, -1e-40, 2**-10, -(2**-10), 0.0, -0.0]),
         torch.tensor([447.9, 448.1, 464.0, 465.0, 1e30, torch.inf, -449.0, -torch.inf, torch.nan, -torch.nan]),
     ])  # fmt: skip
     values = torch.cat([values, values.new_zeros(-len(values) % 4)])

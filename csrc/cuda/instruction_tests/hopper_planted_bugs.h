@@ -395,10 +395,10 @@ FASTATTN_DEVICE void transposed_without_proxy_fence(const Params& p) {
   init_barriers(1);
   bring_box(p, 0, 0, 0);
   uint32_t r[4];
-  const uint32_t row = static_cast<uint32_t>(thread_index()) / 32 * 16 + (lane_index() & 15);
-  load_matrix_x4_transposed(r, box_at(0) + 128 * row);
-  sync_block();
-  store_matrix_x4(box_at(0) + 128 * row, r);
+  const uint32_t thread = static_cast<uint32_t>(thread_index());
+  const SharedAddress own = box_at(0) + 128 * (thread / 32 * 16 + thread % 16) + thread / 16 % 2 * 16;
+  load_matrix_x4_transposed(r, own);
+  store_matrix_x4(own, r);
   if (warp_index() != 2) fence_async_shared();
   sync_block();
   float d[32];
