@@ -396,14 +396,14 @@ FASTATTN_DEVICE void transposed_without_proxy_fence(const Params& p) {
   bring_box(p, 0, 0, 0);
   uint32_t r[4];
   const uint32_t thread = static_cast<uint32_t>(thread_index());
-  const SharedAddress own = box_at(0) + 128 * (thread / 32 * 16 + thread % 16) + thread / 16 % 2 * 16;
-  load_matrix_x4_transposed(r, own);
-  store_matrix_x4(own, r);
+  const uint32_t own = 128 * (thread / 32 * 16 + thread % 16) + thread / 16 % 2 * 16;
+  load_matrix_x4_transposed(r, box_at(0) + own);
+  store_matrix_x4(box_at(1) + own, r);
   if (warp_index() != 2) fence_async_shared();
   sync_block();
   float d[32];
   warpgroup_fence();
-  WarpgroupMultiply<E4M3, 64>::shared<0, 0>(d, operand(0), operand(0), false);
+  WarpgroupMultiply<E4M3, 64>::shared<0, 0>(d, operand(1), operand(1), false);
   warpgroup_commit();
   warpgroup_wait<0>();
   output_all(p, d);
