@@ -396,7 +396,7 @@ FASTATTN_DEVICE void transposed_without_proxy_fence(const Params& p) {
   bring_box(p, 0, 0, 0);
   uint32_t r[4];
   const uint32_t thread = static_cast<uint32_t>(thread_index());
-  const uint32_t own = 128 * (thread / 32 * 16 + thread % 16) + thread / 16 % 2 * 16;
+  const uint32_t own = 128 * (thread / 32 * 16 + thread % 16) + (thread / 16 % 2 ^ thread % 8) * 16;
   load_matrix_x4_transposed(r, box_at(0) + own);
   store_matrix_x4(box_at(1) + own, r);
   if (warp_index() != 2) fence_async_shared();
