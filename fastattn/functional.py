@@ -331,10 +331,11 @@ def _lower_float8(
             return problem
     if notes is not None:
         notes.append(note(query, key, value, scales, reasons))
-    return lower(
-        *dequantized(query, key, value, scales, fold=bias is None), bias=bias, rotary=rotary, softcap=softcap,
-        dropout_p=dropout_p, sink=sink, notes=notes, **call,
-    )  # fmt: skip
+    with torch.autocast(query.device.type, enabled=False):  # which would cast what these have become
+        return lower(
+            *dequantized(query, key, value, scales, fold=bias is None), bias=bias, rotary=rotary, softcap=softcap,
+            dropout_p=dropout_p, sink=sink, notes=notes, **call,
+        )  # fmt: skip
 
 
 def lower_offset(

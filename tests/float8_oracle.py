@@ -1,5 +1,5 @@
-"""Attention on float8_e4m3fn operands with a scale for each head: inputs, float64 truth, and the formulas with roundings
-by which errors are judged."""
+"""Attention on float8_e4m3fn operands with a scale for each head: inputs, float64 truth, and the formulas with
+roundings by which errors are judged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT8, BFLOAT16 = torch.float8_e4m3fn, torch.bfloat16
 
 
 class Float8Call(Call):
-    """A call with masks and sinks on 8-bit operands.  `per`: the scales' shape, "head" (H,), "batch" (B, H) or "none"."""
+    """A call with masks and sinks on 8-bit operands.  `per`: scales are "head" (H,), "batch" (B, H) or "none"."""
 
     def __init__(self, features: tuple[str, ...], shape: Shape, *, per: str = "batch", **options: object) -> None:
         super().__init__(features, shape, BFLOAT16, **options)
@@ -52,8 +52,9 @@ class Float8Call(Call):
         return [query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)]
 
     def formula(self, rounding: str | None) -> tuple[Tensor, Tensor]:
-        """Output and lse in float64.  "kernel": weights relative to the row's largest, times 256, are rounded to 8 bits;
-        "dequantized": operands are rounded to bfloat16 once, scores, weights and output as bfloat16 attention does."""
+        """Output and lse in float64.  "kernel": weights relative to the row's largest, times 256, are rounded to 8
+        bits; "dequantized": operands are rounded to bfloat16 once, and scores and weights as the bfloat16 formula does.
+        """
 
         def to(x: Tensor) -> Tensor:
             return x.to(BFLOAT16).double() if rounding == "dequantized" else x
@@ -85,8 +86,8 @@ class Float8Call(Call):
 
 
 def check_float8(call: Float8Call, backend: str | None, device: str = "cpu", *, kernel: bool = True) -> None:
-    """Output and lse against float64: twice the error of the formula with the same roundings, one rounding of the output,
-    and those of float32 sums.  Tensor cores of sm_90 add 8-bit products with about 14 bits: 2^-13 of what is added."""
+    """Output and lse against float64: twice the error of the formula with the same roundings, one rounding of the
+    output, and those of float32 sums.  Tensor cores of sm_90 add 8-bit products with about 14 bits: 2^-13 of them."""
     exact, exact_lse = call.formula(None)
     plain, plain_lse = call.formula("kernel" if kernel else "dequantized")
     out, lse = (x.cpu() for x in call.attend8(backend, device))
