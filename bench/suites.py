@@ -82,7 +82,8 @@ def attention(device: str, quick: bool) -> Suite:
 
 def hopper(device: str, quick: bool) -> Suite:
     """The sm_90a kernels, which run only where they are asked for: with and without the exponentials held in place,
-    beside the others of ours and whoever is fastest; two biases, which are to cost them little."""
+    beside the others of ours and whoever is fastest; two biases, which are to cost them little; numbers of 8 bits, as
+    they are and in bfloat16."""
     lengths = (1024, 4096) if quick else (16384, 4096, 1024, 8192, 2048, 512)
     tokens, dtype = (4096, torch.bfloat16) if device == "cpu" else (16384, torch.bfloat16)
     cases = [
@@ -92,7 +93,14 @@ def hopper(device: str, quick: bool) -> Suite:
         for case in _sweep("hopper", ("plain", "causal"), (dtype,), (length,), tokens=tokens, heads=heads, dim=dim)
     ]
     cases += _sweep("hopper", ("t5", "alibi"), (dtype,), lengths[:2], tokens=tokens, heads=16, dim=128)
-    ours = ("fastattn-hopper", "fastattn-hopper-unpinned", "fastattn-cuda", "fastattn-triton")
+    cases += [
+        replace(case, directions=("forward",))
+        for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)
+        for case in _sweep(
+            "hopper", ("float8", "float8-causal"), (dtype,), lengths[:2], tokens=tokens, heads=heads, dim=dim
+        )
+    ]
+    ours = ("fastattn-hopper", "fastattn-hopper-unpinned", "fastattn-float8", "fastattn-cuda", "fastattn-triton")
     peers = (*ours, "sdpa", "sdpa-flash", "sdpa-cudnn", "flash-attn", "flex")
     return Suite("hopper", "the sm_90a kernels", tuple(cases), peers)
 

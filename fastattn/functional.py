@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -331,7 +332,9 @@ def _lower_float8(
             return problem
     if notes is not None:
         notes.append(note(query, key, value, scales, reasons))
-    with torch.autocast(query.device.type, enabled=False):  # which would cast what these have become
+    # which would cast what the operands become
+    autocast = torch._C._is_any_autocast_enabled()
+    with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
         return lower(
             *dequantized(query, key, value, scales, fold=bias is None), bias=bias, rotary=rotary, softcap=softcap,
             dropout_p=dropout_p, sink=sink, notes=notes, **call,
