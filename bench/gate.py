@@ -235,8 +235,8 @@ def gate(
 ) -> float:
     """Largest error of the variant as a multiple of its budget.
 
-    fastattn is held to the budget itself, or to what its peer's `slack` says, others to PEER_SLACK times it: how they round is their makers' choice, and
-    the multiple stands in their rows.
+    fastattn is held to the budget itself, or to what its peer's `slack` makes of it, others to PEER_SLACK times it: how
+    they round is their makers' choice, and the multiple stands in their rows.
 
     Raises:
         WrongResultError: some tensor is outside, NaN included.

@@ -145,6 +145,19 @@ def test_not_a_number_stays_where_it_may_be_seen(mask: str, where: str, code: in
     assert torch.equal(lse[0, 0].isnan(), meets if where == "key" else torch.zeros_like(meets))
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_each_key_is_looked_at(dim: int) -> None:
+    """Sequence n has a NaN among the values of key n, and each query sees the key of its own number."""
+    torch.manual_seed(0)
+    length = 40
+    query, key, value = random(length, 1, length, dim), random(length, 1, length, dim), random(length, 1, length, dim)
+    for n in range(length):
+        value.view(torch.uint8)[n, 0, n, 7 * n % dim] = 0x7F
+    seen = torch.eye(length, dtype=torch.bool)
+    out = fastattn.attention(query, key, value, mask=fastattn.BoolMask(seen), backend="cuda")
+    assert torch.equal(out[:, 0].isnan().any(-1), seen)
+
+
 def test_not_a_number_that_all_see_stays_in_its_column() -> None:
     torch.manual_seed(0)
     query, key, value = random(1, 1, 40, 64), random(1, 1, 256, 64), random(1, 1, 256, 64)
