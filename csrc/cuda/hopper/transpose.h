@@ -23,7 +23,7 @@ template <class Config, bool kCareful>
 FASTATTN_DEVICE void transpose_keys(SharedAddress from, SharedAddress to, SharedAddress checks, int checker) {
   using KeyTile = typename Config::KeyTile;
   using ValueTile = typename Config::ValueTile;
-  constexpr int kColumns = 32;  // at a time
+  constexpr int kColumns = 32, kSteps = Config::kDim == 64 ? 2 : 4;  // of an instruction; whose latencies overlap
   const int lane = lane_index(), row = lane & 7, matrix = lane >> 3;
   const uint32_t even = 0x6420, odd = 0x7531;
   const uint32_t first = lane < 16 ? even : odd, second = lane < 16 ? odd : even;
@@ -35,20 +35,25 @@ FASTATTN_DEVICE void transpose_keys(SharedAddress from, SharedAddress to, Shared
     uint32_t low = 0, high = 0;  // of the 16 keys: the first eight, the others
     const SharedAddress own_to = to + ValueTile::chunk(own_column, keys);
     FASTATTN_UNROLL
-    for (int n = 0; n < Config::kDim / kColumns; ++n) {
-      uint32_t r[4];
-      load_matrix_x4_transposed(r, KeyTile::at(own_from, n) + keys * 16 * KeyTile::kRowBytes);
-      if constexpr (kCareful) {
-        FASTATTN_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t bad = nan_bytes(r[i]);
-          (i & 1 ? high : low) |= bad;
-          r[i] &= ~((bad >> 7) * 0xFF);
+    for (int first_step = 0; first_step < Config::kDim / kColumns; first_step += kSteps) {
+      uint32_t r[kSteps][4];
+      FASTATTN_UNROLL
+      for (int n = 0; n < kSteps; ++n)
+        load_matrix_x4_transposed(r[n], KeyTile::at(own_from, first_step + n) + keys * 16 * KeyTile::kRowBytes);
+      FASTATTN_UNROLL
+      for (int n = 0; n < kSteps; ++n) {
+        if constexpr (kCareful) {
+          FASTATTN_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t bad = nan_bytes(r[n][i]);
+            (i & 1 ? high : low) |= bad;
+            r[n][i] &= ~((bad >> 7) * 0xFF);
+          }
         }
+        const uint32_t turned[4] = {permute_bytes(r[n][0], r[n][1], first), permute_bytes(r[n][0], r[n][1], second),
+                                    permute_bytes(r[n][2], r[n][3], first), permute_bytes(r[n][2], r[n][3], second)};
+        store_matrix_x4(own_to + (first_step + n) * kColumns * ValueTile::kRowBytes, turned);
       }
-      const uint32_t turned[4] = {permute_bytes(r[0], r[1], first), permute_bytes(r[0], r[1], second),
-                                  permute_bytes(r[2], r[3], first), permute_bytes(r[2], r[3], second)};
-      store_matrix_x4(own_to + n * kColumns * ValueTile::kRowBytes, turned);
     }
     if constexpr (kCareful) {
       FASTATTN_UNROLL
