@@ -50,7 +50,7 @@ inline std::optional<DType> dtype_of(const Tensor& tensor) {
     case ScalarType::Long:
       return DType::kInt64;
     case ScalarType::Float8_e4m3fn:
-      return DType::kFloat8;
+      return kFloat8;
     default:
       return std::nullopt;
   }
@@ -103,6 +103,7 @@ inline i64 size_or(const OptionalTensor& tensor, i64 axis, i64 otherwise) {
 }
 
 inline int32_t scalar_type_code(DType dtype) {
+  if (dtype == kFloat8) return aoti_torch_dtype_float8_e4m3fn();
   switch (dtype) {
     case DType::kFloat64:
       return aoti_torch_dtype_float64();
@@ -110,8 +111,6 @@ inline int32_t scalar_type_code(DType dtype) {
       return aoti_torch_dtype_bfloat16();
     case DType::kFloat16:
       return aoti_torch_dtype_float16();
-    case DType::kFloat8:
-      return aoti_torch_dtype_float8_e4m3fn();
     default:
       return aoti_torch_dtype_float32();
   }

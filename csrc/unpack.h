@@ -78,7 +78,7 @@ inline Problem unpack_plain(const Place& place, FASTATTN_PLAIN_PARAMETERS, bool 
   require_dense_rows("key", p.key);
   require_dense_rows("value", p.value);
   const DType dtype = p.query.dtype;
-  STD_TORCH_CHECK(eight_bits ? dtype == DType::kFloat8 : is_floating(dtype), "fastattn: query must be ",
+  STD_TORCH_CHECK(eight_bits ? dtype == kFloat8 : is_floating(dtype), "fastattn: query must be ",
                   eight_bits ? "float8_e4m3fn" : "floating point");
   require_dtype("key", p.key, dtype);
   require_dtype("value", p.value, dtype);

@@ -13,8 +13,9 @@ using i64 = int64_t;
 // Inlined everywhere: an out-of-line copy compiled with wide instructions could be the one the linker keeps.
 #define FASTATTN_INLINE __attribute__((always_inline)) inline
 
-// kFloat8 is float8_e4m3fn.
-enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt32, kInt64, kFloat8 };
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt32, kInt64 };
+// float8_e4m3fn: of operands for the kernels that take it, and of nothing that is converted.
+inline constexpr DType kFloat8{7};
 
 FASTATTN_INLINE i64 element_size(DType type) {
   switch (type) {
@@ -28,7 +29,6 @@ FASTATTN_INLINE i64 element_size(DType type) {
     case DType::kFloat16:
       return 2;
     case DType::kBool:
-    case DType::kFloat8:
       return 1;
   }
   return 1;

@@ -27,9 +27,9 @@ struct Axis {
 };
 
 TensorElement element_of(DType dtype) {
-  return dtype == DType::kFloat16  ? TensorElement::kHalf
-         : dtype == DType::kFloat8 ? TensorElement::kByte
-                                   : TensorElement::kBFloat16;
+  return dtype == DType::kFloat16 ? TensorElement::kHalf
+         : dtype == kFloat8       ? TensorElement::kByte
+                                  : TensorElement::kBFloat16;
 }
 
 TensorMap map_of_axes(DType dtype, const void* data, i64 columns, int dim, const Axis (&axes)[3]) {

@@ -22,7 +22,7 @@ constexpr HopperLaunch kE4M3[2][3] = {
 
 HopperForwardTiles tiles_of(const Problem& p) {
   const bool plain = is_plain(features_of(p));
-  if (p.query.dtype == DType::kFloat8) return hopper_e4m3_tiles(kHopperE4M3Dims[hopper_e4m3_dim_index(p)], plain);
+  if (p.query.dtype == kFloat8) return hopper_e4m3_tiles(kHopperE4M3Dims[hopper_e4m3_dim_index(p)], plain);
   return hopper_forward_tiles(kHopperDims[hopper_dim_index(p)], plain);
 }
 
