@@ -63,8 +63,9 @@ def stages_without_kernel(
     bias: Bias | None, rotary: Rotary | None, softcap: float | None, dropout_p: float, sink: Tensor | None
 ) -> list[str]:
     """What of a call's arguments the kernel for 8-bit operands has not."""
-    given = (("bias", bias), ("rotary", rotary), ("softcap", softcap), ("dropout_p", dropout_p or None))
-    reasons = [name for name, x in given if x is not None]
+    reasons = [name for name, x in (("bias", bias), ("rotary", rotary), ("softcap", softcap)) if x is not None]
+    if dropout_p != 0.0:
+        reasons.append("dropout_p")
     if sink is not None and torch.is_grad_enabled() and isinstance(sink, Tensor) and sink.requires_grad:
         reasons.append("the gradient of sink")
     if torch._C._functorch.peek_interpreter_stack() is not None:

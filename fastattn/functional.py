@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -168,7 +167,7 @@ def attention(
         scales = Scales(query_scale, key_scale, value_scale)
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
-        dropout_p=dropout_p, query_offset=query_offset, scales=scales, float8_for=(backend,),
+        dropout_p=dropout_p, query_offset=query_offset, scales=scales, takes_float8=True, backend=backend,
     )  # fmt: skip
     if type(problem) is Problem:
         out, lse = dispatch.run(problem, backend, return_lse)
@@ -207,7 +206,7 @@ def explain(
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
         dropout_p=dropout_p, query_offset=query_offset, draw_seed=False, notes=notes,
-        scales=Scales(query_scale, key_scale, value_scale), float8_for=(backend,),
+        scales=Scales(query_scale, key_scale, value_scale), takes_float8=True, backend=backend,
     )  # fmt: skip
     return dispatch.explain(problem, backend, notes)
 
@@ -238,13 +237,14 @@ def lower(
     notes: list[str] | None = None,
     takes_tables: bool = True,
     scales: Scales | None = None,
-    float8_for: tuple[str | None] | None = None,
+    takes_float8: bool = False,
+    backend: str | None = None,
 ) -> Problem | QuantizedProblem:
     """Check the arguments of `attention` and lower them to a `Problem`.
 
     `notes` receives those of `explain`; without `takes_tables` no bias chooses row or column tables by itself.
-    `float8_for`, the backend asked for, allows 8-bit operands, times their `scales`: they make a `QuantizedProblem`
-    where a kernel takes them as they are, and are dequantised elsewhere.
+    With `takes_float8`, 8-bit operands, times their `scales`, make a `QuantizedProblem` where a kernel of the backend
+    asked for takes them as they are, and are dequantised elsewhere.
     """
     if torch._C._is_any_autocast_enabled() and not is_float8(query, key, value):
         query, key, value = cast_for_autocast(
@@ -252,9 +252,9 @@ def lower(
         )
     sizes = _sizes(query, key, value)
     if sizes is None:
-        if float8_for is not None and is_float8(query, key, value):
+        if takes_float8 and is_float8(query, key, value):
             return _lower_float8(
-                query, key, value, scales or Scales(), float8_for[0], mask=mask, bias=bias, rotary=rotary, scale=scale,
+                query, key, value, scales or Scales(), backend, mask=mask, bias=bias, rotary=rotary, scale=scale,
                 softcap=softcap, sink=sink, dropout_p=dropout_p, query_offset=query_offset, draw_seed=draw_seed,
                 notes=notes,
             )  # fmt: skip
@@ -318,6 +318,13 @@ def _lower_float8(
 ) -> Problem | QuantizedProblem:
     """`lower` for operands one of which is of 8 bits."""
     _check_operands(query, key, value, float8=True)
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(query.device.type):
+        # it would cast what the operands become
+        with torch.autocast(query.device.type, enabled=False):
+            return _lower_float8(
+                query, key, value, scales, backend, bias=bias, rotary=rotary, softcap=softcap, dropout_p=dropout_p,
+                sink=sink, notes=notes, **call,
+            )  # fmt: skip
     scales = scales.checked(query, key)
     check_without_gradients([("query", query), ("key", key), ("value", value), *scales.named()])
     reasons = stages_without_kernel(bias, rotary, softcap, dropout_p, sink)
@@ -332,13 +339,10 @@ def _lower_float8(
             return problem
     if notes is not None:
         notes.append(note(query, key, value, scales, reasons))
-    # which would cast what the operands become
-    autocast = torch._C._is_any_autocast_enabled()
-    with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
-        return lower(
-            *dequantized(query, key, value, scales, fold=bias is None), bias=bias, rotary=rotary, softcap=softcap,
-            dropout_p=dropout_p, sink=sink, notes=notes, **call,
-        )  # fmt: skip
+    return lower(
+        *dequantized(query, key, value, scales, fold=bias is None), bias=bias, rotary=rotary, softcap=softcap,
+        dropout_p=dropout_p, sink=sink, notes=notes, **call,
+    )  # fmt: skip
 
 
 def lower_offset(

@@ -107,6 +107,8 @@ ROWS: list[Row] = [
     ("value_scale with a gradient", lambda x: _float8(x, value_scale=ones(2).requires_grad_()), NotImplementedError, "value_scale", "no gradient", "float32"),
     ("float8 and a bad mask", lambda x: _float8(x, mask=KeyLengths(x.lengths + 1)), ValueError, "KeyLengths.lengths", r"\[0, 7\]", r"\[4, 8\]"),
     ("float8 and a bad bias", lambda x: _float8(x, bias=ALiBi(ones(3))), ValueError, "ALiBi.slopes", r"\(4,\)", r"\(3,\)"),
+    ("float8 and no dropout_p", lambda x: _float8(x, dropout_p=None), TypeError, "dropout_p", "a number", "None"),
+    ("float8 and a bad scale", lambda x: _float8(x, scale="1"), TypeError, "scale", "a number", "'1'"),
     ("float8 and a bad sink", lambda x: _float8(x, sink=ones(3)), ValueError, "sink", r"\(4,\)", r"\(3,\)"),
     ("float8 and a bad backend", lambda x: fastattn.attention(*(t.to(FLOAT8) for t in (x.q, x.k, x.v)), backend="fpga"), ValueError,
      "backend", "reference", "'fpga'"),
