@@ -20,8 +20,8 @@ HEADER = """\
 // Thread i of the warpgroup, lane l = i % 32: d[j] is row 16 (i / 32) + l / 4 + 8 ((j / 2) % 2), column
 // 8 (j / 4) + 2 (l % 4) + j % 2.  `shared` takes both operands from shared memory through descriptors; `registers`
 // takes A as load_matrix_x4 and multiply_m16n8k16 know it: the same bytes of a row for 8 bits as for 16, so a[0] has
-// columns 4 (l % 4) to 4 (l % 4) + 3 of E4M3 and a[2] those 16 columns on.  kTransposeA, kTransposeB: the operand's rows
-// run along M or N; those of E4M3 run along K.
+// columns 4 (l % 4) to 4 (l % 4) + 3 of E4M3 and a[2] those 16 columns on.  kTransposeA, kTransposeB: the operand's
+// rows run along M or N; those of E4M3 run along K.
 #pragma once
 
 #include "types.h"
@@ -40,7 +40,7 @@ def product(kind: str, ptx_type: str, n: int) -> str:
     accumulators = ", ".join(f"%{i}" for i in range(registers))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
     eight = ptx_type == "e4m3"
-    simulated_type = {"f16": "kHalf", "bf16": "kBFloat16", "e4m3": "kE4M3"}[ptx_type]
+    simulated_type = "sim::Operands::" + {"f16": "kHalf", "bf16": "kBFloat16", "e4m3": "kE4M3"}[ptx_type]
     if kind == "shared":
         simulated_a, simulated_flags = "nullptr, a", "kTransposeA, kTransposeB"
         template, parameter = "int kTransposeA, int kTransposeB", "uint64_t a"
@@ -71,7 +71,7 @@ def product(kind: str, ptx_type: str, n: int) -> str:
         : {outputs}
         : {inputs}, "l"(b), "r"(static_cast<int>(accumulate)){constants});
 #else
-    sim::warpgroup_multiply(d, {n}, {simulated_a}, b, accumulate, sim::Operands::{simulated_type}, {simulated_flags}, where);
+    sim::warpgroup_multiply(d, {n}, {simulated_a}, b, accumulate, {simulated_type}, {simulated_flags}, where);
 #endif
   }}
 """
