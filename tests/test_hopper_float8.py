@@ -232,6 +232,25 @@ def test_same_bits_in_any_order(device: ModuleType, dim: int, features: tuple[st
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
+@pytest.mark.parametrize(("dim", "key_length"), [(64, 6000), (128, 6000), (256, 1024)])
+def test_sums_in_few_bits(device: ModuleType, dim: int, key_length: int) -> None:
+    """Values of one sign over many keys, on a chip that cuts sums off: added apart, tile by tile, they keep their size;
+    where they are not, rows are short."""
+    torch.manual_seed(0)
+    query, key = random(1, 1, 64, dim), random(1, 1, key_length, dim)
+    value = (torch.randn(1, 1, key_length, dim) + 1).to(FLOAT8)
+    scale = 0.1 / dim**0.5
+    expected = (scale * query.double() @ key.double().mT).softmax(-1) @ value.double()
+    try:
+        device.options(sum_bits=13)
+        out = fastattn.attention(query, key, value, scale=scale, backend="cuda")
+    finally:
+        device.options(sum_bits=0)
+    error = (out.double() / expected - 1).abs().max()
+    # weights of one size are rounded alike
+    assert error < (0.02 if dim == 256 else 0.008)
+
+
 @pytest.mark.parametrize("features", [("causal",), ("documents",)], ids="+".join)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_no_bank_conflicts(device: ModuleType, dim: int, features: tuple[str, ...]) -> None:
@@ -251,8 +270,8 @@ def test_explain(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
     plan = told(mask=fastattn.Causal()).plan
     assert plan["kernel"] == "hopper_forward_e4m3"
-    assert (plan["dim"], plan["rows"], plan["keys"], plan["stages"]) == (128, 128, 192, 2)
-    assert told(mask=fastattn.Documents(torch.zeros(1, 40, dtype=torch.long))).plan["keys"] == 128
+    assert (plan["dim"], plan["rows"], plan["keys"], plan["stages"]) == (128, 128, 128, 2)
+    assert told(mask=fastattn.Documents(torch.zeros(1, 40, dtype=torch.long))).plan["keys"] == 64
     assert "float8" in told().kernel
     assert not told().notes
     device.clear_reports()
@@ -279,6 +298,8 @@ def test_explain(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the simulator runs only when asked for" in automatic.notes[0]
     assert "backend='cpu' was asked for" in fastattn.explain(*operands, backend="cpu").notes[0]
 
+    operands = [random(1, 2, length, 144) for length in (40, 1025, 1025)]
+    assert "1025 keys; above D = 128, where sums have 14 bits, it takes 1024" in told().notes[0]
     operands = [random(1, 2, 40, 24) for _ in range(3)]
     assert "D = 24; it has multiples of 16 up to 256" in told().notes[0]
     operands = [random(1, 2, 1, 64).expand(-1, -1, 40, -1) for _ in range(3)]

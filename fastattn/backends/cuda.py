@@ -33,6 +33,7 @@ BACKWARD_KERNELS = {  # the fields whose gradients each gives
 FLOAT8_FEATURES = {
     "causal", "window", "key_lengths", "prefix_lengths", "documents", "dense_mask", "sink",
 }  # fmt: skip
+FLOAT8_MOST_KEYS = 1024  # of heads above D = 128
 ROW_DTYPES = (torch.float32, *DTYPES)  # of the masked softmax, the rotation, and of a dense bias
 
 
@@ -141,9 +142,12 @@ class CudaBackend(GpuBackend):
         for name, dim in (("D", query.shape[3]), ("Dv", value.shape[3])):
             if dim > MAX_HEAD_DIM or dim % 16 or dim == 0:
                 reasons.append(f"{name} = {dim}; it has multiples of 16 up to {MAX_HEAD_DIM}")
+        keys, width = key.shape[2], max(query.shape[3], value.shape[3])
+        if width > 128 and keys > FLOAT8_MOST_KEYS:
+            reasons.append(f"{keys} keys; above D = 128, where sums have 14 bits, it takes {FLOAT8_MOST_KEYS}")
         if not attention.scale > 0:
             reasons.append(f"scale = {attention.scale}; it needs one > 0")
-        if key.shape[2] == 0:
+        if keys == 0:
             reasons.append("no keys")
         if any(x.shape[2] > 1 and x.stride(2) == 0 for x in (query, key, value)):
             reasons.append("an operand that is broadcast along its length")

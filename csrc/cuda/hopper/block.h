@@ -42,7 +42,8 @@ struct HopperForwardConfig {
   using OperandTile = std::conditional_t<kEight, ByteTile<kTileRows, kTileDim>, Tile<kTileRows, kTileDim>>;
   using QueryTile = OperandTile<kRows, kDim>;
   using KeyTile = OperandTile<kKeys, kDim>;  // and values as they come
-  using ValueTile = std::conditional_t<kEight, ByteTile<kDim, kKeys>, KeyTile>;
+  using ValueTile = std::conditional_t<kEight, ByteTile<kDim, kTiles.value_bytes() / kDim>, KeyTile>;
+  static constexpr bool kAddsApart = kTiles.adds_apart();
   using OutTile = Tile<kRows, kDim>;
   using Out = std::conditional_t<kEight, BFloat16, T>;
   static constexpr int kWeights = kKeys * kTiles.element / 32;  // registers of weights, in fours
@@ -58,7 +59,7 @@ struct HopperBlock {
   FASTATTN_DEVICE SharedAddress out() const { return base + Config::kOutAt; }
   FASTATTN_DEVICE SharedAddress keys(int use) const { return base + Config::kKeysAt + stage(use) * KeyTile::kBytes; }
   FASTATTN_DEVICE SharedAddress values(int use) const {
-    return base + Config::kValuesAt + stage(use) * KeyTile::kBytes;
+    return base + Config::kValuesAt + stage(use) * Config::ValueTile::kBytes;
   }
   // where values come to
   FASTATTN_DEVICE SharedAddress arrivals(int use) const {

@@ -124,6 +124,8 @@ const char* reason_against_e4m3(const Problem& p, const Device& device) {
   if (std::max(p.head_dim, p.value_dim) > 256 || std::min(p.head_dim, p.value_dim) == 0) return "the head dimension";
   if (p.query_cos || p.softcap != 0 || p.slopes || p.table || p.dense_bias || p.dropout_p > 0)
     return "a stage between products and masks, or dropout";
+  if (std::max(p.head_dim, p.value_dim) > 128 && p.key_length > kMostKeysInFewBits)
+    return "more than 1024 keys above D = 128, where the chip adds with 14 bits";
   if (!(p.scale > 0)) return "a scale that is not positive";
   return nullptr;
 }

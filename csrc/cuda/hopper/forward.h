@@ -126,9 +126,12 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
           pack_weights<T>(weights, s);
         }
       };
-      const auto accumulate = [&] {
-        if constexpr (Config::kEight) {
-          issue_accumulate_rows<T, ValueTile>(acc, weights, block.values(use));
+      // Into `part` where sums are added apart: accumulators lag a tile behind then, and so does what rescales them.
+      const auto accumulate = [&](auto& part) {
+        if constexpr (Config::kAddsApart) {
+          issue_accumulate_rows<T, ValueTile>(part, weights, block.values(use), false);
+        } else if constexpr (Config::kEight) {
+          issue_accumulate_rows<T, ValueTile>(acc, weights, block.values(use), true);
         } else {
           issue_accumulate<T, ValueTile>(acc, weights, block.values(use));
         }
@@ -164,7 +167,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         pack(s);
       }
       const auto step = [&](auto masked) {
-        float s[kKeys / 2];
+        float s[kKeys / 2], part[Config::kAddsApart ? Config::kDim / 2 : 1];
         const bool checked = checked_at<Config>(p, rows.context, n + 1);
         mbarrier_wait(block.keys_full(use + 1), Block::phase(use + 1));
         if (kAlternate) named_barrier_sync(kTurnBarrier + group, 2 * kGroupThreads);
@@ -173,19 +176,25 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_commit();
         wait_values(checked);
         warpgroup_fence();
-        accumulate();
+        accumulate(part);
         warpgroup_commit();
         if (kAlternate) named_barrier_arrive(kTurnBarrier + (group + 1) % kGroups, 2 * kGroupThreads);
         warpgroup_wait<1>();
         settle(s);
         elected_arrive(block.keys_empty(use + 1));
+        const float rescale_before[2] = {own.rescale[0], own.rescale[1]};
         finish(s, n, masked);
         if constexpr (Config::kPin) finish_before(own.sum[0] + own.sum[1]);
         warpgroup_wait<0>();
-        settle(acc);
+        if constexpr (Config::kAddsApart) {
+          settle(part);
+          add_rescaled(acc, part, rescale_before);
+        } else {
+          settle(acc);
+        }
         release_values(n + 1, checked);
         pack(s);
-        rescale(acc, own);
+        if constexpr (!Config::kAddsApart) rescale(acc, own);
         ++use;
       };
       for (--n; n >= rows.start; --n) {
@@ -202,11 +211,17 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       if constexpr (kOwnOut) elected_arrive(block.queries_empty());
       const bool checked = checked_at<Config>(p, rows.context, n + 1);
       wait_values(checked);
+      float part[Config::kAddsApart ? Config::kDim / 2 : 1];
       warpgroup_fence();
-      accumulate();
+      accumulate(part);
       warpgroup_commit();
       warpgroup_wait<0>();
-      settle(acc);
+      if constexpr (Config::kAddsApart) {
+        settle(part);
+        add_rescaled(acc, part, own.rescale);
+      } else {
+        settle(acc);
+      }
       release_values(n + 1, checked);
       ++use;
     }

@@ -50,14 +50,16 @@ FASTATTN_DEVICE void issue_rows_product(float (&s)[N], SharedAddress a_row, Shar
                                                               columns_step<TileB>(right, k), k != 0);
 }
 
-// acc += P B^T of 8 bits: P from registers, by all rows of tile B.  Issues and does not wait.
+// acc (+)= P B^T of 8 bits: P from registers, by all rows of tile B.  Issues and does not wait.
 template <class T, class TileB, int N, int kSteps>
-FASTATTN_DEVICE void issue_accumulate_rows(float (&acc)[N], const uint32_t (&p)[kSteps][4], SharedAddress b) {
-  static_assert(N == TileB::kRows / 2 && kSteps == TileB::kDim / 16);
+FASTATTN_DEVICE void issue_accumulate_rows(float (&acc)[N], const uint32_t (&p)[kSteps][4], SharedAddress b,
+                                           bool accumulate) {
+  static_assert(N == TileB::kRows / 2 && kSteps <= TileB::kDim / 16);
   const uint64_t right = by_rows<TileB>(b);
   FASTATTN_UNROLL
   for (int k = 0; k < kSteps; ++k)
-    WarpgroupMultiply<T, TileB::kRows>::template registers<0>(acc, p[k], columns_step<TileB>(right, k), true);
+    WarpgroupMultiply<T, TileB::kRows>::template registers<0>(acc, p[k], columns_step<TileB>(right, k),
+                                                              accumulate || k != 0);
 }
 
 // acc += P B: P from registers, by all columns of tile B.  Issues and does not wait.

@@ -216,6 +216,13 @@ FASTATTN_DEVICE void rescale(float (&acc)[N], const OwnRows& own) {
   for (int i = 0; i < N; ++i) acc[i] *= own.rescale[i >> 1 & 1];
 }
 
+// acc * rescale + part, of the same rows
+template <int N>
+FASTATTN_DEVICE void add_rescaled(float (&acc)[N], const float (&part)[N], const float (&rescale)[2]) {
+  FASTATTN_UNROLL
+  for (int i = 0; i < N; ++i) acc[i] = fmaf(acc[i], rescale[i >> 1 & 1], part[i]);
+}
+
 // Rows whose bit is set become NaN, and stay it.
 template <int N>
 FASTATTN_DEVICE void poison(float (&acc)[N], uint32_t rows) {

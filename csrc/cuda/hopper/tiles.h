@@ -10,6 +10,7 @@ namespace fastattn::cuda {
 
 inline constexpr int kHopperDims[] = {64, 96, 128, 192, 256};
 inline constexpr int kHopperE4M3Dims[] = {64, 128, 256};
+inline constexpr int kMostKeysInFewBits = 1024;    // where sums are not added apart
 inline constexpr int kHopperSharedBytes = 232448;  // that a block may have
 inline constexpr int kHopperRegisters = 65536;     // of a multiprocessor
 inline constexpr int kCheckers = 3;  // warps of the producers' warpgroup that look for NaN among the values
@@ -26,12 +27,13 @@ struct HopperForwardTiles {
   // more than producers give up.
   constexpr int launch_registers() const { return kHopperRegisters / threads() / 8 * 8; }
   constexpr bool transposes() const { return element == 1; }
-  constexpr int producer_registers() const { return transposes() ? 56 : groups == 3 ? 32 : 24; }
-  constexpr int consumer_registers() const {
-    return (groups == 3 ? 160 : 240) - (transposes() ? groups == 3 ? 8 : 16 : 0);
-  }
+  // Of 8 bits: sums of a tile of keys are made apart and added in float32 (hopper/README.md), where there are
+  // registers.
+  constexpr bool adds_apart() const { return transposes() && dim <= 128; }
+  constexpr int producer_registers() const { return adds_apart() ? 40 : transposes() ? 56 : groups == 3 ? 32 : 24; }
+  constexpr int consumer_registers() const { return adds_apart() ? 232 : transposes() ? 224 : groups == 3 ? 160 : 240; }
   // accumulators, scores, weights
-  constexpr int held_registers() const { return dim / 2 + keys / 2 + keys * element / 8; }
+  constexpr int held_registers() const { return dim / 2 * (adds_apart() ? 2 : 1) + keys / 2 + keys * element / 8; }
 
   // Shared memory: queries; stages of keys; stages of values; of 8 bits, the same as they came; output where there is
   // room, else it takes the queries' place; for each stage which values are not finite; a copy of the tile's context
@@ -39,9 +41,11 @@ struct HopperForwardTiles {
   constexpr int query_bytes() const { return element * rows() * dim; }
   constexpr int key_bytes() const { return element * keys * dim; }
   constexpr int out_bytes() const { return 2 * rows() * dim; }
+  // turned, rows have whole panels of 64 keys
+  constexpr int value_bytes() const { return transposes() ? dim * ((keys + 63) / 64 * 64) : key_bytes(); }
   constexpr int keys_at() const { return query_bytes(); }
   constexpr int values_at() const { return keys_at() + stages * key_bytes(); }
-  constexpr int arrivals_at() const { return values_at() + stages * key_bytes(); }
+  constexpr int arrivals_at() const { return values_at() + stages * value_bytes(); }
   constexpr int after_values() const { return arrivals_at() + (transposes() ? stages * key_bytes() : 0); }
   constexpr int check_bytes() const { return 16 + (keys + 15) / 16 * 16; }  // a word per checker, a byte per key
   constexpr int barriers() const { return 2 + (transposes() ? 6 : 5) * stages; }
@@ -82,9 +86,9 @@ constexpr HopperForwardTiles hopper_forward_tiles(int dim, bool plain) {
 constexpr HopperForwardTiles hopper_e4m3_tiles(int dim, bool plain) {
   switch (dim) {
     case 64:
-      return {64, plain ? 3 : 2, 128, 4, true, 1};
+      return {64, 2, 128, 4, true, 1};
     case 128:
-      return {128, 2, plain ? 192 : 128, 2, true, 1};
+      return {128, 2, plain ? 128 : 64, 2, true, 1};
     default:
       return {256, 2, 64, 2, false, 1};
   }

@@ -1,11 +1,13 @@
 #include "warpgroup.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 
 #include "block.h"
 #include "numbers.h"
+#include "simulator.h"
 #include "sites.h"
 
 namespace fastattn::cuda::sim {
@@ -149,6 +151,23 @@ void product(float* d, const float* a, const float* b, int n, int depth) {
   }
 }
 
+// The same as sm_90 seems to add 8-bit products: terms and sum are cut off `bits` behind the leading bit of the
+// largest.
+void product_in_few_bits(float* d, const float* a, const float* b, int n, int depth, int bits) {
+  for (int m = 0; m < kRows; ++m) {
+    for (int column = 0; column < n; ++column) {
+      float terms[kDeepest + 1] = {d[m * n + column]}, largest = std::fabs(terms[0]), sum = 0;
+      for (int k = 0; k < depth; ++k) {
+        terms[k + 1] = a[m * depth + k] * b[k * n + column];
+        largest = std::fmax(largest, std::fabs(terms[k + 1]));
+      }
+      const float unit = std::ldexp(1.0f, (largest > 0 ? std::ilogb(largest) : 0) - bits);
+      for (int k = 0; k <= depth; ++k) sum += std::trunc(terms[k] / unit) * unit;
+      d[m * n + column] = sum;
+    }
+  }
+}
+
 }  // namespace
 
 // ---- Accumulators.
@@ -248,7 +267,11 @@ void Warpgroup::multiply(const ProductShape& shape, void* const (&arguments)[kGr
 
   const std::shared_ptr<Accumulator> sums = accumulator(shape, arguments, where);
   if (!first.accumulate) std::fill(sums->values.begin(), sums->values.end(), 0.0f);
-  product(sums->values.data(), a, b, shape.n, shape.depth());
+  if (const int bits = options().sum_bits; bits != 0 && shape.type == Operands::kE4M3) {
+    product_in_few_bits(sums->values.data(), a, b, shape.n, shape.depth(), bits);
+  } else {
+    product(sums->values.data(), a, b, shape.n, shape.depth());
+  }
   for (int part = 0; part < kWarpsOfGroup; ++part) {
     warps_[part].open.push_back({sums, read});
     ++sums->under_way[part];
