@@ -124,8 +124,6 @@ def _float8(inputs: Inputs) -> Callable[[], Tensor]:
         os.environ["FASTATTN_CUDA_HOPPER"] = "1"
         return fastattn.attention(*operands, **arguments)
 
-    if operands[0].device.type != "cuda":
-        raise CannotError("the sm_90a kernels need a GPU of capability 9.0")
     os.environ["FASTATTN_CUDA_HOPPER"] = "1"
     notes = fastattn.explain(*operands, **arguments).notes
     if notes:

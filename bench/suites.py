@@ -82,8 +82,7 @@ def attention(device: str, quick: bool) -> Suite:
 
 def hopper(device: str, quick: bool) -> Suite:
     """The sm_90a kernels, which run only where they are asked for: with and without the exponentials held in place,
-    beside the others of ours and whoever is fastest; two biases, which are to cost them little; numbers of 8 bits, as
-    they are and in bfloat16."""
+    beside the others of ours and whoever is fastest; two biases, which are to cost them little."""
     lengths = (1024, 4096) if quick else (16384, 4096, 1024, 8192, 2048, 512)
     tokens, dtype = (4096, torch.bfloat16) if device == "cpu" else (16384, torch.bfloat16)
     cases = [
@@ -93,16 +92,25 @@ def hopper(device: str, quick: bool) -> Suite:
         for case in _sweep("hopper", ("plain", "causal"), (dtype,), (length,), tokens=tokens, heads=heads, dim=dim)
     ]
     cases += _sweep("hopper", ("t5", "alibi"), (dtype,), lengths[:2], tokens=tokens, heads=16, dim=128)
-    cases += [
-        replace(case, directions=("forward",))
-        for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)
-        for case in _sweep(
-            "hopper", ("float8", "float8-causal"), (dtype,), lengths[:2], tokens=tokens, heads=heads, dim=dim
-        )
-    ]
-    ours = ("fastattn-hopper", "fastattn-hopper-unpinned", "fastattn-float8", "fastattn-cuda", "fastattn-triton")
+    ours = ("fastattn-hopper", "fastattn-hopper-unpinned", "fastattn-cuda", "fastattn-triton")
     peers = (*ours, "sdpa", "sdpa-flash", "sdpa-cudnn", "flash-attn", "flex")
     return Suite("hopper", "the sm_90a kernels", tuple(cases), peers)
+
+
+def float8(device: str, quick: bool) -> Suite:
+    """The sm_90a kernel of 8-bit operands, beside the same numbers in bfloat16; forward alone."""
+    lengths = (1024,) if quick else (4096, 16384, 1024)
+    cases = [
+        replace(case, directions=("forward",))
+        for length in lengths
+        for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)
+        for case in _sweep(
+            "float8", ("float8", "float8-causal"), (torch.bfloat16,), (length,),
+            tokens=1024 if device == "cpu" else 16384, heads=heads, dim=dim,
+        )
+    ]  # fmt: skip
+    peers = ("fastattn-float8", "fastattn-hopper", "fastattn-cuda", "sdpa", "sdpa-flash", "sdpa-cudnn", "flash-attn")
+    return Suite("float8", "8-bit operands on sm_90a", tuple(cases), peers)
 
 
 def compiled(device: str, quick: bool) -> Suite:
@@ -267,6 +275,7 @@ def additive(device: str, quick: bool) -> Suite:
 SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "attention": attention,
     "hopper": hopper,
+    "float8": float8,
     "sweep": sweep,
     "mask": mask,
     "bias": bias,

@@ -12,6 +12,10 @@ from features import MASKS, SINKS, Shape
 from float8_oracle import BFLOAT16, FLOAT8, Float8Call, check_float8
 
 import fastattn
+from fastattn.bench.gate import expect, gate
+from fastattn.bench.peers import CannotError, prepare
+from fastattn.bench.scenarios import Case, make_inputs
+from fastattn.bench.scenarios import Shape as BenchShape
 
 SHAPE = Shape(heads=2, kv_heads=1, query_length=40, key_length=140, head_dim=64, value_dim=64)
 SHARED_BYTES = 232448  # what an H100 gives a block
@@ -315,6 +319,25 @@ def test_explain(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTATTN_CUDA_HOPPER", "1")
     device.set_device(capability=80)
     assert "compute capability 8.0; it needs 9.0" in told().notes[0]
+
+
+@pytest.mark.parametrize("name", ["float8", "float8-causal"])
+def test_the_bench_holds_it_to_the_formula(device: ModuleType, name: str) -> None:
+    for dim in (64, 128, 256):
+        case = Case("hopper", name, BenchShape(1, 2, 200, 300, dim, kv_heads=1), BFLOAT16, ("forward",))
+        inputs = make_inputs(case, "cpu")
+        for x in (inputs.query, inputs.key, inputs.value):
+            assert torch.equal(x, x.to(FLOAT8).to(BFLOAT16))
+        device.clear_reports()
+        error = gate(
+            "fastattn-float8", inputs, prepare("fastattn-float8", inputs), expect(inputs, gradients=False),
+            gradients=False,
+        )  # fmt: skip
+        assert 0 < error < 16
+        assert kernels(device) == {f"hopper_forward_plain_e4m3_d{dim}"}
+    plain = make_inputs(replace(case, scenario="plain"), "cpu")
+    with pytest.raises(CannotError, match="not float8_e4m3fn's"):
+        prepare("fastattn-float8", plain)
 
 
 def test_the_kernel_refuses_what_it_cannot_run(device: ModuleType) -> None:
