@@ -68,7 +68,7 @@ def stages_without_kernel(
         reasons.append("dropout_p")
     if sink is not None and torch.is_grad_enabled() and isinstance(sink, Tensor) and sink.requires_grad:
         reasons.append("the gradient of sink")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         reasons.append("a functorch transform")
     return reasons
 

@@ -321,6 +321,19 @@ def test_explain(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compute capability 8.0; it needs 9.0" in told().notes[0]
 
 
+def test_compiled(device: ModuleType) -> None:
+    operands = [random(1, 2, 40, 64) for _ in range(3)]
+    scale = torch.rand(2) + 0.5
+
+    def call(*operands: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(*operands, mask=fastattn.Causal(), key_scale=scale, backend="cuda")
+
+    expected = call(*operands)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(*operands), expected)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*operands), expected)
+    assert kernels(device) == {"hopper_forward_plain_e4m3_d64"}
+
+
 @pytest.mark.parametrize("name", ["float8", "float8-causal"])
 def test_the_bench_holds_it_to_the_formula(device: ModuleType, name: str) -> None:
     for dim in (64, 128, 256):

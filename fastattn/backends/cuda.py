@@ -90,6 +90,17 @@ def _hopper_asked() -> bool:
 _hopper_asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _simulated_capability()
+
+
+def _simulated_capability() -> tuple[int, int]:
+    return divmod(_simulator().capability(), 10)
+
+
+_simulated_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
@@ -131,7 +142,7 @@ class CudaBackend(GpuBackend):
     def _reasons_against_float8(self, attention: Problem) -> list[str]:
         """Those of reason_against_e4m3 (csrc/cuda/hopper/launch.h)."""
         query, key, value = attention.query, attention.key, attention.value
-        capability = self._capability(attention.device)
+        capability = _capability(attention.device)
         reasons = []
         if capability[0] != 9:
             reasons.append(f"compute capability {capability[0]}.{capability[1]}; it needs 9.0")
@@ -152,11 +163,6 @@ class CudaBackend(GpuBackend):
         if any(x.shape[2] > 1 and x.stride(2) == 0 for x in (query, key, value)):
             reasons.append("an operand that is broadcast along its length")
         return reasons + [f"{name}; it has none" for name in attention.features() if name not in FLOAT8_FEATURES]
-
-    def _capability(self, device: torch.device) -> tuple[int, int]:
-        if device.type == "cuda":
-            return torch.cuda.get_device_capability(device)
-        return divmod(_simulator().capability(), 10)
 
     def quantized(self, problem: QuantizedProblem) -> tuple[Tensor, Tensor]:
         return torch.ops.fastattn.cuda_float8_forward(*problem.arguments())
