@@ -10,6 +10,8 @@ import pytest
 import torch
 from features import MASKS, SINKS, Shape
 from float8_oracle import BFLOAT16, FLOAT8, Float8Call, check_float8
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import fastattn
 from fastattn.bench.gate import expect, gate
@@ -98,6 +100,40 @@ def test_query_offset(features: tuple[str, ...], offset: int | torch.Tensor) -> 
     """Rows, and with -150 whole tiles of rows, that see nothing among others that do."""
     for dim in (64, 128):
         check_float8(Float8Call(features, Shape(2, 2, 1, 300, 240, dim, dim), offset=offset), "cuda")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    features=st.tuples(
+        st.sampled_from([None, *MASKS]), st.sampled_from([None, *MASKS]), st.sampled_from([None, *SINKS])
+    ),
+    dim=st.sampled_from([16, 64, 112, 128, 208, 256]),
+    heads=st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 2)]),
+    query_length=st.integers(1, 300),
+    key_length=st.integers(1, 400),
+    per=st.sampled_from(["none", "head", "batch"]),
+    seed=st.integers(0, 1000),
+)
+def test_composition(
+    features: tuple[str | None, ...], dim: int, heads: tuple[int, int], query_length: int, key_length: int, per: str,
+    seed: int,
+) -> None:  # fmt: skip
+    names = tuple(dict.fromkeys(name for name in features if name))
+    shape = Shape(1, *heads, query_length=query_length, key_length=key_length, head_dim=dim, value_dim=dim)
+    check_float8(Float8Call(names, shape, per=per, seed=seed), "cuda")
+
+
+def test_negative_scales_make_nan() -> None:
+    """Where values of tensors are not looked at: of the operator."""
+    operands = [random(1, 2, 40, 64) for _ in range(3)]
+    problem = fastattn.functional.lower(*(x.to(BFLOAT16) for x in operands))
+    problem.query, problem.key, problem.value = operands
+    scales = torch.tensor([[0.5, -0.5]]), None, None
+    out, lse = torch.ops.fastattn.cuda_float8_forward(*scales, *problem.arguments())
+    assert out[:, 0].isfinite().all()
+    assert lse[:, 0].isfinite().all()
+    assert out[:, 1].isnan().all()
+    assert lse[:, 1].isnan().all()
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
