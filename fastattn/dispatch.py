@@ -43,9 +43,9 @@ def _refusals(backend: Backend, problem: AnyProblem) -> list[str]:
     reason = backend.reason
     if reason is not None:
         return [reason]
-    method = _OPTIONAL.get(type(problem))
-    if method is not None and getattr(type(backend), method) is getattr(Backend, method):
-        return [f"it has no {WHAT_RUNS[type(problem)]}"]
+    kind = type(problem)
+    if kind in _OPTIONAL and getattr(type(backend), _OPTIONAL[kind]) is getattr(Backend, _OPTIONAL[kind]):
+        return [f"it has no {WHAT_RUNS[kind]}"]
     return backend.unsupported_reasons(problem)
 
 
