@@ -22,6 +22,7 @@ COLOURS = {
     "fastattn-cuda": "#b8321a",
     "fastattn-hopper": "#7a1200",
     "fastattn-hopper-unpinned": "#9c5a4e",
+    "fastattn-float8": "#4a0d4f",
     "fastattn-triton": "#ee8f3c",
     "fastattn-sdpa": "#f0a24b",
     "fastattn-without": "#d8a58f",

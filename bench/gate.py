@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.bench.additive import AdditiveInputs, additive_oracle
 from fastattn.bench.modules import ModuleInputs, module_oracle
-from fastattn.bench.peers import AnyInputs, Prepared, prepare
+from fastattn.bench.peers import PEERS, AnyInputs, Prepared, prepare
 from fastattn.bench.rows import RowInputs, row_oracle
 from fastattn.bench.scenarios import SCENARIOS, Case, Inputs, dense_terms, naive_attention
 
@@ -235,8 +235,8 @@ def gate(
 ) -> float:
     """Largest error of the variant as a multiple of its budget.
 
-    fastattn is held to the budget itself, others to PEER_SLACK times it: how they round is their makers' choice, and
-    the multiple stands in their rows.
+    fastattn is held to the budget itself, or to what its peer's `slack` makes of it, others to PEER_SLACK times it: how
+    they round is their makers' choice, and the multiple stands in their rows.
 
     Raises:
         WrongResultError: some tensor is outside, NaN included.
@@ -247,7 +247,7 @@ def gate(
             prepared.step()  # a peer that cannot differentiate says so here
     else:
         checks = compare(inputs, expected, evaluate(prepared, gradients=gradients))
-    slack = 1.0 if peer.startswith("fastattn") else PEER_SLACK
+    slack = PEERS[peer].slack if peer.startswith("fastattn") else PEER_SLACK
     # negated, so that NaN is outside
     outside = [c for c in checks if not c.error <= slack * c.budget]
     wrong = [f"{c.name} is off by {c.error:.2e}, budget {c.budget:.2e}" for c in outside]

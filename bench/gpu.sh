@@ -9,7 +9,7 @@
 # PYTHON  the Python with torch (default python3)      OUT  the folder (default bench/results/gpu-<time>)
 # TOTAL   seconds for all steps (default 570)          --dry-run: the same steps on the CPU, on small shapes
 # STEPS   "tests", "bench" or both (default); "hopper": the sm_90a kernels, which nothing else here runs: their tests,
-#         then their suite, with the exponentials held in place and not
+#         then their suites: 8-bit operands, and the rest with the exponentials held in place and not
 #
 # Every step has a time limit of its own and a failed one does not stop the next.  Exit code 0: all steps passed or were
 # skipped with a reason; 1: some failed; 2: nothing could be run.
@@ -192,15 +192,15 @@ if "$PYTHON" -c 'import xdist' 2>/dev/null; then PARALLEL=(-n "$(($(nproc) < 12 
 if wanted hopper; then
   if [[ $DEVICE == cuda ]]; then
     FASTATTN_CUDA_HOPPER=1 step "hopper tests" 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py \
-      -k "sm_90a or (cuda and (test_attention_composition or stay_inside))" --junitxml="$OUT/hopper.xml" || {
+      -k "sm_90a or float8 or (cuda and (test_attention_composition or stay_inside))" --junitxml="$OUT/hopper.xml" || {
       say "the sm_90a kernels are wrong or hang: not timed"
       finish
     }
   else
     skip "hopper tests" "no GPU"
   fi
-  step "hopper bench" "$(left)" "$PYTHON" -m fastattn bench --device "$DEVICE" "${QUICK[@]}" --suite hopper \
-    --budget 0.25 --deadline "$(($(left) - 60))" --out "$OUT" --no-plots
+  step "hopper bench" "$(left)" "$PYTHON" -m fastattn bench --device "$DEVICE" "${QUICK[@]}" --suite float8 \
+    --suite hopper --budget 0.25 --deadline "$(($(left) - 60))" --out "$OUT" --no-report
 fi
 
 step info 60 "$PYTHON" -m fastattn info

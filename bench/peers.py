@@ -74,6 +74,7 @@ class Peer:
     prepare: Callable[[Inputs], Callable[[], Tensor]]
     threads: int | None = None  # of the CPU, where they are not those of the run
     without: bool = False  # computes the scenario that is left without the case's feature
+    slack: float = 1.0  # what its budget is multiplied by, where it rounds to fewer bits than the case's dtype
 
 
 def _fastattn(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor]:
@@ -104,6 +105,29 @@ def _cuda(inputs: Inputs, asked: str = "0") -> Callable[[], Tensor]:
     reason = fastattn.explain(inputs.query, inputs.key, inputs.value, backend="cuda").plan.get("not_hopper")
     if reason is not None:
         raise CannotError(f"the sm_90a kernels do not take it: {reason}")
+    return forward
+
+
+def _float8(inputs: Inputs) -> Callable[[], Tensor]:
+    """The kernel for 8-bit operands, whose numbers these are; no gradients."""
+    shape, scenario = inputs.case.shape, SCENARIOS[inputs.case.scenario]
+    if scenario.numbers is not torch.float8_e4m3fn:
+        raise CannotError("the numbers of the case are not float8_e4m3fn's")
+    operands = [x.detach().to(scenario.numbers) for x in (inputs.query, inputs.key, inputs.value)]
+    scales = {
+        f"{name}_scale": torch.ones(x.shape[1], device=x.device)
+        for name, x in zip(("query", "key", "value"), operands, strict=True)
+    }
+    arguments = {**scenario.arguments(shape, inputs.extras), **scales, "backend": "cuda"}
+
+    def forward() -> Tensor:
+        os.environ["FASTATTN_CUDA_HOPPER"] = "1"
+        return fastattn.attention(*operands, **arguments)
+
+    os.environ["FASTATTN_CUDA_HOPPER"] = "1"
+    notes = fastattn.explain(*operands, **arguments).notes
+    if notes:
+        raise CannotError(notes[0])
     return forward
 
 
@@ -331,6 +355,8 @@ PEERS: dict[str, Peer] = {
             "the same, exponentials where the compiler puts them",
             functools.partial(_cuda, asked="unpinned"),
         ),
+        # weights with three bits of mantissa where bfloat16 has seven
+        Peer("fastattn-float8", "fastattn.attention, backend cuda, 8-bit operands", _float8, slack=2.0**4),
         Peer("fastattn-triton", "fastattn.attention, backend triton", functools.partial(_fastattn, backend="triton")),
         Peer("fastattn-without", "fastattn.attention without the feature of the case", _fastattn, without=True),
         Peer("fastattn-1-thread", "fastattn.attention on one thread", _fastattn, threads=1),

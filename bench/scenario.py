@@ -86,6 +86,7 @@ class Scenario:
     sink: bool = False
     causal: bool = False  # exactly the causal mask: peers may use their flag for it
     empty_rows: bool = False  # some query sees no key at all: the answer is 0
+    numbers: torch.dtype | None = None  # queries, keys and values are numbers of this dtype, whatever they are held in
 
     @property
     def function(self) -> Callable[..., Tensor]:

@@ -156,9 +156,12 @@ def _build() -> dict[str, Scenario]:
         visible=lambda shape, t: 0.5,
         causal=True,
     )
+    eight = torch.float8_e4m3fn
     scenarios = [
         Scenario(name="plain", title="no mask, no bias"),
         causal,
+        Scenario(name="float8", title="no mask, numbers of float8_e4m3fn", numbers=eight),
+        replace(causal, name="float8-causal", title="causal mask, numbers of float8_e4m3fn", numbers=eight),
         *(_window_scenario(name, window) for name, window in WINDOWS.items()),
         Scenario(
             name="lengths",
@@ -300,12 +303,16 @@ def make_inputs(case: Case, device: torch.device | str, seed: int = 0, *, spread
     shape, scenario = case.shape, SCENARIOS[case.scenario]
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*size: int) -> Tensor:
-        return (spread * torch.randn(*size, generator=generator)).to(device, case.dtype)
+    def normal(*size: int, numbers: torch.dtype | None = None) -> Tensor:
+        drawn = spread * torch.randn(*size, generator=generator)
+        return (drawn if numbers is None else drawn.to(numbers)).to(case.dtype).to(device)
 
-    query = normal(shape.batch, shape.heads, shape.query_length, shape.head_dim).requires_grad_()
-    key = normal(shape.batch, shape.kv_heads, shape.key_length, shape.head_dim).requires_grad_()
-    value = normal(shape.batch, shape.kv_heads, shape.key_length, shape.value_dim).requires_grad_()
+    def operand(heads: int, length: int, dim: int) -> Tensor:
+        return normal(shape.batch, heads, length, dim, numbers=scenario.numbers).requires_grad_()
+
+    query = operand(shape.heads, shape.query_length, shape.head_dim)
+    key = operand(shape.kv_heads, shape.key_length, shape.head_dim)
+    value = operand(shape.kv_heads, shape.key_length, shape.value_dim)
     grad_out = normal(shape.batch, shape.heads, shape.query_length, shape.value_dim)
     extras = {}
     for name, tensor in scenario.draw(shape, generator).items():

@@ -97,6 +97,22 @@ def hopper(device: str, quick: bool) -> Suite:
     return Suite("hopper", "the sm_90a kernels", tuple(cases), peers)
 
 
+def float8(device: str, quick: bool) -> Suite:
+    """The sm_90a kernel of 8-bit operands, beside the same numbers in bfloat16; forward alone."""
+    lengths = (1024,) if quick else (4096, 16384, 1024)
+    cases = [
+        replace(case, directions=("forward",))
+        for length in lengths
+        for dim, heads in (GPU_WIDTHS[:1] if quick else GPU_WIDTHS)
+        for case in _sweep(
+            "float8", ("float8", "float8-causal"), (torch.bfloat16,), (length,),
+            tokens=1024 if device == "cpu" else 16384, heads=heads, dim=dim,
+        )
+    ]  # fmt: skip
+    peers = ("fastattn-float8", "fastattn-hopper", "fastattn-cuda", "sdpa", "sdpa-flash", "sdpa-cudnn", "flash-attn")
+    return Suite("float8", "8-bit operands on sm_90a", tuple(cases), peers)
+
+
 def compiled(device: str, quick: bool) -> Suite:
     """Peers that are compiled for every case, on few of them: compilation would eat the time of a full sweep."""
     if device == "cpu":
@@ -259,6 +275,7 @@ def additive(device: str, quick: bool) -> Suite:
 SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "attention": attention,
     "hopper": hopper,
+    "float8": float8,
     "sweep": sweep,
     "mask": mask,
     "bias": bias,

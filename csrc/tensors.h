@@ -49,6 +49,8 @@ inline std::optional<DType> dtype_of(const Tensor& tensor) {
       return DType::kInt32;
     case ScalarType::Long:
       return DType::kInt64;
+    case ScalarType::Float8_e4m3fn:
+      return kFloat8;
     default:
       return std::nullopt;
   }
@@ -101,6 +103,7 @@ inline i64 size_or(const OptionalTensor& tensor, i64 axis, i64 otherwise) {
 }
 
 inline int32_t scalar_type_code(DType dtype) {
+  if (dtype == kFloat8) return aoti_torch_dtype_float8_e4m3fn();
   switch (dtype) {
     case DType::kFloat64:
       return aoti_torch_dtype_float64();

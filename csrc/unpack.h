@@ -33,7 +33,7 @@ inline DType parameter_dtype(DType dtype) { return dtype == DType::kFloat64 ? DT
 #define FASTATTN_PLAIN_ARGUMENTS query, key, value, scale, softcap, query_offset, window_left, window_right
 
 inline bool is_floating(DType dtype) {
-  return dtype != DType::kBool && dtype != DType::kInt32 && dtype != DType::kInt64;
+  return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
 }
 
 // Row and column tables, and the columns they are read at.
@@ -63,7 +63,7 @@ inline void unpack_content(const Place& place, Problem& p, const OptionalTensor&
                     ", that never fall");
 }
 
-inline Problem unpack_plain(const Place& place, FASTATTN_PLAIN_PARAMETERS) {
+inline Problem unpack_plain(const Place& place, FASTATTN_PLAIN_PARAMETERS, bool eight_bits = false) {
   Problem p;
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "fastattn: query, key and value must have 4 dimensions");
@@ -78,7 +78,8 @@ inline Problem unpack_plain(const Place& place, FASTATTN_PLAIN_PARAMETERS) {
   require_dense_rows("key", p.key);
   require_dense_rows("value", p.value);
   const DType dtype = p.query.dtype;
-  STD_TORCH_CHECK(is_floating(dtype), "fastattn: query must be floating point");
+  STD_TORCH_CHECK(eight_bits ? dtype == kFloat8 : is_floating(dtype), "fastattn: query must be ",
+                  eight_bits ? "float8_e4m3fn" : "floating point");
   require_dtype("key", p.key, dtype);
   require_dtype("value", p.value, dtype);
   p.scale = scale;
@@ -89,8 +90,8 @@ inline Problem unpack_plain(const Place& place, FASTATTN_PLAIN_PARAMETERS) {
   return p;
 }
 
-inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS) {
-  Problem p = unpack_plain(place, FASTATTN_PLAIN_ARGUMENTS);
+inline Problem unpack(const Place& place, FASTATTN_PROBLEM_PARAMETERS, bool eight_bits = false) {
+  Problem p = unpack_plain(place, FASTATTN_PLAIN_ARGUMENTS, eight_bits);
   const i64 b = p.batch, hq = p.query_heads, sq = p.query_length, sk = p.key_length, d = p.head_dim;
   const DType parameter = parameter_dtype(p.query.dtype);
   const auto rotation = [&](const char* name, const OptionalTensor& tensor, const OptionalTensor& like) {

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fastattn.additive_problem import AdditiveProblem
-from fastattn.backends.base import AnyProblem, Backend
+from fastattn.backends.base import WHAT_RUNS, AnyProblem, Backend
 from fastattn.backends.cpu import CpuBackend
 from fastattn.backends.cuda import CudaBackend
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.backends.triton import TritonBackend
 from fastattn.problem import Problem
+from fastattn.quantized_problem import QuantizedProblem
 from fastattn.rotation import Rotation
 from fastattn.softmax_problem import SoftmaxProblem
 
@@ -24,6 +25,8 @@ from fastattn.softmax_problem import SoftmaxProblem
 _BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 }
+# Kinds of problems that not every backend runs, and the method that does.
+_OPTIONAL = {AdditiveProblem: "additive", QuantizedProblem: "quantized"}
 _local = threading.local()
 
 
@@ -40,8 +43,9 @@ def _refusals(backend: Backend, problem: AnyProblem) -> list[str]:
     reason = backend.reason
     if reason is not None:
         return [reason]
-    if isinstance(problem, AdditiveProblem) and type(backend).additive is Backend.additive:
-        return ["it has no additive attention"]
+    kind = type(problem)
+    if kind in _OPTIONAL and getattr(type(backend), _OPTIONAL[kind]) is getattr(Backend, _OPTIONAL[kind]):
+        return [f"it has no {WHAT_RUNS[kind]}"]
     return backend.unsupported_reasons(problem)
 
 
@@ -105,7 +109,7 @@ def _words(value: object) -> object:
     return ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value
 
 
-def explain(problem: Problem, name: str | None, notes: list[str]) -> Explanation:
+def explain(problem: Problem | QuantizedProblem, name: str | None, notes: list[str]) -> Explanation:
     chosen, refusals = choose(problem, name)
     for other in _BACKENDS.values():
         if other is not chosen and other.name not in refusals:
@@ -117,6 +121,19 @@ def explain(problem: Problem, name: str | None, notes: list[str]) -> Explanation
 def run(problem: Problem, name: str | None, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Run attention on the chosen backend: output and lse, which may be None without `with_lse`."""
     return _chosen(problem, name).run(problem, with_lse)
+
+
+def quantized(problem: QuantizedProblem, name: str | None) -> tuple[Tensor, Tensor]:
+    """Run attention on 8-bit operands on the chosen backend: output and lse."""
+    return _chosen(problem, name).quantized(problem)
+
+
+def quantized_refusals(problem: QuantizedProblem, name: str | None) -> list[str]:
+    """Why no kernel takes these 8-bit operands as they are; empty where `quantized` may be called."""
+    backend = _BACKENDS["cuda"]
+    if name not in (None, backend.name):
+        return [f"backend={name!r} was asked for"]
+    return _refusals(backend, problem) or ([] if name else backend.volunteers(problem))
 
 
 def run_with_weights(problem: Problem, *, average: bool, leading: int) -> tuple[Tensor, Tensor | None]:

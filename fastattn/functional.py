@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,9 +11,19 @@ from torch import Tensor
 from fastattn import dispatch
 from fastattn.biases import Bias
 from fastattn.dispatch import Explanation, backends
+from fastattn.float8 import (
+    Scales,
+    check_without_gradients,
+    dequantized,
+    is_float8,
+    note,
+    stages_without_kernel,
+    stand_in,
+)
 from fastattn.lowering import Draft
 from fastattn.masks import Mask
 from fastattn.problem import Problem, default_scale, parameter_dtype
+from fastattn.quantized_problem import FLOAT8, QuantizedProblem
 from fastattn.rotary import Rotary
 from fastattn.validation import (
     FLOATING,
@@ -22,6 +33,7 @@ from fastattn.validation import (
     check_integer,
     check_number,
     check_shape,
+    check_tensor,
     describe,
     fail,
 )
@@ -43,6 +55,9 @@ def attention(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     query_offset: int | Tensor | None = None,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -62,6 +77,9 @@ def attention(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     query_offset: int | Tensor | None = None,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -80,6 +98,9 @@ def attention(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     query_offset: int | Tensor | None = None,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -95,8 +116,8 @@ def attention(
         out    = dropout(p) value
 
     Args:
-        query: (B, Hq, Sq, D), float32, float64, bfloat16 or float16.  Any strides; no copy where the last dimension
-            is dense.
+        query: (B, Hq, Sq, D), float32, float64, bfloat16, float16, or float8_e4m3fn, which has no gradient.  Any
+            strides; no copy where the last dimension is dense.
         key: (B, Hk, Sk, D), same dtype and device.  Hq must be a multiple of Hk: query head h reads head
             h // (Hq / Hk), which is grouped-query attention (Hk = 1: multi-query).
         value: (B, Hk, Sk, Dv); Dv may differ from D.
@@ -118,25 +139,40 @@ def attention(
                 query_offset=None (= 5 - 3), Causal()        query_offset=0, Causal()
 
             `torch.nn.functional.scaled_dot_product_attention(is_causal=True)` is the right-hand picture.
+        query_scale: (Hq,) or (B, Hq) float32 >= 0, for float8_e4m3fn operands alone: what each head's numbers are to be
+            multiplied by, as quantisation divided them.  None = 1.
+        key_scale, value_scale: (Hk,) or (B, Hk), the same of key and value.
         return_lse: also return the log of the softmax denominator (natural logarithm), differentiable.
         backend: name of the backend to use; None picks the first that can (see `explain`).
+
+    float8_e4m3fn operands (query, key and value alike) go as they are to a kernel for sm_90a where `explain` says so:
+    scales are applied in float32, and weights are rounded to float8_e4m3fn.  Everywhere else they become bfloat16,
+    which has each of their numbers: query, times the scales of query and key, and value, times its own, are rounded
+    once each (with a bias, query and key each times its own).
 
     Under autocast, float32 (and mixed half precision) inputs are cast to the autocast dtype, as for torch's own SDPA.
 
     Returns:
-        out (B, Hq, Sq, Dv) in the query's dtype, laid out in memory as (B, Sq, Hq, Dv) when the query is; with
-        return_lse also lse (B, Hq, Sq) in float32 (float64 for float64), +inf for a query that sees nothing.
+        out (B, Hq, Sq, Dv) in the query's dtype, bfloat16 for float8_e4m3fn, laid out in memory as (B, Sq, Hq, Dv) when
+        the query is; with return_lse also lse (B, Hq, Sq) in float32 (float64 for float64), +inf for a query that sees
+        nothing.
 
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what was expected and what came.  Values
             inside GPU tensors are not inspected (that would wait for the device); kernels clamp them instead.
         fastattn.UnsupportedError: the backend asked for cannot run this call, with its reasons.
     """
+    scales = None
+    if query_scale is not None or key_scale is not None or value_scale is not None:
+        scales = Scales(query_scale, key_scale, value_scale)
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
-        dropout_p=dropout_p, query_offset=query_offset,
+        dropout_p=dropout_p, query_offset=query_offset, scales=scales, takes_float8=True, backend=backend,
     )  # fmt: skip
-    out, lse = dispatch.run(problem, backend, return_lse)
+    if type(problem) is Problem:
+        out, lse = dispatch.run(problem, backend, return_lse)
+    else:
+        out, lse = dispatch.quantized(problem, backend)
     if dropout_p == 1.0:
         out = out * 0.0  # everything is dropped; lowering ran the call without dropout
     return (out, lse) if return_lse else out
@@ -155,6 +191,9 @@ def explain(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     query_offset: int | Tensor | None = None,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Explanation:
@@ -167,6 +206,7 @@ def explain(
     problem = lower(
         query, key, value, mask=mask, bias=bias, rotary=rotary, scale=scale, softcap=softcap, sink=sink,
         dropout_p=dropout_p, query_offset=query_offset, draw_seed=False, notes=notes,
+        scales=Scales(query_scale, key_scale, value_scale), takes_float8=True, backend=backend,
     )  # fmt: skip
     return dispatch.explain(problem, backend, notes)
 
@@ -196,16 +236,32 @@ def lower(
     draw_seed: bool = True,
     notes: list[str] | None = None,
     takes_tables: bool = True,
-) -> Problem:
+    scales: Scales | None = None,
+    takes_float8: bool = False,
+    backend: str | None = None,
+) -> Problem | QuantizedProblem:
     """Check the arguments of `attention` and lower them to a `Problem`.
 
     `notes` receives those of `explain`; without `takes_tables` no bias chooses row or column tables by itself.
+    With `takes_float8`, 8-bit operands, times their `scales`, make a `QuantizedProblem` where a kernel of the backend
+    asked for takes them as they are, and are dequantised elsewhere.
     """
-    if torch._C._is_any_autocast_enabled():
+    if torch._C._is_any_autocast_enabled() and not is_float8(query, key, value):
         query, key, value = cast_for_autocast(
             check_floating("query", query), check_floating("key", key), check_floating("value", value)
         )
-    (batch, heads, query_length, head_dim), key_length = _check_operands(query, key, value)
+    sizes = _sizes(query, key, value)
+    if sizes is None:
+        if takes_float8 and is_float8(query, key, value):
+            return _lower_float8(
+                query, key, value, scales or Scales(), backend, mask=mask, bias=bias, rotary=rotary, scale=scale,
+                softcap=softcap, sink=sink, dropout_p=dropout_p, query_offset=query_offset, draw_seed=draw_seed,
+                notes=notes,
+            )  # fmt: skip
+        sizes = _check_operands(query, key, value)
+    (batch, heads, query_length, head_dim), key_length = sizes
+    if scales is not None:
+        scales.refuse(query.dtype)
     fields: dict[str, object] = {}
     if query_offset is None:
         fields["query_offset"] = offset = key_length - query_length
@@ -243,6 +299,50 @@ def lower(
                 else torch.zeros(2, dtype=torch.int64, device=query.device)
             )
     return Problem(query=dense_rows(query), key=dense_rows(key), value=dense_rows(value), scale=scale, **fields)  # type: ignore[arg-type]
+
+
+def _lower_float8(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scales: Scales,
+    backend: str | None,
+    *,
+    bias: Bias | None,
+    rotary: Rotary | None,
+    softcap: float | None,
+    dropout_p: float,
+    sink: Tensor | None,
+    notes: list[str] | None,
+    **call: Any,
+) -> Problem | QuantizedProblem:
+    """`lower` for operands one of which is of 8 bits."""
+    _check_operands(query, key, value, float8=True)
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(query.device.type):
+        # it would cast what the operands become
+        with torch.autocast(query.device.type, enabled=False):
+            return _lower_float8(
+                query, key, value, scales, backend, bias=bias, rotary=rotary, softcap=softcap, dropout_p=dropout_p,
+                sink=sink, notes=notes, **call,
+            )  # fmt: skip
+    scales = scales.checked(query, key)
+    check_without_gradients([("query", query), ("key", key), ("value", value), *scales.named()])
+    reasons = stages_without_kernel(bias, rotary, softcap, dropout_p, sink)
+    if not reasons:
+        attention = lower(*map(stand_in, (query, key, value)), sink=sink, **call)
+        attention = replace(attention, query=dense_rows(query), key=dense_rows(key), value=dense_rows(value))
+        problem = QuantizedProblem(
+            query_scale=scales.query, key_scale=scales.key, value_scale=scales.value, attention=attention
+        )
+        reasons = dispatch.quantized_refusals(problem, backend)
+        if not reasons:
+            return problem
+    if notes is not None:
+        notes.append(note(query, key, value, scales, reasons))
+    return lower(
+        *dequantized(query, key, value, scales, fold=bias is None), bias=bias, rotary=rotary, softcap=softcap,
+        dropout_p=dropout_p, sink=sink, notes=notes, **call,
+    )  # fmt: skip
 
 
 def lower_offset(
@@ -319,8 +419,8 @@ def cast_for_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.Size, int]:
-    """Kind, rank, dtype, device and sizes of query, key and value; the shape of the queries and the number of keys."""
+def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.Size, int] | None:
+    """The shape of the queries and the number of keys of operands with nothing wrong, else None."""
     if type(query) is type(key) is type(value) is Tensor and not (query.is_nested or key.is_nested or value.is_nested):
         shape, key_shape, value_shape = query.shape, key.shape, value.shape
         if (
@@ -335,9 +435,18 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.Si
             and value_shape[2] == key_shape[2]
             and shape[1] % key_shape[1] == 0
         ):
-            return shape, key_shape[2]  # what follows finds the words for what is wrong, and takes twice the time
+            return shape, key_shape[2]
+    return None
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor, float8: bool = False) -> tuple[torch.Size, int]:
+    """Kind, rank, dtype, device and sizes of query, key and value, with words for what is wrong, which takes twice the
+    time of `_sizes`; what that returns."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        check_floating(name, x)
+        if not float8:
+            check_floating(name, x)
+        elif check_tensor(name, x).dtype is not FLOAT8:
+            fail(TypeError, name, f"dtype {FLOAT8} like another of query, key and value", str(x.dtype))
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             fail(ValueError, name, "four dimensions (batch, heads, length, head_dim)", x)

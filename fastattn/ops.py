@@ -9,6 +9,10 @@ register theirs when they load):
     fastattn::<backend>_rotate, _rotate_                     rotary embedding (`Rotation`), the second in place
     fastattn::<backend>_additive_forward, _additive_backward additive attention (`AdditiveProblem`)
 
+the one of CUDA C++ has
+
+    fastattn::cuda_float8_forward                            attention on 8-bit operands (`QuantizedProblem`)
+
 and the native one for CPUs has
 
     fastattn::cpu_weights_forward, _weights_backward         attention that gives its weights, too
@@ -24,6 +28,7 @@ from torch import Tensor
 
 from fastattn.additive_problem import ADDITIVE_FIELDS, ADDITIVE_GRADIENT_FIELDS
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, PLAIN_FIELDS, Problem
+from fastattn.quantized_problem import OUT_DTYPE, QuantizedProblem
 from fastattn.rotation import Rotation
 from fastattn.softmax_problem import SOFTMAX_FIELDS, SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
 
@@ -57,6 +62,9 @@ def _tensors(count: int) -> str:
 PROBLEM_SCHEMA = _arguments(Problem)
 # Beside out and lse, statistics (B, Hq, Sq, 2): what the backend's own backward recomputes the weights from.
 FORWARD_SCHEMA = f"({PROBLEM_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+FLOAT8_FORWARD_SCHEMA = (
+    f"({_arguments(QuantizedProblem, without=frozenset({'attention'}))}, {PROBLEM_SCHEMA}) -> (Tensor, Tensor)"
+)
 PLAIN_FORWARD_SCHEMA = f"({_arguments(Problem, without=_NOT_PLAIN)}) -> Tensor"
 BACKWARD_SCHEMA = (
     f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor statistics, int needs, {PROBLEM_SCHEMA}) -> "
@@ -83,12 +91,13 @@ ROTATE_SCHEMA = f"({_arguments(Rotation)}) -> (Tensor, Tensor)"
 ROTATE_INPLACE_SCHEMA = f"({_arguments(Rotation, mutable=frozenset({'query', 'key'}))}) -> ()"
 
 
-def empty_like_layout(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised (B, H, S, D) tensor laid out in memory as (B, S, H, D) if `like` is, else contiguous."""
+def empty_like_layout(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (B, H, S, D) tensor laid out in memory as (B, S, H, D) if `like` is, else contiguous; None: of
+    its dtype."""
     batch, heads, length, dim = shape
     if like.stride(1) < like.stride(2):
-        return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
-    return like.new_empty(shape)
+        return like.new_empty((batch, length, heads, dim), dtype=dtype).transpose(1, 2)
+    return like.new_empty(shape, dtype=dtype)
 
 
 # Fields, and the weight of additive attention, whose gradients have the dtype of the statistics.
@@ -106,6 +115,15 @@ def _fake_forward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
     out = empty_like_layout(query, (*query.shape[:3], value.shape[3]))
     rows, dtype = query.shape[:3], problem.parameter_dtype
     return out, query.new_empty(rows, dtype=dtype), query.new_empty((*rows, 2), dtype=dtype)
+
+
+def _fake_float8_forward(
+    query_scale: Tensor | None, key_scale: Tensor | None, value_scale: Tensor | None, *args: object
+) -> tuple[Tensor, Tensor]:
+    problem = Problem(**dict(zip(FIELD_NAMES, args, strict=True)))  # type: ignore[arg-type]
+    query, rows = problem.query, problem.query.shape[:3]
+    out = empty_like_layout(query, (*rows, problem.value.shape[3]), OUT_DTYPE)
+    return out, query.new_empty(rows, dtype=torch.float32)
 
 
 def _fake_plain_forward(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
@@ -203,12 +221,13 @@ for _name in FUSED_BACKENDS:
     _declare(f"{_name}_rotate_", ROTATE_INPLACE_SCHEMA, _fake_rotate_inplace)
     _declare(f"{_name}_additive_forward", ADDITIVE_FORWARD_SCHEMA, _fake_additive_forward)
     _declare(f"{_name}_additive_backward", ADDITIVE_BACKWARD_SCHEMA, _fake_additive_backward)
+_declare("cuda_float8_forward", FLOAT8_FORWARD_SCHEMA, _fake_float8_forward)
 _declare("cpu_plain_forward", PLAIN_FORWARD_SCHEMA, _fake_plain_forward)
 _declare("cpu_weights_forward", WEIGHTS_FORWARD_SCHEMA, _fake_weights_forward)
 _declare("cpu_weights_backward", WEIGHTS_BACKWARD_SCHEMA, _fake_weights_backward)
 
 # What the native libraries would do with a problem, as JSON, for `explain`.
-for _name in ("cuda", "cpu"):
+for _name in ("cuda", "cuda_float8", "cpu"):
     _library.define(f"{_name}_plan({PROBLEM_SCHEMA}) -> str")
 
 

@@ -55,6 +55,10 @@ def _qkv(x: SimpleNamespace, q: Any = None, k: Any = None, v: Any = None) -> Ten
     return fastattn.attention(q, k, v, backend=x.backend)
 
 
+def _float8(x: SimpleNamespace, dtype: torch.dtype = torch.float8_e4m3fn, **keywords: Any) -> Tensor:
+    return fastattn.attention(*(t.to(dtype) for t in (x.q, x.k, x.v)), backend=x.backend, **keywords)
+
+
 def _quantized() -> Tensor:
     return torch.quantize_per_tensor(torch.zeros(B, H, SQ, D), 0.1, 0, torch.qint8)
 
@@ -64,6 +68,7 @@ def _nested() -> Tensor:
 
 
 META = torch.device("meta")
+FLOAT8 = torch.float8_e4m3fn
 ones = torch.ones
 Row = tuple[str, Callable[[SimpleNamespace], object], type[Exception], str, str, str]
 
@@ -81,7 +86,32 @@ ROWS: list[Row] = [
     ("integer query", lambda x: _qkv(x, q=x.q.long()), TypeError, "query", "float32", "int64"),
     ("bool key", lambda x: _qkv(x, k=x.k > 0), TypeError, "key", "float32", "bool"),
     ("complex value", lambda x: _qkv(x, v=x.v + 0j), TypeError, "value", "float32", "complex64"),
-    ("float8 query", lambda x: _qkv(x, q=x.q.to(torch.float8_e4m3fn)), TypeError, "query", "bfloat16", "float8"),
+    ("float8 query", lambda x: _qkv(x, q=x.q.to(FLOAT8)), TypeError, "key", "float8_e4m3fn like another", "float32"),
+    ("float8 key", lambda x: _qkv(x, k=x.k.to(FLOAT8)), TypeError, "query", "float8_e4m3fn like another", "float32"),
+    ("float8 query and key", lambda x: _qkv(x, q=x.q.to(FLOAT8), k=x.k.to(FLOAT8)), TypeError, "value", "float8_e4m3fn", "float32"),
+    ("float8 of five bits", lambda x: _float8(x, torch.float8_e5m2), TypeError, "query", "bfloat16", "float8_e5m2"),
+    ("float8 elsewhere", lambda x: _qkv(x, q=x.q.to(FLOAT8), k=x.k.to(FLOAT8).to(META), v=x.v.to(FLOAT8)), ValueError, "key", "like query", "meta"),
+    ("float8 of another batch", lambda x: _qkv(x, q=x.q.to(FLOAT8), k=x.k[:1].to(FLOAT8), v=x.v.to(FLOAT8)), ValueError, "key", "batch size 2", "1, 2, 7, 8"),
+    ("float8 with a gradient", lambda x: _qkv(x, q=x.q.to(FLOAT8), k=x.k.to(FLOAT8).requires_grad_(), v=x.v.to(FLOAT8)), NotImplementedError,
+     "key", "no gradient", "float8"),
+    ("scale for float32", lambda x: _call(x, key_scale=ones(2)), TypeError, "key_scale", "None, as .*float8_e4m3fn", "float32"),
+    ("query_scale for other heads", lambda x: _float8(x, query_scale=ones(2)), ValueError, "query_scale", r"\(4,\) or \(2, 4\)", r"\(2,\)"),
+    ("key_scale for query heads", lambda x: _float8(x, key_scale=ones(2, 4)), ValueError, "key_scale", r"\(2,\) or \(2, 2\)", r"\(2, 4\)"),
+    ("value_scale of rank 0", lambda x: _float8(x, value_scale=torch.tensor(1.0)), ValueError, "value_scale", r"\(2,\)", r"\(\)"),
+    ("value_scale a number", lambda x: _float8(x, value_scale=0.5), TypeError, "value_scale", "torch.Tensor", "0.5"),
+    ("query_scale of halves", lambda x: _float8(x, query_scale=ones(4).half()), TypeError, "query_scale", "float32", "float16"),
+    ("key_scale elsewhere", lambda x: _float8(x, key_scale=ones(2, device=META)), ValueError, "key_scale", "like query", "meta"),
+    ("key_scale negative", lambda x: _float8(x, key_scale=torch.tensor([1.0, -2.0])), ValueError, "key_scale", ">= 0", "-2"),
+    ("value_scale nan", lambda x: _float8(x, value_scale=torch.tensor([1.0, float("nan")])), ValueError, "value_scale", "finite", "nan"),
+    ("query_scale infinite", lambda x: _float8(x, query_scale=ones(4) / 0), ValueError, "query_scale", "finite", "inf"),
+    ("value_scale with a gradient", lambda x: _float8(x, value_scale=ones(2).requires_grad_()), NotImplementedError, "value_scale", "no gradient", "float32"),
+    ("float8 and a bad mask", lambda x: _float8(x, mask=KeyLengths(x.lengths + 1)), ValueError, "KeyLengths.lengths", r"\[0, 7\]", r"\[4, 8\]"),
+    ("float8 and a bad bias", lambda x: _float8(x, bias=ALiBi(ones(3))), ValueError, "ALiBi.slopes", r"\(4,\)", r"\(3,\)"),
+    ("float8 and no dropout_p", lambda x: _float8(x, dropout_p=None), TypeError, "dropout_p", "a number", "None"),
+    ("float8 and a bad scale", lambda x: _float8(x, scale="1"), TypeError, "scale", "a number", "'1'"),
+    ("float8 and a bad sink", lambda x: _float8(x, sink=ones(3)), ValueError, "sink", r"\(4,\)", r"\(3,\)"),
+    ("float8 and a bad backend", lambda x: fastattn.attention(*(t.to(FLOAT8) for t in (x.q, x.k, x.v)), backend="fpga"), ValueError,
+     "backend", "reference", "'fpga'"),
     ("key of another dtype", lambda x: _qkv(x, k=x.k.double()), TypeError, "key", "float32 like query", "float64"),
     ("value of another dtype", lambda x: _qkv(x, v=x.v.half()), TypeError, "value", "float32 like query", "float16"),
     ("key on another device", lambda x: _qkv(x, k=x.k.to(META)), ValueError, "key", "like query", "meta"),

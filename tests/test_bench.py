@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import itertools
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from fastattn.bench.results import Row
 from fastattn.bench.rows import ROTARY_SCENARIOS, ROW_SCENARIOS, SOFTMAX_SCENARIOS, make_row_inputs, moved_bytes
 from fastattn.bench.scenarios import SCENARIOS, Case, Shape, attention_bytes, dense_terms, forward_flops, make_inputs
 from fastattn.bench.timing import Spread, interleave
+from fastattn.cli.bench import add_arguments
 from fastattn.cli.console import Console
 
 SMALL = Shape(batch=2, heads=4, kv_heads=2, query_length=21, key_length=37, head_dim=16)
@@ -56,6 +59,21 @@ def test_every_case_of_every_suite_can_be_built(device: str, quick: bool) -> Non
             }.get(name, SCENARIOS)
             assert case.scenario in known
             assert case.suite == name
+
+
+def test_gpu_script_calls_the_bench_as_it_is() -> None:
+    script = Path(__file__).parent.parent / "bench" / "gpu.sh"
+    if not script.exists():
+        pytest.skip("not in a checkout")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    calls = re.findall(r"-m fastattn bench ((?:.*\\\n)*.*)", script.read_text())
+    assert len(calls) >= 2
+    for call in calls:
+        options = dict(re.findall(r"(--[a-z-]+)(?: ([a-z0-9]+))?", call))
+        assert options.keys() <= parser._option_string_actions.keys()
+        for name in re.findall(r"--suite ([a-z0-9]+)", call):
+            assert name in suites.SUITES or name in suites.GROUPS
 
 
 def test_groups_resolve_to_suites() -> None:

@@ -35,4 +35,4 @@ def test_few_enough(generator: ModuleType) -> None:
     hopper = [name for name in names if name.startswith("hopper_")]
     assert len(names) == len(set(names))
     assert len(names) - len(hopper) <= generator.LIMIT == 60
-    assert len(hopper) <= generator.HOPPER_LIMIT == 64
+    assert len(hopper) <= generator.HOPPER_LIMIT == 70

@@ -42,7 +42,7 @@ class Map:
         )
 
     def encoded_by_driver(self, there: Tensor) -> bytes:
-        dtype = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}[self.tensor.dtype]
+        dtype = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}[self.tensor.dtype]
         rank = len(self.size)
         map_ = (ctypes.c_uint64 * 32)()
         start = ctypes.addressof(map_) + -ctypes.addressof(map_) % 64
@@ -186,6 +186,18 @@ def test_tensor_load(run: Run, rank: int, place: str) -> None:
         f"tensor_load_{rank}d", {"in0": arguments, "in1": tensor, "out0": out}, shared_bytes=8192, maps=(("in1", map_),)
     )
     assert torch.equal(out.view(-1, 16), _in_shared_memory(_box(tensor, at, box), width))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 128), (16, 64), (4, 32)])
+def test_tensor_load_of_bytes(run: Run, rows: int, columns: int) -> None:
+    """Coordinates count bytes, and what lies outside is zero."""
+    tensor = torch.randint(1, 256, (rows, columns + 16), dtype=torch.uint8)
+    map_ = Map(tensor, (rows, columns), columns)
+    out = torch.zeros(map_.bytes_of_box, dtype=torch.uint8)
+    arguments = torch.tensor([map_.bytes_of_box, 37, -1, 0, 0, 0], dtype=torch.int32)
+    tensors = {"in0": arguments, "in1": tensor, "out0": out}
+    run("tensor_load_2d", tensors, shared_bytes=8192, maps=(("in1", map_),))
+    assert torch.equal(out.view(-1, 16), _in_shared_memory(_box(tensor, (-1, 37), (rows, columns)), columns))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -365,6 +377,104 @@ def test_products(run: Run, suffix: str, n: int, width_a: int, width_b: int, kin
     assert ((out.double() - _accumulator(exact)).abs() <= _accumulator(bound)).all()
 
 
+# ---- 8 bits
+
+
+def _registers_of_bytes(a: Tensor) -> Tensor:
+    """a[64][32 steps] of bytes as operand registers: [step][thread][4][4]."""
+    thread, i = torch.arange(128).view(-1, 1, 1), torch.arange(4).view(-1, 1)
+    row = thread // 32 * 16 + thread % 32 // 4 + i % 2 * 8
+    column = thread % 4 * 4 + i // 2 * 16 + torch.arange(4)
+    return torch.stack([a[:, k : k + 32][row, column] for k in range(0, a.shape[1], 32)]).contiguous()
+
+
+def _multiply_e4m3(run: Run, a: Tensor, b: Tensor, begin: Tensor, width: int, registers: bool) -> Tensor:
+    """begin[64][n] + a[64][k] b[n][k]^T by products, as registers hold it."""
+    n, depth = b.shape[0], a.shape[1]
+    # rows of bytes lie as rows of half as many numbers of 16 bits do
+    bytes_a, bytes_b = a.view(torch.uint8), b.view(torch.uint8)
+    image_a, descriptors_a = _operand(bytes_a.view(torch.int16), False, width, 0)
+    image_b, descriptors_b = _operand(bytes_b.view(torch.int16), False, width, a.numel())
+    image = torch.cat([image_a, image_b])
+    out = _accumulator(begin)
+    tensors = {
+        "in0": image,
+        "in1": torch.tensor([list(pair) for pair in zip(descriptors_a, descriptors_b, strict=True)]),
+        "in2": _registers_of_bytes(bytes_a),
+        "out0": out,
+    }
+    size = 2 * image.numel()
+    run(f"products_e4m3_{n}_{4 if registers else 0}", tensors, n=(size, depth // 32), shared_bytes=size)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "registers"),
+    [
+        (64, 128, False), (96, 128, True), (128, 64, False), (128, 64, True), (160, 32, False), (192, 128, False),
+        (256, 64, True), (256, 0, True),
+    ],
+)  # fmt: skip
+def test_products_of_8_bits(run: Run, n: int, width: int, registers: bool) -> None:
+    """Integers whose sums the chip has exactly, though it adds with fewer bits than float32."""
+    a, b = torch.randint(-4, 5, (64, 128)), torch.randint(-4, 5, (n, 128))
+    begin = torch.randint(-64, 65, (64, n)).float()
+    out = _multiply_e4m3(run, *(x.float().to(torch.float8_e4m3fn) for x in (a, b)), begin, width, registers)
+    assert torch.equal(out, _accumulator(begin + (a @ b.T).float()))
+
+
+def test_products_know_every_number_of_8_bits(run: Run) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[codes & 0x7F == 0x7F] = 0
+    a = codes.repeat(8).view(64, 32).view(torch.float8_e4m3fn)
+    b = torch.eye(64, 32).to(torch.float8_e4m3fn)
+    for left, right in ((a, b), (torch.eye(64, 32).to(torch.float8_e4m3fn), a)):
+        out = _multiply_e4m3(run, left, right, torch.zeros(64, 64), 32, False)
+        assert torch.equal(out, _accumulator(left.float() @ right.float().T))
+
+
+def test_nan_of_8_bits(run: Run) -> None:
+    a, b = torch.ones(64, 32).to(torch.float8_e4m3fn), torch.zeros(64, 32).to(torch.float8_e4m3fn)
+    for row, code in ((3, 0x7F), (9, 0xFF)):
+        a.view(torch.uint8)[row, 5] = code
+    out = _multiply_e4m3(run, a, b, torch.zeros(64, 64), 32, False)
+    expected = torch.zeros(64, 64)
+    expected[[3, 9]] = torch.nan
+    assert torch.equal(out.isnan(), _accumulator(expected).isnan())
+    assert (out.nan_to_num(nan=0) == 0).all()
+
+
+def test_pack_to_8_bits(run: Run) -> None:
+    """As torch rounds, and beyond 448 to it; NaN becomes 0x7F."""
+    exact = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    exact = exact[exact.isfinite()].sort().values
+    middle = (exact[1:] + exact[:-1]) / 2
+    values = torch.cat([
+        exact, middle, middle.nextafter(torch.tensor(torch.inf)), middle.nextafter(torch.tensor(-torch.inf)),
+        torch.randn(5000) * 4, torch.rand(1000) * 2**-8, torch.tensor([1e-30, -1e-40, 2**-10, -(2**-10), 0.0, -0.0]),
+        torch.tensor([447.9, 448.1, 464.0, 465.0, 1e30, torch.inf, -449.0, -torch.inf, torch.nan, -torch.nan]),
+    ])  # fmt: skip
+    values = torch.cat([values, values.new_zeros(-len(values) % 4)])
+    out = torch.zeros(len(values), dtype=torch.uint8)
+    run("pack_e4m3", {"in0": values, "out0": out}, n=(len(values) // 4,))
+    number = ~values.isnan()
+    expected = values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(out[number], expected[number])
+    assert (out[~number] == 0x7F).all()
+
+
+def test_byte_permutations(run: Run) -> None:
+    words = torch.randint(-(2**31), 2**31, (64, 2), dtype=torch.int64).to(torch.int32)
+    chosen = torch.randint(0, 8, (64, 4))
+    selector = (chosen * 16 ** torch.arange(4)).sum(1, keepdim=True).to(torch.int32)
+    out = torch.zeros(64, dtype=torch.int32)
+    run("byte_permutations", {"in0": torch.cat([words, selector], 1).contiguous(), "out0": out}, n=(64,))
+    assert torch.equal(out.view(torch.uint8).view(64, 4), words.view(torch.uint8).view(64, 8).gather(1, chosen))
+
+
+# ---- Tiles
+
+
 @pytest.mark.parametrize("suffix", DTYPES)
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_tensor_loads_feed_products(run: Run, suffix: str, transposed: int) -> None:
@@ -422,6 +532,8 @@ PLANTED = {
     "operand_registers_after_fence": r"missing warpgroup_fence: registers of this product may have been used",
     "accumulator_read_before_wait": r"store of a number that depends on an accumulator whose product was not waited f",
     "accumulator_packed_before_wait": r"a number is rounded that depends on an accumulator whose product thread \d",
+    "accumulator_packed_to_8_bits_before_wait": r"a number is rounded that depends on an accumulator whose product",
+    "transposed_without_proxy_fence": r"missing fence_async_shared: operand A of 16 bytes .* wrote at .*transposed_w",
     "wait_for_older_products": r"store of a number that depends on an accumulator whose product was not waited for",
     "products_not_committed": r"store of a number that depends on an accumulator whose product was not waited for",
     "accumulator_written_before_wait": r"register 3 of an accumulator was written before the wait for its product",
@@ -445,7 +557,9 @@ PLANTED = {
     "increase_to_fewer_registers": r"registers_increase to 200, where the warp has 240",
     "registers_of_one_warp": r"warps of one warpgroup have different numbers of registers: warp 1 168, warp 0 24",
 }
-NO_LINE = {"accumulator_packed_before_wait", "registers_of_one_warp"}  # errors that name no line
+NO_LINE = {  # errors that name no line
+    "accumulator_packed_before_wait", "accumulator_packed_to_8_bits_before_wait", "registers_of_one_warp",
+}  # fmt: skip
 
 
 @in_simulator

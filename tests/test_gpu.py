@@ -7,6 +7,7 @@ from unittest import mock
 
 import bodies
 import features
+import float8_oracle
 import oracle
 import pytest
 import softmax_oracle
@@ -305,6 +306,27 @@ def test_sm_90a(dim: int, dtype: torch.dtype, names: tuple[str, ...], monkeypatc
     assert plan["kernel"] == "hopper_forward"
     assert (plan["backward_q"]["kernel"], plan["backward_kv"]["kernel"]) == ("hopper_backward_q", "hopper_backward_kv")
     oracle.check(call, "cuda", DEVICE)
+
+
+@pytest.mark.parametrize("names", [(), ("causal",), ("causal", "documents", "sink")], ids="+".join)
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_float8_sm_90a(dim: int, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of 8-bit operands, several tiles of queries and keys for each multiprocessor."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the sm_90a kernels need a GPU of capability 9.0")
+    monkeypatch.setenv("FASTATTN_CUDA_HOPPER", "1")
+    call = float8_oracle.Float8Call(names, features.Shape(3, 16, 4, 700, 900, dim, dim))
+    operands = [x.to(DEVICE) for x in call.operands]
+    assert fastattn.explain(*operands, backend="cuda").plan["kernel"] == "hopper_forward_e4m3"
+    float8_oracle.check_float8(call, "cuda", DEVICE)
+    assert "float8" in fastattn.last_call().kernel
+
+
+@pytest.mark.parametrize("backend", [None, *FUSED_ON_GPU])
+def test_float8_dequantized(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_CUDA_HOPPER", raising=False)
+    call = float8_oracle.Float8Call(("causal",), features.Shape(2, 4, 2, 70, 90, 64, 64))
+    float8_oracle.check_float8(call, backend, DEVICE, kernel=False)
 
 
 @pytest.mark.parametrize("backend", FUSED_ON_GPU)

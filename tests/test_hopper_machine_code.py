@@ -40,6 +40,7 @@ REPRESENTATIVE = [
     "hopper_forward_plain_bf16_d64", "hopper_forward_plain_bf16_d128", "hopper_forward_plain_f16_d256",
     "hopper_forward_f16_d128", UNPINNED, "hopper_backward_q_plain_bf16_d128", "hopper_backward_kv_plain_bf16_d128",
     "hopper_backward_kv_f16_d128", "hopper_backward_q_bf16_d256", "hopper_backward_kv_plain_f16_d192",
+    "hopper_forward_plain_e4m3_d128", "hopper_forward_e4m3_d64", "hopper_forward_plain_e4m3_d256",
 ]  # fmt: skip
 
 
@@ -57,12 +58,15 @@ class Expected:
     # least exponentials, those of a softcap included, between the wait for scores and the next, where the product that
     # is under way beside them is issued after the former
     after_scores: int = 0
+    opcode: str = "HGMMA"
+    turns: int = 0  # ldmatrix that transpose values
 
 
 FORWARD_KEYS = {
     True: {64: 128, 96: 128, 128: 128, 192: 112, 256: 80},
     False: {64: 128, 96: 128, 128: 128, 192: 96, 256: 64},
 }
+E4M3_KEYS = {True: {64: 128, 128: 128, 256: 64}, False: {64: 128, 128: 64, 256: 64}}
 Q_KEYS = {
     True: {64: 128, 96: 96, 128: 80, 192: 80, 256: 48},
     False: {64: 64, 96: 64, 128: 64, 192: 64, 256: 48},
@@ -75,6 +79,8 @@ KV_QUERIES = {
 
 def expected(name: str) -> Expected:
     dim = int(name.rpartition("_d")[2])
+    if "e4m3" in name:
+        return expected_of_8_bits(dim, "plain" in name)
     plain, panels, steps = "plain" in name or "unpinned" in name, dim // (64 if dim % 64 == 0 else 32), dim // 16
     if "forward" in name:
         keys = FORWARD_KEYS[plain][dim]
@@ -100,6 +106,16 @@ def expected(name: str) -> Expected:
         # the other group's products
         return Expected(products, 6 + again, 4 * panels, 2 * panels, [0, 0])
     return Expected(products, 3 + again, 4 * panels, 2 * panels, [queries // 2])
+
+
+def expected_of_8_bits(dim: int, plain: bool) -> Expected:
+    keys, sites = E4M3_KEYS[plain][dim], 3 if plain else 2
+    products = sites * (dim // 32 + keys // 32)
+    panels = max(dim // 128, 1)  # of 128 bytes, or of all there are
+    return Expected(
+        products, 2 * sites, 3 * panels, max(dim // 64, 1), [keys // 2 + 2] * (sites - 1),
+        *((224, 56) if dim == 256 else (232, 40)), opcode="QGMMA", turns=2 * (dim // 32),  # with care and without
+    )  # fmt: skip
 
 
 def instruction(line: str) -> str | None:
@@ -156,7 +172,8 @@ def test_machine_code(name: str) -> None:
     assert "0 bytes spill stores, 0 bytes spill loads" in made.said
     assert made.count("LDL") == made.count("STL") == 0
 
-    assert made.count("HGMMA") == wanted.products
+    assert made.count("GMMA") == made.count(wanted.opcode) == wanted.products
+    assert made.count("LDSM") == wanted.turns
     assert made.count("WARPGROUP.DEPBAR") == wanted.waits
     assert made.count("UTMALDG") == wanted.loads
     assert made.count("UTMASTG") == wanted.stores

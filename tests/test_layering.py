@@ -16,7 +16,7 @@ PACKAGE = Path(fastattn.__file__).parent
 
 # From the bottom up; a module may import from its own layer (but see test_no_cycles) and from those above it here.
 LAYERS: list[tuple[str, ...]] = [
-    ("problem", "softmax_problem", "rotation", "additive_problem", "philox"),
+    ("problem", "softmax_problem", "rotation", "additive_problem", "quantized_problem", "philox"),
     ("reference", "ops"),
     ("autograd", "softmax_autograd", "rotation_autograd", "additive_autograd", "weights_autograd", "native"),
     ("backends", "triton_kernels"),
@@ -24,6 +24,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("validation",),
     ("lowering",),
     ("masks", "biases", "rotary"),
+    ("float8",),
     ("functional", "softmax", "rotate", "additive", "positional"),
     ("sdpa",),
     ("", "nn", "integrations"),

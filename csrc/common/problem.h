@@ -14,6 +14,8 @@ using i64 = int64_t;
 #define FASTATTN_INLINE __attribute__((always_inline)) inline
 
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt32, kInt64 };
+// float8_e4m3fn: of operands for the kernels that take it, and of nothing that is converted.
+inline constexpr DType kFloat8{7};
 
 FASTATTN_INLINE i64 element_size(DType type) {
   switch (type) {
@@ -79,6 +81,11 @@ struct Problem {
     return row_table ? row_table.size[3] : col_table ? col_table.size[2] : 0;
   }
   FASTATTN_INLINE i64 column_entries() const { return columns ? columns.size[0] : table_columns(); }
+};
+
+// What the numbers of 8-bit operands are multiplied by; null: 1.
+struct OperandScales {
+  View query, key, value;  // (B|1, Hq), (B|1, Hk), (B|1, Hk)
 };
 
 // lse and statistics may be null in the CPU's attention: results nobody asked for.

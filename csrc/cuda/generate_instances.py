@@ -15,9 +15,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIMIT = 60  # instances of the whole library, those of sm_90a aside
-HOPPER_LIMIT = 64  # instances for sm_90a alone
+HOPPER_LIMIT = 70  # instances for sm_90a alone
 
-TYPES = {"f16": "Half", "bf16": "BFloat16", "f32": "float"}
+TYPES = {"f16": "Half", "bf16": "BFloat16", "f32": "float", "e4m3": "E4M3"}
 HALF_TYPES = ("f16", "bf16")
 ALL_TYPES = ("f16", "bf16", "f32")
 DIMS = (32, 64, 96, 128, 192, 256)
@@ -102,6 +102,14 @@ KERNELS = (
         "hopper_forward_unpinned", "hopper/forward.h", "HopperForwardParams",
         "hopper_attention_forward<HopperForwardConfig<{type}, {dim}, true, false>>",
         "hopper_forward_tiles({dim}, true).threads()", "1", ("bf16",), (64, 128, 256),
+    ),
+    *(
+        Kernel(
+            f"hopper_forward{suffix}", "hopper/forward.h", "HopperForwardParams",
+            f"hopper_attention_forward<HopperForwardConfig<{{type}}, {{dim}}, {plain}>>",
+            f"hopper_e4m3_tiles({{dim}}, {plain}).threads()", "1", ("e4m3",), (64, 128, 256),
+        )
+        for suffix, plain in (("", "false"), ("_plain", "true"))
     ),
     *(
         Kernel(

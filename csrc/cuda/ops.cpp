@@ -16,6 +16,7 @@
 
 #include "../unpack_rows.h"
 #include "attention/launch.h"
+#include "hopper/launch.h"
 #include "rows/launch.h"
 #include "workspace.h"
 
@@ -63,14 +64,15 @@ class Call : public Workspace {
   // The tensor itself where its rows are dense, and aligned if they have to be; else a copy that is.
   Tensor rows(const char* name, const Tensor& x, bool aligned = true) const {
     STD_TORCH_CHECK(x.dim() == 4, "fastattn: ", name, " must have 4 dimensions, got ", x.dim());
+    const auto dtype = dtype_of(x);
+    STD_TORCH_CHECK(dtype.has_value(), "fastattn: ", name, " has a dtype the kernels do not know");
     bool usable = x.size(3) <= 1 || x.stride(3) == 1;
     if (aligned) {
       usable = usable && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
-      for (i64 axis = 0; axis < 3; ++axis) usable = usable && (x.size(axis) <= 1 || x.stride(axis) % 8 == 0);
+      for (i64 axis = 0; axis < 3; ++axis)
+        usable = usable && (x.size(axis) <= 1 || x.stride(axis) * element_size(*dtype) % 16 == 0);
     }
     if (usable) return x;
-    const auto dtype = dtype_of(x);
-    STD_TORCH_CHECK(dtype.has_value(), "fastattn: ", name, " has a dtype the kernels do not know");
     const i64 b = x.size(0), h = x.size(1), s = x.size(2), d = x.size(3);
     Tensor copy = empty_strided(place, {b, h, s, d}, {h * s * d, s * d, d, 1}, *dtype);
     torch::stable::copy_(copy, x);
@@ -115,6 +117,22 @@ std::tuple<Tensor, Tensor, Tensor> cuda_forward(FASTATTN_PROBLEM_PARAMETERS) {
   const ForwardResults results(call.place, p, query);
   attention_forward(p, results.views, call, call.device);
   return results.take();
+}
+
+std::tuple<Tensor, Tensor> cuda_float8_forward(const OptionalTensor& query_scale, const OptionalTensor& key_scale,
+                                               const OptionalTensor& value_scale, FASTATTN_PROBLEM_PARAMETERS) {
+  Call call(query);
+  const Tensor q = call.rows("query", query), k = call.rows("key", key), v = call.rows("value", value);
+  const Problem p = unpack(call.place, q, k, v, FASTATTN_PROBLEM_FEATURES, /*eight_bits=*/true);
+  const i64 b = p.batch, h = p.query_heads, s = p.query_length;
+  const OperandScales scales{optional_view(call.place, "query_scale", query_scale, {-b, h}),
+                             optional_view(call.place, "key_scale", key_scale, {-b, p.kv_heads}),
+                             optional_view(call.place, "value_scale", value_scale, {-b, p.kv_heads})};
+  const Tensor out = empty_like_layout(call.place, query, b, h, s, p.value_dim, DType::kBFloat16);
+  const Tensor lse = empty_strided(call.place, {b, h, s}, {h * s, s, 1}, DType::kFloat32);
+  const ForwardOutput views{output_view(call.place, p, out), view_of(call.place, "lse", lse, {b, h, s}), {}};
+  hopper_e4m3_forward(p, scales, views, call, call.device);
+  return {out, lse};
 }
 
 Gradients cuda_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
@@ -178,6 +196,11 @@ std::string cuda_plan(FASTATTN_PROBLEM_PARAMETERS) {
   return plan_json(unpack(call.place, FASTATTN_PROBLEM_ARGUMENTS), call.device);
 }
 
+std::string cuda_float8_plan(FASTATTN_PROBLEM_PARAMETERS) {
+  const Call call(query);
+  return e4m3_plan_json(unpack(call.place, FASTATTN_PROBLEM_ARGUMENTS, /*eight_bits=*/true), call.device);
+}
+
 std::string cuda_info() {
   int runtime = 0;
   check(cudaRuntimeGetVersion(&runtime));
@@ -196,6 +219,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("cuda_forward", TORCH_BOX(&fastattn::cuda::cuda_forward));
+  m.impl("cuda_float8_forward", TORCH_BOX(&fastattn::cuda::cuda_float8_forward));
+  m.impl("cuda_float8_plan", TORCH_BOX(&fastattn::cuda::cuda_float8_plan));
   m.impl("cuda_backward", TORCH_BOX(&fastattn::cuda::cuda_backward));
   m.impl("cuda_plan", TORCH_BOX(&fastattn::cuda::cuda_plan));
   m.impl("cuda_softmax_forward", TORCH_BOX(&fastattn::cuda::cuda_softmax_forward));

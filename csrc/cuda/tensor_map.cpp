@@ -31,6 +31,8 @@ CUtensorMapDataType type_of(TensorElement element) {
       return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     case TensorElement::kBFloat16:
       return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case TensorElement::kByte:
+      return CU_TENSOR_MAP_DATA_TYPE_UINT8;
     default:
       return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   }

@@ -10,13 +10,14 @@ from torch import Tensor
 from fastattn.additive_problem import AdditiveProblem
 from fastattn.autograd import fused_attention
 from fastattn.problem import Problem
+from fastattn.quantized_problem import QuantizedProblem
 from fastattn.rotation import Rotation
 from fastattn.rotation_autograd import fused_rotation
 from fastattn.softmax_autograd import fused_softmax
 from fastattn.softmax_problem import SoftmaxProblem
 
 # Everything a backend may be asked to run.
-AnyProblem = Problem | SoftmaxProblem | Rotation | AdditiveProblem
+AnyProblem = Problem | SoftmaxProblem | Rotation | AdditiveProblem | QuantizedProblem
 
 
 # What a problem asks for, in words.
@@ -25,6 +26,7 @@ WHAT_RUNS = {
     SoftmaxProblem: "masked softmax",
     Rotation: "rotary",
     AdditiveProblem: "additive attention",
+    QuantizedProblem: "attention on float8 operands",
 }
 
 
@@ -84,11 +86,15 @@ class Backend(ABC):
         """Output (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of additive attention, differentiable."""
         raise NotImplementedError(f"the {self.name} backend has no additive attention")
 
+    def quantized(self, problem: QuantizedProblem) -> tuple[Tensor, Tensor]:
+        """Output (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of attention on 8-bit operands, without gradients."""
+        raise NotImplementedError(f"the {self.name} backend takes no 8-bit operands")
+
     @abstractmethod
     def kernel(self, problem: AnyProblem) -> str:
         """The name of the kernel that would run."""
 
-    def plan(self, problem: Problem) -> dict[str, object]:
+    def plan(self, problem: Problem | QuantizedProblem) -> dict[str, object]:
         """Tiles and other choices for this problem, as `explain` shows them."""
         return {}
 

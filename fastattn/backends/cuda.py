@@ -19,6 +19,7 @@ from fastattn import native
 from fastattn.backends.base import AnyProblem, GpuBackend
 from fastattn.ops import absent_gradient, empty_like_layout, implement
 from fastattn.problem import FIELD_NAMES, GRADIENT_FIELDS, Problem
+from fastattn.quantized_problem import OUT_DTYPE, QuantizedProblem
 from fastattn.rotation import ROTATION_FIELDS, Rotation
 from fastattn.softmax_problem import SOFTMAX_FIELDS, SOFTMAX_GRADIENT_FIELDS, SoftmaxProblem
 
@@ -28,6 +29,11 @@ BACKWARD_KERNELS = {  # the fields whose gradients each gives
     "backward_q": ("query", "slopes", "table", "row_table"),
     "backward_kv": ("key", "value", "col_table"),
 }
+# What the kernel for 8-bit operands has beside scale and positions.
+FLOAT8_FEATURES = {
+    "causal", "window", "key_lengths", "prefix_lengths", "documents", "dense_mask", "sink",
+}  # fmt: skip
+FLOAT8_MOST_KEYS = 1024  # of heads above D = 128
 ROW_DTYPES = (torch.float32, *DTYPES)  # of the masked softmax, the rotation, and of a dense bias
 
 
@@ -77,6 +83,24 @@ def _missing_code(index: int) -> str | None:
 _missing_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _hopper_asked() -> bool:
+    return os.environ.get("FASTATTN_CUDA_HOPPER", "") not in ("", "0")
+
+
+_hopper_asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _simulated_capability()
+
+
+def _simulated_capability() -> tuple[int, int]:
+    return divmod(_simulator().capability(), 10)
+
+
+_simulated_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
@@ -101,6 +125,8 @@ class CudaBackend(GpuBackend):
 
     def unsupported_reasons(self, problem: AnyProblem) -> list[str]:
         reasons = self.device_reasons(problem.device)
+        if isinstance(problem, QuantizedProblem):
+            return reasons or self._reasons_against_float8(problem.attention)
         dtypes = DTYPES if isinstance(problem, Problem) else ROW_DTYPES
         if problem.dtype not in dtypes:
             reasons.append(f"dtype {_names((problem.dtype,))}; it has {_names(dtypes)}")
@@ -113,9 +139,42 @@ class CudaBackend(GpuBackend):
                     reasons.append(f"{name} = {dim}; it has multiples of 8 up to {MAX_HEAD_DIM}")
         return reasons
 
-    def plan(self, problem: Problem) -> dict[str, object]:
+    def _reasons_against_float8(self, attention: Problem) -> list[str]:
+        """Those of reason_against_e4m3 (csrc/cuda/hopper/launch.h)."""
+        query, key, value = attention.query, attention.key, attention.value
+        capability = _capability(attention.device)
+        reasons = []
+        if capability[0] != 9:
+            reasons.append(f"compute capability {capability[0]}.{capability[1]}; it needs 9.0")
+        elif not simulated() and "90a" not in str(native.cuda_info()["architectures"]):
+            reasons.append("libfastattn_cuda.so is built without sm_90a")
+        if not _hopper_asked():
+            reasons.append("not asked for with FASTATTN_CUDA_HOPPER=1")
+        for name, dim in (("D", query.shape[3]), ("Dv", value.shape[3])):
+            if dim > MAX_HEAD_DIM or dim % 16 or dim == 0:
+                reasons.append(f"{name} = {dim}; it has multiples of 16 up to {MAX_HEAD_DIM}")
+        keys, width = key.shape[2], max(query.shape[3], value.shape[3])
+        if width > 128 and keys > FLOAT8_MOST_KEYS:
+            reasons.append(f"{keys} keys; above D = 128, where sums have 14 bits, it takes {FLOAT8_MOST_KEYS}")
+        if not attention.scale > 0:
+            reasons.append(f"scale = {attention.scale}; it needs one > 0")
+        if keys == 0:
+            reasons.append("no keys")
+        if any(x.shape[2] > 1 and x.stride(2) == 0 for x in (query, key, value)):
+            reasons.append("an operand that is broadcast along its length")
+        return reasons + [f"{name}; it has none" for name in attention.features() if name not in FLOAT8_FEATURES]
+
+    def quantized(self, problem: QuantizedProblem) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastattn.cuda_float8_forward(*problem.arguments())
+
+    def plan(self, problem: Problem | QuantizedProblem) -> dict[str, object]:
         """Tiles, stages of copies, splits of the keys and shared memory of the forward kernel; where a gradient will be
         needed, "backward_q" and "backward_kv" have those of the kernels for it."""
+        if isinstance(problem, QuantizedProblem):
+            attention = problem.attention
+            if simulated() and problem.device.type == "cpu":
+                return json.loads(_simulator().float8_plan(attention))
+            return json.loads(torch.ops.fastattn.cuda_float8_plan(*attention.arguments()))
         if simulated() and problem.device.type == "cpu":
             plan = json.loads(_simulator().attention_plan(problem))
         else:
@@ -138,6 +197,17 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse, statistics = (query.new_empty(size, dtype=torch.float32) for size in (rows, (*rows, 2)))
     _simulator().attention_forward(problem, out, lse, statistics)
     return out, lse, statistics
+
+
+def _float8_forward(
+    query_scale: Tensor | None, key_scale: Tensor | None, value_scale: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    problem = _attention(args)
+    query, rows = args[0], problem.query.shape[:3]
+    out = empty_like_layout(query, (*rows, problem.value.shape[3]), OUT_DTYPE)
+    lse = query.new_empty(rows, dtype=torch.float32)
+    _simulator().float8_forward(problem, query_scale, key_scale, value_scale, out, lse)
+    return out, lse
 
 
 def _backward(
@@ -209,7 +279,11 @@ def _aligned_rows(x: Tensor) -> Tensor:
     """The same where a row does not start at a multiple of 16 bytes either, as attention's operands must."""
     dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
     strides = [stride for stride, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1]
-    return x if dense and all(stride % 8 == 0 for stride in strides) else x.clone(memory_format=torch.contiguous_format)
+    return (
+        x
+        if dense and all(stride * x.element_size() % 16 == 0 for stride in strides)
+        else x.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _attention(args: tuple[Any, ...]) -> Problem:
@@ -220,6 +294,7 @@ def _attention(args: tuple[Any, ...]) -> Problem:
 # CPU tensors come here in the simulator alone: `unsupported_reasons` keeps other calls away.  CUDA tensors go to
 # libfastattn_cuda.so, which registers its own when it is loaded.
 implement("cuda_forward", _forward, "CPU")
+implement("cuda_float8_forward", _float8_forward, "CPU")
 implement("cuda_backward", _backward, "CPU")
 implement("cuda_softmax_forward", _softmax_forward, "CPU")
 implement("cuda_softmax_backward", _softmax_backward, "CPU")

@@ -57,6 +57,18 @@ FASTATTN_DEVICE float float_of(uint32_t bits) {
 #endif
 }
 
+// Byte n of the result is byte number `selector` >> 4 n & 7 of the eight of a (0 to 3) and b.
+FASTATTN_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef __CUDACC__
+  return __byte_perm(a, b, selector);
+#else
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int n = 0; n < 4; ++n) result |= (static_cast<uint32_t>(bytes >> (8 * (selector >> 4 * n & 7))) & 0xFF) << 8 * n;
+  return result;
+#endif
+}
+
 FASTATTN_DEVICE float infinity() { return float_of(0x7F800000u); }
 FASTATTN_DEVICE float not_a_number() { return float_of(0x7FC00000u); }
 

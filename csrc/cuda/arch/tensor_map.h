@@ -15,7 +15,7 @@ struct alignas(64) TensorMap {
 // values are those of a matrix descriptor (hopper.h).
 enum class Swizzle : uint64_t { kNone = 0, k128 = 1, k64 = 2, k32 = 3 };
 
-enum class TensorElement : uint8_t { kHalf, kBFloat16, kFloat };
+enum class TensorElement : uint8_t { kHalf, kBFloat16, kFloat, kByte };
 
 // The arguments of cuTensorMapEncodeTiled that a kernel here may choose.  The innermost dimension comes first and its
 // elements are adjacent; what lies outside of the tensor is loaded as zero and not stored.

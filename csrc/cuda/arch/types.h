@@ -1,4 +1,4 @@
-// Element types of 16-bit data, conversions to and from them, and the units of wide memory accesses.
+// Element types of operands, conversions to and from them, and the units of wide memory accesses.
 #pragma once
 
 #include "config.h"
@@ -7,6 +7,7 @@ namespace fastattn::cuda {
 
 struct Half {};      // IEEE binary16
 struct BFloat16 {};  // the upper half of binary32
+struct E4M3 {};      // float8_e4m3fn: 448 is the largest number, 2^-9 the smallest; no infinity, NaN is 0x7F or 0xFF
 
 struct alignas(8) Vec2 {
   uint32_t x[2];
@@ -19,6 +20,10 @@ template <class T>
 inline constexpr bool kIsHalf = false;
 template <>
 inline constexpr bool kIsHalf<Half> = true;
+template <class T>
+inline constexpr bool kIsEight = false;
+template <>
+inline constexpr bool kIsEight<E4M3> = true;
 
 // Two 16-bit numbers, rounded to nearest even, `low` in the low half.
 template <class T>
@@ -33,6 +38,23 @@ FASTATTN_DEVICE uint32_t pack2(float low, float high) {
   return pair;
 #else
   return uint32_t{sim::round_to_16(low, kIsHalf<T>)} | uint32_t{sim::round_to_16(high, kIsHalf<T>)} << 16;
+#endif
+}
+
+// Four E4M3 numbers, rounded to nearest even, beyond 448 to it; x0 in the lowest byte.
+FASTATTN_DEVICE uint32_t pack4(float x0, float x1, float x2, float x3) {
+#ifdef __CUDACC__
+  uint32_t four;
+  asm("{\n.reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}"
+      : "=r"(four)
+      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+  return four;
+#else
+  return uint32_t{sim::round_to_e4m3(x0)} | uint32_t{sim::round_to_e4m3(x1)} << 8 |
+         uint32_t{sim::round_to_e4m3(x2)} << 16 | uint32_t{sim::round_to_e4m3(x3)} << 24;
 #endif
 }
 

@@ -20,9 +20,9 @@ void check_rows(const char* name, const View& view) {
   if (view.size[3] > 1 && view.stride[3] != 1) fail(prefix + "the last dimension must be dense");
   if (reinterpret_cast<uintptr_t>(view.data) % 16) fail(prefix + "must start at a multiple of 16 bytes");
   for (int axis = 0; axis < 3; ++axis)
-    if (view.stride[axis] % 8)
-      fail(prefix + "stride " + std::to_string(axis) + " must be a multiple of 8 elements, got " +
-           std::to_string(view.stride[axis]));
+    if (view.stride[axis] * element_size(view.dtype) % 16)
+      fail(prefix + "stride " + std::to_string(axis) + " must be a multiple of 16 bytes, got " +
+           std::to_string(view.stride[axis]) + " elements");
 }
 
 // A contiguous view of workspace memory in the shape and dtype of another.

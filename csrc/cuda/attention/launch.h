@@ -32,5 +32,7 @@ Plan attention_backward_kv_plan(const Problem& problem, const Device& device);
 
 // All of them as a JSON object: the forward's entries, and objects "backward_q" and "backward_kv".
 std::string plan_json(const Problem& problem, const Device& device);
+// The same of 8-bit operands, which have one kernel (hopper_e4m3_forward).
+std::string e4m3_plan_json(const Problem& problem, const Device& device);
 
 }  // namespace fastattn::cuda

@@ -110,24 +110,33 @@ Plan attention_plan(const Problem& p, const Device& device) {
   return plan;
 }
 
+namespace {
+
+std::string entries(const Plan& plan) {
+  std::string json = std::string(R"("kernel": ")") + plan.kernel + '"';
+  for (const auto& [name, value] :
+       std::initializer_list<std::pair<const char*, int>>{{"dim", plan.dim},
+                                                          {"rows", plan.rows},
+                                                          {"keys", plan.keys},
+                                                          {"threads", plan.threads},
+                                                          {"stages", plan.stages},
+                                                          {"splits", plan.splits},
+                                                          {"shared_bytes", plan.shared_bytes},
+                                                          {"packed_heads", plan.packed_heads},
+                                                          {"registers", plan.registers},
+                                                          {"waves", plan.waves}})
+    if (value) json += std::string(", \"") + name + "\": " + std::to_string(value);
+  if (*plan.against_hopper) json += std::string(R"(, "not_hopper": ")") + plan.against_hopper + '"';
+  return json;
+}
+
+}  // namespace
+
+std::string e4m3_plan_json(const Problem& p, const Device& device) {
+  return "{" + entries(hopper_e4m3_plan(p, device)) + "}";
+}
+
 std::string plan_json(const Problem& p, const Device& device) {
-  const auto entries = [](const Plan& plan) {
-    std::string json = std::string(R"("kernel": ")") + plan.kernel + '"';
-    for (const auto& [name, value] :
-         std::initializer_list<std::pair<const char*, int>>{{"dim", plan.dim},
-                                                            {"rows", plan.rows},
-                                                            {"keys", plan.keys},
-                                                            {"threads", plan.threads},
-                                                            {"stages", plan.stages},
-                                                            {"splits", plan.splits},
-                                                            {"shared_bytes", plan.shared_bytes},
-                                                            {"packed_heads", plan.packed_heads},
-                                                            {"registers", plan.registers},
-                                                            {"waves", plan.waves}})
-      if (value) json += std::string(", \"") + name + "\": " + std::to_string(value);
-    if (*plan.against_hopper) json += std::string(R"(, "not_hopper": ")") + plan.against_hopper + '"';
-    return json;
-  };
   return "{" + entries(attention_plan(p, device)) + R"(, "backward_q": {)" +
          entries(attention_backward_q_plan(p, device)) + R"(}, "backward_kv": {)" +
          entries(attention_backward_kv_plan(p, device)) + "}}";

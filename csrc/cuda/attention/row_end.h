@@ -27,8 +27,12 @@ FASTATTN_DEVICE RowEnd end_row(float largest, float sum, float sink) {
   return {factor / sum, largest, log2f(sum), false};
 }
 
-FASTATTN_DEVICE void store_row_end(const RowEnd& end, float* lse, float* statistics, i64 row) {
+FASTATTN_DEVICE void store_lse(const RowEnd& end, float* lse, i64 row) {
   store_global(lse + row, end.empty ? infinity() : (end.largest + end.log_sum) * kLn2);
+}
+
+FASTATTN_DEVICE void store_row_end(const RowEnd& end, float* lse, float* statistics, i64 row) {
+  store_lse(end, lse, row);
   // The backward takes the two terms of lse apart: beside scores of 1e9 the logarithm would be lost in their sum.
   store_global(statistics + 2 * row, end.largest);
   store_global(statistics + 2 * row + 1, end.log_sum);

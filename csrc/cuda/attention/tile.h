@@ -20,6 +20,7 @@ struct Tile {
   static constexpr int kBytes = kRows * kDim * 2;
   static constexpr int kChunks = kDim / 8;                // 16-byte chunks of a row
   static constexpr int kPanelSteps = kPanelColumns / 16;  // 16-column steps of a panel
+  static constexpr int kPanelElements = kPanelColumns;    // what a tensor copy counts
 
   static FASTATTN_DEVICE int swizzle(int row) { return kPanelColumns == 64 ? row & 7 : (row >> 1) & 3; }
 
@@ -39,6 +40,12 @@ struct Tile {
     return (tile_and_lane ^ static_cast<uint32_t>(step % kPanelSteps * 32)) +
            static_cast<uint32_t>(step / kPanelSteps * kPanelBytes);
   }
+};
+
+// The same of rows of kDim elements of 8 bits, in pairs.
+template <int kRows, int kDim>
+struct ByteTile : Tile<kRows, kDim / 2> {
+  static constexpr int kPanelElements = 2 * Tile<kRows, kDim / 2>::kPanelColumns;
 };
 
 // Calls f(row, panel, offset in the tile) for the chunks that one of kThreads threads takes care of.  Eight (or four)

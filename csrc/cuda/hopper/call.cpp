@@ -26,18 +26,26 @@ struct Axis {
   int box;
 };
 
-TensorMap map_of_axes(const Problem& p, const void* data, i64 columns, int dim, const Axis (&axes)[3]) {
+TensorElement element_of(DType dtype) {
+  return dtype == DType::kFloat16 ? TensorElement::kHalf
+         : dtype == kFloat8       ? TensorElement::kByte
+                                  : TensorElement::kBFloat16;
+}
+
+TensorMap map_of_axes(DType dtype, const void* data, i64 columns, int dim, const Axis (&axes)[3]) {
+  const auto bytes = static_cast<int>(element_size(dtype));
+  const int row = dim * bytes % 128 == 0 ? 128 : 64;  // of a panel
   TensorLayout layout;
   layout.data = data;
-  layout.element = p.query.dtype == DType::kFloat16 ? TensorElement::kHalf : TensorElement::kBFloat16;
+  layout.element = element_of(dtype);
   layout.rank = 4;
-  layout.swizzle = dim % 64 == 0 ? Swizzle::k128 : Swizzle::k64;
+  layout.swizzle = row == 128 ? Swizzle::k128 : Swizzle::k64;
   layout.size[0] = static_cast<uint64_t>(columns);
-  layout.box[0] = dim % 64 == 0 ? 64 : 32;
+  layout.box[0] = static_cast<uint32_t>(row / bytes);
   for (int n = 0; n < 3; ++n) {
     const bool broadcast = axes[n].stride == 0;
     layout.size[n + 1] = static_cast<uint64_t>(broadcast ? 1 : axes[n].size);
-    layout.stride_bytes[n] = static_cast<uint64_t>(broadcast ? 16 : 2 * axes[n].stride);
+    layout.stride_bytes[n] = static_cast<uint64_t>(broadcast ? 16 : bytes * axes[n].stride);
     layout.box[n + 1] = static_cast<uint32_t>(axes[n].box);
   }
   return encode_tensor_map(layout);
@@ -55,6 +63,12 @@ int hopper_dim_index(const Problem& p) {
   return static_cast<int>(std::lower_bound(std::begin(kHopperDims), std::end(kHopperDims), dim) - kHopperDims);
 }
 
+int hopper_e4m3_dim_index(const Problem& p) {
+  const int dim = static_cast<int>(std::max(p.head_dim, p.value_dim));
+  return static_cast<int>(std::lower_bound(std::begin(kHopperE4M3Dims), std::end(kHopperE4M3Dims), dim) -
+                          kHopperE4M3Dims);
+}
+
 bool is_plain(const Attention& a) {
   return !a.scaled && !a.negate && a.softcap_out == 0 && !a.query_ids.data && !a.mask.data && !a.slopes.data &&
          !a.table && !a.bias.data && !a.dropout_seed;
@@ -62,13 +76,19 @@ bool is_plain(const Attention& a) {
 
 MappedOperand map_of(const Problem& p, const Operand& x, i64 heads, i64 length, i64 columns, int dim, int rows) {
   const Axis axes[3] = {{length, x.row, rows}, {heads, x.head, 1}, {p.batch, x.batch, 1}};
-  return {map_of_axes(p, x.data, columns, dim, axes), x.head != 0, x.batch != 0};
+  return {map_of_axes(p.query.dtype, x.data, columns, dim, axes), x.head != 0, x.batch != 0};
+}
+
+MappedOperand packed_map_of(const Problem& p, const Result& x, DType dtype, i64 columns, int dim,
+                            const Packing& packing) {
+  const Axis axes[3] = {
+      {p.query_heads, x.head, packing.heads}, {p.query_length, x.row, packing.queries}, {p.batch, x.batch, 1}};
+  return {map_of_axes(dtype, x.data, columns, dim, axes), x.head != 0, x.batch != 0};
 }
 
 MappedOperand packed_map_of(const Problem& p, const Operand& x, i64 columns, int dim, const Packing& packing) {
-  const Axis axes[3] = {
-      {p.query_heads, x.head, packing.heads}, {p.query_length, x.row, packing.queries}, {p.batch, x.batch, 1}};
-  return {map_of_axes(p, x.data, columns, dim, axes), x.head != 0, x.batch != 0};
+  return packed_map_of(p, Result{const_cast<void*>(x.data), x.batch, x.head, x.row}, p.query.dtype, columns, dim,
+                       packing);
 }
 
 MappedOperand map_of(const Problem& p, const Result& x, i64 heads, i64 length, i64 columns, int dim, int rows) {
@@ -95,6 +115,18 @@ const char* reason_against_hopper(const Problem& p, const Device& device) {
   if (p.key_length == 0) return "no keys";
   if (same_row_everywhere(p.query) || same_row_everywhere(p.key) || same_row_everywhere(p.value))
     return "an operand is broadcast along its length";
+  return nullptr;
+}
+
+const char* reason_against_e4m3(const Problem& p, const Device& device) {
+  if (const char* reason = reason_against_hopper(p, device)) return reason;
+  if (p.head_dim % 16 || p.value_dim % 16) return "a head dimension that is no multiple of 16";
+  if (std::max(p.head_dim, p.value_dim) > 256 || std::min(p.head_dim, p.value_dim) == 0) return "the head dimension";
+  if (p.query_cos || p.softcap != 0 || p.slopes || p.table || p.dense_bias || p.dropout_p > 0)
+    return "a stage between products and masks, or dropout";
+  if (std::max(p.head_dim, p.value_dim) > 128 && p.key_length > kMostKeysInFewBits)
+    return "more than 1024 keys above D = 128, where the chip adds with 14 bits";
+  if (!(p.scale > 0)) return "a scale that is not positive";
   return nullptr;
 }
 

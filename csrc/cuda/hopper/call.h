@@ -17,6 +17,7 @@ std::string_view hopper_asked();
 
 // The place of a problem's dimension in kHopperDims: the smallest that holds it.
 int hopper_dim_index(const Problem& problem);
+int hopper_e4m3_dim_index(const Problem& problem);  // in kHopperE4M3Dims
 
 // Intervals of keys are all there is.
 bool is_plain(const Attention& attention);
@@ -28,6 +29,8 @@ MappedOperand map_of(const Problem& problem, const Result& x, i64 heads, i64 len
 
 // The same with heads before rows, for rows that are packed: a box takes a group's queries of a pack's heads.
 MappedOperand packed_map_of(const Problem& problem, const Operand& x, i64 columns, int dim, const Packing& packing);
+MappedOperand packed_map_of(const Problem& problem, const Result& x, DType dtype, i64 columns, int dim,
+                            const Packing& packing);
 
 // Tiles of `rows` rows of `length`, of each of `heads` heads.  A section holds as many heads as have what they all read
 // in L2: `bytes` for every `group` of them.

@@ -40,18 +40,36 @@ FASTATTN_DEVICE void elected_arrive(SharedAddress barrier) {
   if (elect_one()) mbarrier_arrive(barrier);
 }
 
+FASTATTN_DEVICE float scale_at(const PerHead& scale, int b, int head) {
+  return scale.data ? load_constant(scale.data + b * scale.batch + head) : 1.0f;
+}
+
+// Of 8 bits: from products of numbers as they are stored to base-2 logarithms.  Scales that are negative make NaN.
+FASTATTN_DEVICE void scale_multipliers(float (&multiplier)[2], const HopperForwardParams& params,
+                                       const PackedPlace& at) {
+  FASTATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int h = at.head_at(0, 2 * half);
+    const float scale =
+        scale_at(params.query_scale, at.batch, h) * scale_at(params.key_scale, at.batch, h / params.attention.group);
+    // zero would make NaN of -inf, as scores of zero come near enough
+    multiplier[half] = scale >= 0.0f ? fmaxf(multiplier[half] * scale, 1e-30f) : not_a_number();
+  }
+}
+
 template <class Config>
 FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const HopperBlock<Config>& block, int group) {
   using T = typename Config::T;
   using Block = HopperBlock<Config>;
   using QueryTile = typename Config::QueryTile;
   using KeyTile = typename Config::KeyTile;
+  using ValueTile = typename Config::ValueTile;
   constexpr int kKeys = Config::kKeys, kGroups = Config::kGroups;
   constexpr bool kAlternate = Config::kAlternate, kOwnOut = Config::kOwnOut;
   const Attention& p = params.attention;
   const Packing& packing = params.packing;
-  const RowStore<T, QueryTile, kOwnOut, /*kPacked=*/true> store{params.out,     params.rows_out, block.out(), group,
-                                                                p.query_length, p.value_dim,     packing};
+  const RowStore<typename Config::Out, typename Config::OutTile, kOwnOut, /*kPacked=*/true> store{
+      params.out, params.rows_out, block.out(), group, p.query_length, p.value_dim, packing};
   const SharedAddress own_queries = block.queries() + 64 * group * QueryTile::kRowBytes;
   if (packing.heads * packing.queries < 64) zero_spare_rows<QueryTile>(own_queries, group, packing);
   int use = 0, round = 0;  // of the ring: the tile whose weights are at hand; tiles of queries so far
@@ -67,25 +85,28 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
     };
     const auto place = [&](const RowContext& context) { return packed_place(p, packing, context, group); };
     OwnRows own{{-infinity(), -infinity()}, {0.0f, 0.0f}, {1.0f, 1.0f}};
+    float multiplier[2] = {p.multiplier, p.multiplier};
+    if constexpr (Config::kEight) scale_multipliers(multiplier, params, place(rows.context));
     const auto finish = [&](float (&s)[Config::kKeys / 2], int n, auto masked) {
       const RowContext here = context();
       const PackedPlace at = place(here);
       const int n0 = n * kKeys;
-      const bool before = n0 + kKeys - 1 <= here.first, lines = p.slopes.data && (before || n0 >= here.last);
+      const bool before = n0 + kKeys - 1 <= here.first;
+      const bool lines = Config::kBiases && p.slopes.data && (before || n0 >= here.last);
       finish_keys<Config>(s, p, here, at, n0, masked, !lines);
       float shift[2] = {0.0f, 0.0f};
-      if constexpr (!Config::kPlain) {
+      if constexpr (Config::kBiases) {
         if (lines) add_lines(s, shift, block.slopes(context_at()), here.interval, part_of(at, n0), before);
       }
-      weigh<!Config::kPlain>(s, own, p.multiplier, shift);
-      if constexpr (!Config::kPlain) {
+      weigh<Config::kBiases, Config::kWeightExponent>(s, own, multiplier, shift);
+      if constexpr (Config::kBiases) {
         if (p.dropout_seed) drop(s, p, place(context()), n * kKeys);
       }
     };
     if constexpr (!Config::kPlain) {
       sync_warp();  // after the reads of the tile before
       if (lane_index() == 0) store_context(context_at(), rows.context);
-      if (p.slopes.data && lane_index() < 16) {
+      if (Config::kBiases && p.slopes.data && lane_index() < 16) {
         const int row = (thread_index_again() >> 1 & 48) + lane_index();
         const int head = rows.context.head + row - (row * packing.reciprocal >> 16) * packing.heads;
         store_shared(block.slopes(context_at()) + 4 * lane_index(), slope_of(p, rows.context.batch, head));
@@ -97,11 +118,28 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
     for (int i = 0; i < Config::kDim / 2; ++i) acc[i] = 0.0f;
 
     if (rows.start < rows.end) {
-      uint32_t weights[kKeys / 16][4];
+      uint32_t weights[Config::kWeights][4];
+      const auto pack = [&](const float (&s)[kKeys / 2]) {
+        if constexpr (Config::kEight) {
+          pack_weights_of_8_bits(weights, s);
+        } else {
+          pack_weights<T>(weights, s);
+        }
+      };
+      // Into `part` where sums are added apart: accumulators lag a tile behind then, and so does what rescales them.
+      const auto accumulate = [&](auto& part) {
+        if constexpr (Config::kAddsApart) {
+          issue_accumulate_rows<T, ValueTile>(part, weights, block.values(use), false);
+        } else if constexpr (Config::kEight) {
+          issue_accumulate_rows<T, ValueTile>(acc, weights, block.values(use), true);
+        } else {
+          issue_accumulate<T, ValueTile>(acc, weights, block.values(use));
+        }
+      };
       // Checkers arrive for every tile, early where they do not look: their phase is waited for too, or they could fall
       // behind by the length of the ring, where its parity is the same again.
       const auto wait_values = [&](bool checked) {
-        if (!checked) mbarrier_wait(block.values_full(use), Block::phase(use));
+        if (!Config::kEight && !checked) mbarrier_wait(block.values_full(use), Block::phase(use));
         mbarrier_wait(block.values_checked(use), Block::phase(use));
       };
       // after the product with the values of tile n
@@ -126,10 +164,10 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         settle(s);
         elected_arrive(block.keys_empty(use));
         finish(s, n, masks_at<Config>(p, rows.context, n));
-        pack_weights<T>(weights, s);
+        pack(s);
       }
       const auto step = [&](auto masked) {
-        float s[kKeys / 2];
+        float s[kKeys / 2], part[Config::kAddsApart ? Config::kDim / 2 : 1];
         const bool checked = checked_at<Config>(p, rows.context, n + 1);
         mbarrier_wait(block.keys_full(use + 1), Block::phase(use + 1));
         if (kAlternate) named_barrier_sync(kTurnBarrier + group, 2 * kGroupThreads);
@@ -138,19 +176,25 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_commit();
         wait_values(checked);
         warpgroup_fence();
-        issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
+        accumulate(part);
         warpgroup_commit();
         if (kAlternate) named_barrier_arrive(kTurnBarrier + (group + 1) % kGroups, 2 * kGroupThreads);
         warpgroup_wait<1>();
         settle(s);
         elected_arrive(block.keys_empty(use + 1));
+        const float rescale_before[2] = {own.rescale[0], own.rescale[1]};
         finish(s, n, masked);
         if constexpr (Config::kPin) finish_before(own.sum[0] + own.sum[1]);
         warpgroup_wait<0>();
-        settle(acc);
+        if constexpr (Config::kAddsApart) {
+          settle(part);
+          add_rescaled(acc, part, rescale_before);
+        } else {
+          settle(acc);
+        }
         release_values(n + 1, checked);
-        pack_weights<T>(weights, s);
-        rescale(acc, own);
+        pack(s);
+        if constexpr (!Config::kAddsApart) rescale(acc, own);
         ++use;
       };
       for (--n; n >= rows.start; --n) {
@@ -167,11 +211,17 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       if constexpr (kOwnOut) elected_arrive(block.queries_empty());
       const bool checked = checked_at<Config>(p, rows.context, n + 1);
       wait_values(checked);
+      float part[Config::kAddsApart ? Config::kDim / 2 : 1];
       warpgroup_fence();
-      issue_accumulate<T, KeyTile>(acc, weights, block.values(use));
+      accumulate(part);
       warpgroup_commit();
       warpgroup_wait<0>();
-      settle(acc);
+      if constexpr (Config::kAddsApart) {
+        settle(part);
+        add_rescaled(acc, part, own.rescale);
+      } else {
+        settle(acc);
+      }
       release_values(n + 1, checked);
       ++use;
     }
@@ -184,10 +234,17 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
     for (int half = 0; half < 2; ++half) {
       const int i = at.queries[half], h = at.head_at(0, 2 * half);
       const float sink = p.sink.data ? load_constant(p.sink.data + b * p.sink.batch + h) : -infinity();
-      const RowEnd end = end_row(own.largest[half] * p.multiplier, quad_sum(own.sum[half]), sink);
-      factor[half] = end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
-      if (i < p.query_length && (lane_index() & 3) == 0)
-        store_row_end(end, params.lse, params.statistics, (static_cast<i64>(b) * p.heads + h) * p.query_length + i);
+      constexpr float kExponent = Config::kWeightExponent;
+      const RowEnd end = end_row(own.largest[half] * multiplier[half] - kExponent, quad_sum(own.sum[half]), sink);
+      const i64 row = (static_cast<i64>(b) * p.heads + h) * p.query_length + i;
+      const bool stores = i < p.query_length && (lane_index() & 3) == 0;
+      if constexpr (Config::kEight) {
+        factor[half] = end.factor * scale_at(params.value_scale, b, h / p.group);
+        if (stores) store_lse(end, params.lse, row);
+      } else {
+        factor[half] = end.factor * (p.dropout_seed ? p.keep_scale : 1.0f);
+        if (stores) store_row_end(end, params.lse, params.statistics, row);
+      }
     }
     if (rows.start < rows.end) {
       store(here.first_row, b, at.head, acc, factor);

@@ -10,6 +10,15 @@ namespace fastattn::cuda {
 // environment asks: FASTATTN_CUDA_HOPPER=1, or =unpinned for the variant without held exponentials, where there is one.
 const char* reason_against_hopper(const Problem& problem, const Device& device);
 
+// The same of operands of 8 bits, which have a kernel here and nowhere else: intervals of keys, documents, masks,
+// sinks.
+const char* reason_against_e4m3(const Problem& problem, const Device& device);
+
+// Writes out, in bfloat16, and lse.  Throws std::runtime_error where there is a reason against it.
+void hopper_e4m3_forward(const Problem& problem, const OperandScales& scales, const ForwardOutput& output,
+                         Workspace& workspace, const Device& device);
+Plan hopper_e4m3_plan(const Problem& problem, const Device& device);
+
 // Whether a call that the kernel for few queries could take is better off here: its rows are packed sixteen at a time,
 // and every sixteen read the keys again, while here 64 or more share them.  Keys are not cut into parts here, so there
 // must be tiles enough to fill the device.

@@ -42,8 +42,9 @@ struct HopperForwardParams {
   Attention attention;  // its operands are not used
   Result rows_out;      // the output once more, for rows that see nothing
   float* lse = nullptr;
-  float* statistics = nullptr;  // as in ForwardParams
+  float* statistics = nullptr;  // as in ForwardParams; not of 8 bits
   Schedule schedule;
+  PerHead query_scale, key_scale, value_scale;  // of 8 bits: what their numbers are multiplied by; null: 1
 };
 
 struct HopperBackwardParams {

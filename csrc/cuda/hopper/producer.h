@@ -5,7 +5,7 @@
 // that do see one into NaN.  Tiles that all rows see in full are nobody's concern: what is in them is seen.
 #pragma once
 
-#include "block.h"
+#include "transpose.h"
 
 namespace fastattn::cuda {
 
@@ -33,8 +33,8 @@ FASTATTN_DEVICE void load_tiles(const HopperForwardParams& params, const HopperB
         ++round;
       } else {
         const int before = use - (n >= rows.start ? 2 : 1);
-        mbarrier_wait(block.values_empty(before), Block::phase_before(before));
-        load_tile<KeyTile>(block.values(before), params.value, block.values_full(before), (n + 1) * Config::kKeys, kv,
+        mbarrier_wait(block.arrivals_empty(before), Block::phase_before(before));
+        load_tile<KeyTile>(block.arrivals(before), params.value, block.values_full(before), (n + 1) * Config::kKeys, kv,
                            b, CachePolicy::kEvictLast);
       }
     }
@@ -83,7 +83,12 @@ FASTATTN_DEVICE void check_tiles(const HopperForwardParams& params, const Hopper
       // A phase for every use, and no further ahead than the ring is long: a wait for a phase passes as well while the
       // one before it is not complete.
       mbarrier_wait(block.values_empty(use), Block::phase_before(use));
-      if (checked_at<Config>(params.attention, rows.context, n)) {
+      const bool checked = checked_at<Config>(params.attention, rows.context, n);
+      if constexpr (Config::kEight) {
+        mbarrier_wait(block.values_full(use), Block::phase(use));
+        transpose_values<Config>(block.arrivals(use), block.values(use), block.checks(use), checker, checked);
+        warp_arrive(block.arrivals_empty(use));
+      } else if (checked) {
         mbarrier_wait(block.values_full(use), Block::phase(use));
         check_values<Config>(block.values(use), block.checks(use), checker);
       }

@@ -33,7 +33,7 @@ FASTATTN_DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) {
   return (descriptor & 0xFFFFFFFF00000000u) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
 }
 
-// Step k of 16 columns, of a by_rows operand.
+// Step k of 32 bytes, of a by_rows operand: what one product takes.
 template <class Tile>
 FASTATTN_DEVICE uint64_t columns_step(uint64_t descriptor, int k) {
   return advance(descriptor, k / Tile::kPanelSteps * Tile::kPanelBytes + k % Tile::kPanelSteps * 32);
@@ -48,6 +48,18 @@ FASTATTN_DEVICE void issue_rows_product(float (&s)[N], SharedAddress a_row, Shar
   for (int k = 0; k < TileA::kDim / 16; ++k)
     WarpgroupMultiply<T, TileB::kRows>::template shared<0, 0>(s, columns_step<TileA>(left, k),
                                                               columns_step<TileB>(right, k), k != 0);
+}
+
+// acc (+)= P B^T of 8 bits: P from registers, by all rows of tile B.  Issues and does not wait.
+template <class T, class TileB, int N, int kSteps>
+FASTATTN_DEVICE void issue_accumulate_rows(float (&acc)[N], const uint32_t (&p)[kSteps][4], SharedAddress b,
+                                           bool accumulate) {
+  static_assert(N == TileB::kRows / 2 && kSteps <= TileB::kDim / 16);
+  const uint64_t right = by_rows<TileB>(b);
+  FASTATTN_UNROLL
+  for (int k = 0; k < kSteps; ++k)
+    WarpgroupMultiply<T, TileB::kRows>::template registers<0>(acc, p[k], columns_step<TileB>(right, k),
+                                                              accumulate || k != 0);
 }
 
 // acc += P B: P from registers, by all columns of tile B.  Issues and does not wait.
@@ -68,7 +80,7 @@ FASTATTN_DEVICE void load_tile(SharedAddress tile, const Operand& from, SharedAd
   mbarrier_arrive_expect(barrier, Tile::kBytes);
   FASTATTN_UNROLL
   for (int panel = 0; panel < Tile::kDim / Tile::kPanelColumns; ++panel)
-    tensor_load_4d(tile + panel * Tile::kPanelBytes, &from.map, barrier, panel * Tile::kPanelColumns, row,
+    tensor_load_4d(tile + panel * Tile::kPanelBytes, &from.map, barrier, panel * Tile::kPanelElements, row,
                    head * from.head_step, batch * from.batch_step, policy);
 }
 
@@ -83,7 +95,7 @@ FASTATTN_DEVICE void load_packed_tile(SharedAddress tile, const MappedOperand& f
     FASTATTN_UNROLL
     for (int panel = 0; panel < kPanels; ++panel)
       tensor_load_4d(tile + panel * Tile::kPanelBytes + 64 * group * Tile::kRowBytes, &from.map, barrier,
-                     panel * Tile::kPanelColumns, head * from.head_step, query + group * packing.queries,
+                     panel * Tile::kPanelElements, head * from.head_step, query + group * packing.queries,
                      batch * from.batch_step, policy);
   }
 }

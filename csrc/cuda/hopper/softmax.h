@@ -95,6 +95,13 @@ FASTATTN_DEVICE Place part_of(Place at, int first) {
   return at;
 }
 
+// Whether an instance has the stages between scale and masks.
+template <class Config>
+inline constexpr bool kHasBiases = !Config::kPlain;
+template <class Config>
+  requires requires { Config::kBiases; }
+inline constexpr bool kHasBiases<Config> = Config::kBiases;
+
 // From raw products to scores, -inf where masked.
 template <class Config, class Place, int N>
 FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interval& v, const Place& at, Side side,
@@ -103,9 +110,11 @@ FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interv
     const bool elements = masked && (p.query_ids.data || p.mask.data);
     in_parts(s, [&](auto& part, int first) {
       const Place here = part_of(at, first);
-      scale_and_cap<Place>(part, p);
-      if (slopes && p.slopes.data) add_slopes(part, p, v, here);
-      add_biases(part, p, v, here, side);
+      if constexpr (kHasBiases<Config>) {
+        scale_and_cap<Place>(part, p);
+        if (slopes && p.slopes.data) add_slopes(part, p, v, here);
+        add_biases(part, p, v, here, side);
+      }
       if (elements) apply_masks(part, p, v, here);
     });
     if (elements) return;
@@ -147,12 +156,13 @@ FASTATTN_DEVICE void finish_keys(float (&s)[N], const Attention& p, const RowCon
   finish_keys<Config>(s, p, context, at, n0, masked);
 }
 
-// Scores become weights relative to the largest so far; `own.rescale` takes what was summed before to the same.
-// kShifted: `shift` is still to be added to this lane's scores of each row.
-template <bool kShifted, int N>
-FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, float multiplier, const float (&shift)[2]) {
+// Scores become weights relative to the largest so far, times 2^kExponent; `own.rescale` takes what was summed before
+// to the same.  kShifted: `shift` is still to be added to this lane's scores of each row.
+template <bool kShifted, int kExponent, int N>
+FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, const float (&multipliers)[2], const float (&shift)[2]) {
   FASTATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
+    const float multiplier = multipliers[half];
     float largest = kShifted ? -infinity() : own.largest[half];
     FASTATTN_UNROLL
     for (int i = 2 * half; i < N; i += 4) largest = fmaxf(largest, fmaxf(s[i], s[i + 1]));
@@ -163,7 +173,8 @@ FASTATTN_DEVICE void weigh(float (&s)[N], OwnRows& own, float multiplier, const 
     own.rescale[half] = exp2_approx(own.largest[half] * multiplier - pivot);
     own.largest[half] = largest;
     float sum = own.sum[half] * own.rescale[half];
-    const float rest = kShifted ? fmaf(shift[half], multiplier, -pivot) : -pivot;
+    const float base = kExponent == 0 ? -pivot : static_cast<float>(kExponent) - pivot;
+    const float rest = kShifted ? fmaf(shift[half], multiplier, base) : base;
     FASTATTN_UNROLL
     for (int i = 2 * half; i < N; i += 4) {
       s[i] = exp2_approx(fmaf(s[i], multiplier, rest));
@@ -189,10 +200,27 @@ FASTATTN_DEVICE void pack_weights(uint32_t (&packed)[N / 8][4], const float (&s)
   for (int i = 0; i < N / 2; ++i) packed[i / 4][i % 4] = pack2<T>(s[2 * i], s[2 * i + 1]);
 }
 
+// Of 8 bits: keys 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of 16 in a register (transpose.h), t = lane % 4.
+template <int N>
+FASTATTN_DEVICE void pack_weights_of_8_bits(uint32_t (&packed)[N / 16][4], const float (&s)[N]) {
+  FASTATTN_UNROLL
+  for (int i = 0; i < N / 4; ++i) {
+    const int at = i / 2 * 8 + i % 2 * 2;
+    packed[i / 4][i % 4] = pack4(s[at], s[at + 1], s[at + 4], s[at + 5]);
+  }
+}
+
 template <int N>
 FASTATTN_DEVICE void rescale(float (&acc)[N], const OwnRows& own) {
   FASTATTN_UNROLL
   for (int i = 0; i < N; ++i) acc[i] *= own.rescale[i >> 1 & 1];
+}
+
+// acc * rescale + part, of the same rows
+template <int N>
+FASTATTN_DEVICE void add_rescaled(float (&acc)[N], const float (&part)[N], const float (&rescale)[2]) {
+  FASTATTN_UNROLL
+  for (int i = 0; i < N; ++i) acc[i] = fmaf(acc[i], rescale[i >> 1 & 1], part[i]);
 }
 
 // Rows whose bit is set become NaN, and stay it.
@@ -224,7 +252,7 @@ FASTATTN_DEVICE uint32_t rows_that_see(SharedAddress checks, const Attention& p,
         if (seen && p.mask.data)
           seen = load_constant(static_cast<const uint8_t*>(p.mask.data) + b * p.mask.batch + h * p.mask.head +
                                i * p.mask.row + j * p.mask.column) != 0;
-        if (seen && p.bias.data)
+        if (kHasBiases<Config> && seen && p.bias.data)
           with_reader(p.bias.data, p.bias_element, [&](auto read) {
             seen = read(b * p.bias.batch + h * p.bias.head + (i * p.bias_row + j * p.bias_column)) != -infinity();
           });

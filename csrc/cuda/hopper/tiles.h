@@ -9,13 +9,16 @@
 namespace fastattn::cuda {
 
 inline constexpr int kHopperDims[] = {64, 96, 128, 192, 256};
+inline constexpr int kHopperE4M3Dims[] = {64, 128, 256};
+inline constexpr int kMostKeysInFewBits = 1024;    // where sums are not added apart
 inline constexpr int kHopperSharedBytes = 232448;  // that a block may have
 inline constexpr int kHopperRegisters = 65536;     // of a multiprocessor
 inline constexpr int kCheckers = 3;  // warps of the producers' warpgroup that look for NaN among the values
 
 struct HopperForwardTiles {
   int dim, groups, keys, stages;  // groups: warpgroups of consumers
-  bool alternate;  // consumers take turns at the tensor cores, so that one's softmax meets another's products
+  bool alternate;   // consumers take turns at the tensor cores, so that one's softmax meets another's products
+  int element = 2;  // bytes; of 8 bits, values are transposed on their way (transpose.h)
 
   constexpr int rows() const { return 64 * groups; }
   constexpr int threads() const { return 128 * (groups + 1); }
@@ -23,32 +26,42 @@ struct HopperForwardTiles {
   // Registers of a thread.  All start with what the launch gives, and that is all there is: consumers wait for ever for
   // more than producers give up.
   constexpr int launch_registers() const { return kHopperRegisters / threads() / 8 * 8; }
-  constexpr int producer_registers() const { return groups == 3 ? 32 : 24; }
-  constexpr int consumer_registers() const { return groups == 3 ? 160 : 240; }
-  constexpr int held_registers() const { return dim / 2 + keys / 2 + keys / 4; }  // accumulators, scores, weights
+  constexpr bool transposes() const { return element == 1; }
+  // Of 8 bits: sums of a tile of keys are made apart and added in float32 (hopper/README.md), where there are
+  // registers.
+  constexpr bool adds_apart() const { return transposes() && dim <= 128; }
+  constexpr int producer_registers() const { return adds_apart() ? 40 : transposes() ? 56 : groups == 3 ? 32 : 24; }
+  constexpr int consumer_registers() const { return adds_apart() ? 232 : transposes() ? 224 : groups == 3 ? 160 : 240; }
+  // accumulators, scores, weights
+  constexpr int held_registers() const { return dim / 2 * (adds_apart() ? 2 : 1) + keys / 2 + keys * element / 8; }
 
-  // Shared memory: queries; stages of keys; stages of values; output where there is room, else it takes the queries'
-  // place; for each stage which values are not finite; a copy of the tile's context for each warp of consumers;
-  // barriers.
-  constexpr int query_bytes() const { return 2 * rows() * dim; }
-  constexpr int key_bytes() const { return 2 * keys * dim; }
+  // Shared memory: queries; stages of keys; stages of values; of 8 bits, the same as they came; output where there is
+  // room, else it takes the queries' place; for each stage which values are not finite; a copy of the tile's context
+  // for each warp of consumers; barriers.
+  constexpr int query_bytes() const { return element * rows() * dim; }
+  constexpr int key_bytes() const { return element * keys * dim; }
+  constexpr int out_bytes() const { return 2 * rows() * dim; }
+  // turned, rows have whole panels of 64 keys
+  constexpr int value_bytes() const { return transposes() ? dim * ((keys + 63) / 64 * 64) : key_bytes(); }
   constexpr int keys_at() const { return query_bytes(); }
   constexpr int values_at() const { return keys_at() + stages * key_bytes(); }
-  constexpr int after_values() const { return values_at() + stages * key_bytes(); }
+  constexpr int arrivals_at() const { return values_at() + stages * value_bytes(); }
+  constexpr int after_values() const { return arrivals_at() + (transposes() ? stages * key_bytes() : 0); }
   constexpr int check_bytes() const { return 16 + (keys + 15) / 16 * 16; }  // a word per checker, a byte per key
-  constexpr int barriers() const { return 2 + 5 * stages; }
+  constexpr int barriers() const { return 2 + (transposes() ? 6 : 5) * stages; }
   static constexpr int kContextBytes = 48 + 4 * 16;  // of a warp: what its tile is, slopes of its rows
   constexpr int context_bytes() const { return 4 * groups * kContextBytes; }
   constexpr int small_bytes() const { return stages * check_bytes() + context_bytes() + 8 * barriers(); }
-  constexpr bool own_out() const { return after_values() + query_bytes() + small_bytes() <= kHopperSharedBytes; }
+  constexpr bool own_out() const { return after_values() + out_bytes() + small_bytes() <= kHopperSharedBytes; }
   constexpr int out_at() const { return own_out() ? after_values() : 0; }
-  constexpr int checks_at() const { return after_values() + (own_out() ? query_bytes() : 0); }
+  constexpr int checks_at() const { return after_values() + (own_out() ? out_bytes() : 0); }
   constexpr int contexts_at() const { return checks_at() + stages * check_bytes(); }
   constexpr int barriers_at() const { return contexts_at() + context_bytes(); }
   constexpr int shared_bytes() const { return barriers_at() + 8 * barriers(); }
 
   constexpr bool fits() const {
-    return shared_bytes() <= kHopperSharedBytes && held_registers() <= consumer_registers() - 16 &&
+    return shared_bytes() <= kHopperSharedBytes && out_bytes() <= (own_out() ? out_bytes() : query_bytes()) &&
+           held_registers() <= consumer_registers() - 16 &&
            producer_registers() + groups * consumer_registers() <= (groups + 1) * launch_registers();
   }
 };
@@ -66,6 +79,18 @@ constexpr HopperForwardTiles hopper_forward_tiles(int dim, bool plain) {
       return {192, 2, plain ? 112 : 96, 2, false};
     default:
       return {256, 2, plain ? 80 : 64, 2, false};
+  }
+}
+
+// Of 8 bits: the output, of 16, has a place of its own.
+constexpr HopperForwardTiles hopper_e4m3_tiles(int dim, bool plain) {
+  switch (dim) {
+    case 64:
+      return {64, 2, 128, 4, true, 1};
+    case 128:
+      return {128, 2, plain ? 128 : 64, 2, true, 1};
+    default:
+      return {256, 2, 64, 2, false, 1};
   }
 }
 
@@ -149,12 +174,13 @@ constexpr HopperBackwardKvTiles hopper_backward_kv_tiles(int dim, bool plain) {
   return {dim, plain || dim < 96 || dim > 128 ? 64 : 32, 2};
 }
 
-template <class Tiles>
-constexpr bool all_fit(Tiles (*tiles)(int, bool)) {
-  for (const int dim : kHopperDims)
+template <class Tiles, int kDims>
+constexpr bool all_fit(Tiles (*tiles)(int, bool), const int (&dims)[kDims]) {
+  for (const int dim : dims)
     if (!tiles(dim, true).fits() || !tiles(dim, false).fits()) return false;
   return true;
 }
-static_assert(all_fit(hopper_forward_tiles) && all_fit(hopper_backward_q_tiles) && all_fit(hopper_backward_kv_tiles));
+static_assert(all_fit(hopper_forward_tiles, kHopperDims) && all_fit(hopper_e4m3_tiles, kHopperE4M3Dims) &&
+              all_fit(hopper_backward_q_tiles, kHopperDims) && all_fit(hopper_backward_kv_tiles, kHopperDims));
 
 }  // namespace fastattn::cuda

@@ -31,6 +31,26 @@ FASTATTN_DEVICE float products(SharedAddress tile) {
   return (product<T, 16 * kSixteens>(tile) + ...);
 }
 
+template <int N>
+FASTATTN_DEVICE float product_of_8_bits(SharedAddress tile) {
+  float d[N / 2] = {};
+  const uint32_t a[4] = {tile, tile, tile, pack4(1, 2, 3, d[0])};
+  const uint64_t operand = matrix_descriptor(tile, 16, 1024, Swizzle::k128);
+  warpgroup_fence();
+  WarpgroupMultiply<E4M3, N>::template shared<0, 0>(d, operand, operand, false);
+  WarpgroupMultiply<E4M3, N>::template registers<0>(d, a, operand, true);
+  warpgroup_commit();
+  warpgroup_wait<0>();
+  float sum = 0;
+  for (int i = 0; i < N / 2; ++i) sum += d[i];
+  return sum + float_of(permute_bytes(tile, a[3], 0x7531));
+}
+
+template <int... kN>
+FASTATTN_DEVICE float products_of_8_bits(SharedAddress tile) {
+  return (product_of_8_bits<kN>(tile) + ...);
+}
+
 FASTATTN_DEVICE void every_instruction(const HopperParams& p) {
   const SharedAddress tile = shared_base(), barrier = tile + 8192;
   if (elect_one()) {
@@ -67,7 +87,8 @@ FASTATTN_DEVICE void every_instruction(const HopperParams& p) {
   bulk_wait<1>();
   bulk_wait_read<0>();
   store_global(p.out, products<Half, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16>(tile) +
-                          products<BFloat16, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16>(tile));
+                          products<BFloat16, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16>(tile) +
+                          products_of_8_bits<64, 96, 128, 160, 192, 256>(tile));
 }
 
 FASTATTN_KERNEL(hopper_every_instruction, HopperParams, (every_instruction), 256, 1)

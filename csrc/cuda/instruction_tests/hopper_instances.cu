@@ -30,6 +30,18 @@ namespace fastattn::cuda::instruction_tests {
   X(products_##type##_256_5, (products<T, 256, 5>), 128) \
   X(matrix_product_##type##_0, (matrix_product<T, 0>), 384) X(matrix_product_##type##_1, (matrix_product<T, 1>), 384)
 
+// n of the product, and 4 where A comes from registers
+#define FASTATTN_8_BIT_TESTS(X)                         \
+  X(products_e4m3_64_0, (products<E4M3, 64, 0>), 128)   \
+  X(products_e4m3_96_4, (products<E4M3, 96, 4>), 128)   \
+  X(products_e4m3_128_0, (products<E4M3, 128, 0>), 128) \
+  X(products_e4m3_128_4, (products<E4M3, 128, 4>), 128) \
+  X(products_e4m3_160_0, (products<E4M3, 160, 0>), 128) \
+  X(products_e4m3_192_0, (products<E4M3, 192, 0>), 128) \
+  X(products_e4m3_256_4, (products<E4M3, 256, 4>), 128) \
+  X(pack_e4m3, (pack_e4m3), 64)                         \
+  X(byte_permutations, (byte_permutations), 64)
+
 // name, (function), threads
 #define FASTATTN_HOPPER_TESTS(X)             \
   X(tensor_load_2d, (tensor_loads<2>), 64)   \
@@ -43,6 +55,7 @@ namespace fastattn::cuda::instruction_tests {
   X(ring, (ring), 96)                        \
   X(bulk_copies, (bulk_copies), 32)          \
   X(elections, (elections), 64)              \
+  FASTATTN_8_BIT_TESTS(X)                    \
   FASTATTN_PRODUCT_TESTS(X, f16, Half)       \
   FASTATTN_PRODUCT_TESTS(X, bf16, BFloat16)
 

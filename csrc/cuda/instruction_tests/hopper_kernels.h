@@ -160,6 +160,24 @@ FASTATTN_DEVICE void products(const Params& p) {
   for (int i = 0; i < N / 2; ++i) output(p, 0, thread * (N / 2) + i, d[i]);
 }
 
+// in0 float[4 n0] -> out0 uint32[n0]
+FASTATTN_DEVICE void pack_e4m3(const Params& p) {
+  for (int i = thread_index(); i < p.n[0]; i += block_threads()) {
+    float x[4];
+    for (int n = 0; n < 4; ++n) x[n] = input<float>(p, 0, 4 * i + n);
+    output(p, 0, i, pack4(x[0], x[1], x[2], x[3]));
+  }
+}
+
+// in0 uint32[n0][3]: two words and a selector -> out0 uint32[n0]
+FASTATTN_DEVICE void byte_permutations(const Params& p) {
+  for (int i = thread_index(); i < p.n[0]; i += block_threads()) {
+    output(p, 0, i,
+           permute_bytes(input<uint32_t>(p, 0, 3 * i), input<uint32_t>(p, 0, 3 * i + 1),
+                         input<uint32_t>(p, 0, 3 * i + 2)));
+  }
+}
+
 // A tile of a matrix product as kernels make it: map 0 is a [128][128], map 1 is b [128][128], both in boxes of 64 rows
 // and 64 columns with rows of 128 bytes.  Two warpgroups with 64 rows each; a third one brings the data.
 // out0 float[128][128]: a b^T, or with kTransposed a b

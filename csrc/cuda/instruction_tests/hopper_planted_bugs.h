@@ -379,6 +379,35 @@ FASTATTN_DEVICE void accumulator_packed_before_wait(const Params& p) {
   warpgroup_wait<0>();
   output(p, 0, thread_index(), pair);
 }
+FASTATTN_DEVICE void accumulator_packed_to_8_bits_before_wait(const Params& p) {
+  init_barriers(1);
+  bring_box(p, 0, 0, 0);
+  float d[32];
+  warpgroup_fence();
+  WarpgroupMultiply<E4M3, 64>::shared<0, 0>(d, operand(0), operand(0), false);
+  warpgroup_commit();
+  const uint32_t four = pack4(0, d[0], d[1] * 256, 1);
+  warpgroup_wait<0>();
+  output(p, 0, thread_index(), four);
+}
+// What the transposition of 8-bit values does: the products see it after a fence, which one warp has not executed.
+FASTATTN_DEVICE void transposed_without_proxy_fence(const Params& p) {
+  init_barriers(1);
+  bring_box(p, 0, 0, 0);
+  uint32_t r[4];
+  const uint32_t thread = static_cast<uint32_t>(thread_index());
+  const uint32_t own = 128 * (thread / 32 * 16 + thread % 16) + (thread / 16 % 2 ^ thread % 8) * 16;
+  load_matrix_x4_transposed(r, box_at(0) + own);
+  store_matrix_x4(box_at(1) + own, r);
+  if (warp_index() != 2) fence_async_shared();
+  sync_block();
+  float d[32];
+  warpgroup_fence();
+  WarpgroupMultiply<E4M3, 64>::shared<0, 0>(d, operand(1), operand(1), false);
+  warpgroup_commit();
+  warpgroup_wait<0>();
+  output_all(p, d);
+}
 FASTATTN_DEVICE void wait_for_older_products(const Params& p) {
   init_barriers(1);
   bring_box(p, 0, 0, 0);
@@ -617,70 +646,72 @@ FASTATTN_DEVICE void registers_of_one_warp(const Params&) {
   if (warp_index() == 0) registers_decrease<24>();
 }
 
-#define FASTATTN_HOPPER_PLANTED_BUGS(X)                                               \
-  X(barrier_nobody_completes, (barrier_nobody_completes), 64)                         \
-  X(polled_barrier_nobody_completes, (polled_barrier_nobody_completes), 64)           \
-  X(stale_parity, (stale_parity), 64)                                                 \
-  X(parity_of_the_next_phase, (parity_of_the_next_phase), 64)                         \
-  X(too_few_bytes_announced, (too_few_bytes_announced), 64)                           \
-  X(too_many_bytes_announced, (too_many_bytes_announced), 64)                         \
-  X(bytes_never_announced, (bytes_never_announced), 64)                               \
-  X(one_arrival_too_many, (one_arrival_too_many), 64)                                 \
-  X(barrier_without_init, (barrier_without_init), 64)                                 \
-  X(barrier_initialised_twice, (barrier_initialised_twice), 64)                       \
-  X(misaligned_mbarrier, (misaligned_mbarrier), 64)                                   \
-  X(barrier_not_yet_shown, (barrier_not_yet_shown), 64)                               \
-  X(store_over_mbarrier, (store_over_mbarrier), 64)                                   \
-  X(missing_init_fence, (missing_init_fence), 64)                                     \
-  X(arrival_without_sync_warp, (arrival_without_sync_warp), 64)                       \
-  X(load_not_waited_for, (load_not_waited_for), 64)                                   \
-  X(wait_for_another_load, (wait_for_another_load), 64)                               \
-  X(another_thread_waited, (another_thread_waited), 32)                               \
-  X(load_into_what_is_read, (load_into_what_is_read), 64)                             \
-  X(two_loads_to_one_place, (two_loads_to_one_place), 64)                             \
-  X(load_over_unfenced_stores, (load_over_unfenced_stores), 64)                       \
-  X(load_still_under_way, (load_still_under_way), 64)                                 \
-  X(misaligned_tensor_load, (misaligned_tensor_load), 64)                             \
-  X(tensor_load_behind_shared, (tensor_load_behind_shared), 64)                       \
-  X(tensor_load_of_another_rank, (tensor_load_of_another_rank), 64)                   \
-  X(tensor_load_without_map, (tensor_load_without_map), 64)                           \
-  X(tensor_store_to_input, (tensor_store_to_input), 64)                               \
-  X(store_without_proxy_fence, (store_without_proxy_fence), 64)                       \
-  X(proxy_fence_before_barrier, (proxy_fence_before_barrier), 64)                     \
-  X(store_without_barrier, (store_without_barrier), 64)                               \
-  X(source_overwritten, (source_overwritten), 64)                                     \
-  X(source_overwritten_after_older_group, (source_overwritten_after_older_group), 64) \
-  X(source_overwritten_without_barrier, (source_overwritten_without_barrier), 64)     \
-  X(exit_before_source_is_read, (exit_before_source_is_read), 64)                     \
-  X(store_not_committed, (store_not_committed), 64)                                   \
-  X(odd_bulk_load, (odd_bulk_load), 64)                                               \
-  X(missing_warpgroup_fence, (missing_warpgroup_fence), 128)                          \
-  X(fence_missing_after_wait, (fence_missing_after_wait), 128)                        \
-  X(accumulator_scaled_after_fence, (accumulator_scaled_after_fence), 128)            \
-  X(operand_registers_after_fence, (operand_registers_after_fence), 128)              \
-  X(accumulator_read_before_wait, (accumulator_read_before_wait), 128)                \
-  X(accumulator_packed_before_wait, (accumulator_packed_before_wait), 128)            \
-  X(wait_for_older_products, (wait_for_older_products), 128)                          \
-  X(products_not_committed, (products_not_committed), 128)                            \
-  X(accumulator_written_before_wait, (accumulator_written_before_wait), 128)          \
-  X(products_never_waited_for, (products_never_waited_for), 128)                      \
-  X(operand_without_proxy_fence, (operand_without_proxy_fence), 128)                  \
-  X(operand_without_barrier, (operand_without_barrier), 128)                          \
-  X(operand_still_loading, (operand_still_loading), 128)                              \
-  X(operand_never_written, (operand_never_written), 128)                              \
-  X(operand_behind_shared, (operand_behind_shared), 128)                              \
-  X(operand_overwritten, (operand_overwritten), 128)                                  \
-  X(operand_overwritten_by_another_warp, (operand_overwritten_by_another_warp), 128)  \
-  X(stage_released_before_wait, (stage_released_before_wait), 256)                    \
-  X(stage_released_by_one_warp, (stage_released_by_one_warp), 256)                    \
-  X(product_of_three_warps, (product_of_three_warps), 128)                            \
-  X(warps_at_different_products, (warps_at_different_products), 128)                  \
-  X(different_descriptors, (different_descriptors), 128)                              \
-  X(overlapping_accumulators, (overlapping_accumulators), 128)                        \
-  X(registers_never_given, (registers_never_given), 384)                              \
-  X(too_few_registers_given, (too_few_registers_given), 384)                          \
-  X(decrease_to_more_registers, (decrease_to_more_registers), 384)                    \
-  X(increase_to_fewer_registers, (increase_to_fewer_registers), 384)                  \
+#define FASTATTN_HOPPER_PLANTED_BUGS(X)                                                        \
+  X(barrier_nobody_completes, (barrier_nobody_completes), 64)                                  \
+  X(polled_barrier_nobody_completes, (polled_barrier_nobody_completes), 64)                    \
+  X(stale_parity, (stale_parity), 64)                                                          \
+  X(parity_of_the_next_phase, (parity_of_the_next_phase), 64)                                  \
+  X(too_few_bytes_announced, (too_few_bytes_announced), 64)                                    \
+  X(too_many_bytes_announced, (too_many_bytes_announced), 64)                                  \
+  X(bytes_never_announced, (bytes_never_announced), 64)                                        \
+  X(one_arrival_too_many, (one_arrival_too_many), 64)                                          \
+  X(barrier_without_init, (barrier_without_init), 64)                                          \
+  X(barrier_initialised_twice, (barrier_initialised_twice), 64)                                \
+  X(misaligned_mbarrier, (misaligned_mbarrier), 64)                                            \
+  X(barrier_not_yet_shown, (barrier_not_yet_shown), 64)                                        \
+  X(store_over_mbarrier, (store_over_mbarrier), 64)                                            \
+  X(missing_init_fence, (missing_init_fence), 64)                                              \
+  X(arrival_without_sync_warp, (arrival_without_sync_warp), 64)                                \
+  X(load_not_waited_for, (load_not_waited_for), 64)                                            \
+  X(wait_for_another_load, (wait_for_another_load), 64)                                        \
+  X(another_thread_waited, (another_thread_waited), 32)                                        \
+  X(load_into_what_is_read, (load_into_what_is_read), 64)                                      \
+  X(two_loads_to_one_place, (two_loads_to_one_place), 64)                                      \
+  X(load_over_unfenced_stores, (load_over_unfenced_stores), 64)                                \
+  X(load_still_under_way, (load_still_under_way), 64)                                          \
+  X(misaligned_tensor_load, (misaligned_tensor_load), 64)                                      \
+  X(tensor_load_behind_shared, (tensor_load_behind_shared), 64)                                \
+  X(tensor_load_of_another_rank, (tensor_load_of_another_rank), 64)                            \
+  X(tensor_load_without_map, (tensor_load_without_map), 64)                                    \
+  X(tensor_store_to_input, (tensor_store_to_input), 64)                                        \
+  X(store_without_proxy_fence, (store_without_proxy_fence), 64)                                \
+  X(proxy_fence_before_barrier, (proxy_fence_before_barrier), 64)                              \
+  X(store_without_barrier, (store_without_barrier), 64)                                        \
+  X(source_overwritten, (source_overwritten), 64)                                              \
+  X(source_overwritten_after_older_group, (source_overwritten_after_older_group), 64)          \
+  X(source_overwritten_without_barrier, (source_overwritten_without_barrier), 64)              \
+  X(exit_before_source_is_read, (exit_before_source_is_read), 64)                              \
+  X(store_not_committed, (store_not_committed), 64)                                            \
+  X(odd_bulk_load, (odd_bulk_load), 64)                                                        \
+  X(missing_warpgroup_fence, (missing_warpgroup_fence), 128)                                   \
+  X(fence_missing_after_wait, (fence_missing_after_wait), 128)                                 \
+  X(accumulator_scaled_after_fence, (accumulator_scaled_after_fence), 128)                     \
+  X(operand_registers_after_fence, (operand_registers_after_fence), 128)                       \
+  X(accumulator_read_before_wait, (accumulator_read_before_wait), 128)                         \
+  X(accumulator_packed_before_wait, (accumulator_packed_before_wait), 128)                     \
+  X(accumulator_packed_to_8_bits_before_wait, (accumulator_packed_to_8_bits_before_wait), 128) \
+  X(transposed_without_proxy_fence, (transposed_without_proxy_fence), 128)                     \
+  X(wait_for_older_products, (wait_for_older_products), 128)                                   \
+  X(products_not_committed, (products_not_committed), 128)                                     \
+  X(accumulator_written_before_wait, (accumulator_written_before_wait), 128)                   \
+  X(products_never_waited_for, (products_never_waited_for), 128)                               \
+  X(operand_without_proxy_fence, (operand_without_proxy_fence), 128)                           \
+  X(operand_without_barrier, (operand_without_barrier), 128)                                   \
+  X(operand_still_loading, (operand_still_loading), 128)                                       \
+  X(operand_never_written, (operand_never_written), 128)                                       \
+  X(operand_behind_shared, (operand_behind_shared), 128)                                       \
+  X(operand_overwritten, (operand_overwritten), 128)                                           \
+  X(operand_overwritten_by_another_warp, (operand_overwritten_by_another_warp), 128)           \
+  X(stage_released_before_wait, (stage_released_before_wait), 256)                             \
+  X(stage_released_by_one_warp, (stage_released_by_one_warp), 256)                             \
+  X(product_of_three_warps, (product_of_three_warps), 128)                                     \
+  X(warps_at_different_products, (warps_at_different_products), 128)                           \
+  X(different_descriptors, (different_descriptors), 128)                                       \
+  X(overlapping_accumulators, (overlapping_accumulators), 128)                                 \
+  X(registers_never_given, (registers_never_given), 384)                                       \
+  X(too_few_registers_given, (too_few_registers_given), 384)                                   \
+  X(decrease_to_more_registers, (decrease_to_more_registers), 384)                             \
+  X(increase_to_fewer_registers, (increase_to_fewer_registers), 384)                           \
   X(registers_of_one_warp, (registers_of_one_warp), 384)
 
 }  // namespace fastattn::cuda::instruction_tests

@@ -1,5 +1,6 @@
 // Attention in the simulator.
 #include "../attention/launch.h"
+#include "../hopper/launch.h"
 #include "../sim/simulator.h"
 
 #include "device.h"
@@ -18,6 +19,16 @@ void simulate_forward(py::object problem, py::object out, py::object lse, py::ob
                              tensors.write("statistics", statistics)};
   Scratch scratch;
   attention_forward(p, output, scratch, simulated());
+}
+
+void simulate_e4m3_forward(py::object problem, py::object query_scale, py::object key_scale, py::object value_scale,
+                           py::object out, py::object lse) {
+  Tensors tensors;
+  const Problem p = read_problem(tensors, problem);
+  const OperandScales scales{tensors.read("query_scale", query_scale), tensors.read("key_scale", key_scale),
+                             tensors.read("value_scale", value_scale)};
+  Scratch scratch;
+  hopper_e4m3_forward(p, scales, {tensors.write("out", out), tensors.write("lse", lse), {}}, scratch, simulated());
 }
 
 void simulate_backward(py::object problem, py::object grad_out, py::object grad_lse, py::object out,
@@ -47,6 +58,11 @@ std::string plan(py::object problem) {
   return plan_json(read_problem(tensors, problem), simulated());
 }
 
+std::string float8_plan(py::object problem) {
+  Tensors tensors;
+  return e4m3_plan_json(read_problem(tensors, problem), simulated());
+}
+
 void set_device(int shared_memory_per_block, int multiprocessors, int capability) {
   simulated().capability = capability;
   sim::options().shared_limit = shared_memory_per_block;
@@ -59,9 +75,14 @@ void set_device(int shared_memory_per_block, int multiprocessors, int capability
 FASTATTN_BIND(attention) {
   module.def("attention_forward", &simulate_forward,
              "Writes out, lse and statistics of a fastattn.problem.Problem, laid out as its operators return them.");
+  module.def("float8_forward", &simulate_e4m3_forward,
+             "Writes out, in bfloat16, and lse of a fastattn.problem.Problem whose operands are float8_e4m3fn, times "
+             "scales (B|1, H) or None.");
   module.def("attention_backward", &simulate_backward,
              "Writes the gradients that are not None, parameters' contiguous in their parameter's shape.");
   module.def("attention_plan", &plan, "Tiles, stages and splits of each kernel of a call, as JSON.");
+  module.def("float8_plan", &float8_plan, "The same of 8-bit operands, which have one kernel.");
+  module.def("capability", [] { return simulated().capability; }, "Of the simulated device, times 10.");
   module.def("set_device", &set_device, py::arg("shared_memory_per_block") = 166912, py::arg("multiprocessors") = 4,
              py::arg("capability") = 80,
              "What the simulated device has: bytes of shared memory for a block, multiprocessors, 10 * capability.");

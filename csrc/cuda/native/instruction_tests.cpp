@@ -50,8 +50,8 @@ FASTATTN_BIND(instruction_tests) {
          int swizzle) {
         TensorLayout layout;
         layout.data = reinterpret_cast<const void*>(py::cast<uintptr_t>(tensor.attr("data_ptr")()));
-        layout.element =
-            py::cast<int>(tensor.attr("element_size")()) == 4 ? TensorElement::kFloat : TensorElement::kHalf;
+        const int bytes = py::cast<int>(tensor.attr("element_size")());
+        layout.element = bytes == 4 ? TensorElement::kFloat : bytes == 1 ? TensorElement::kByte : TensorElement::kHalf;
         layout.rank = static_cast<int>(size.size());
         size.resize(5), stride_bytes.resize(4), box.resize(5);
         std::copy(size.begin(), size.end(), layout.size);

@@ -74,21 +74,26 @@ PYBIND11_MODULE(_native, module) {
             options.counters = py::cast<bool>(value);
           } else if (name == "shared_limit") {
             options.shared_limit = py::cast<int>(value);
+          } else if (name == "sum_bits") {
+            options.sum_bits = py::cast<int>(value);
           } else if (name == "seed") {
             options.seed = py::cast<uint64_t>(value);
           } else {
-            throw py::type_error("the simulator has options races, counters, shared_limit and seed, not " + name);
+            throw py::type_error("the simulator has options races, counters, shared_limit, sum_bits and seed, not " +
+                                 name);
           }
         }
         py::dict result;
         result["races"] = options.races;
         result["counters"] = options.counters;
         result["shared_limit"] = options.shared_limit;
+        result["sum_bits"] = options.sum_bits;
         result["seed"] = options.seed;
         return result;
       },
       "Changes the options that are named, and returns all: races (find unordered accesses to shared memory), counters "
-      "(wavefronts and sectors), shared_limit (bytes a block may have), seed (not 0: warps run and tensor copies "
+      "(wavefronts and sectors), shared_limit (bytes a block may have), sum_bits (not 0: that sums of 8-bit products "
+      "keep), seed (not 0: warps run and tensor copies "
       "arrive in an order of chance).");
   module.def(
       "reports",

@@ -27,6 +27,7 @@ DType dtype_of(const char* name, py::handle tensor) {
   if (dtype == "bool") return DType::kBool;
   if (dtype == "int32") return DType::kInt32;
   if (dtype == "int64") return DType::kInt64;
+  if (dtype == "float8_e4m3fn") return kFloat8;
   throw py::type_error(std::string(name) + " has dtype " + dtype + ", which the kernels do not know");
 }
 

@@ -60,9 +60,10 @@ void multiply_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bo
 // Warpgroups.
 void registers_increase(int registers, Where where);
 void registers_decrease(int registers, Where where);
+enum class Operands : uint8_t { kHalf, kBFloat16, kE4M3 };
 // `a`: registers, or null and the descriptor counts.
 void warpgroup_multiply(float* d, int n, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor,
-                        bool accumulate, bool half, bool transposed_a, bool transposed_b, Where where);
+                        bool accumulate, Operands type, bool transposed_a, bool transposed_b, Where where);
 void warpgroup_fence(Where where);
 void warpgroup_commit(Where where);
 void warpgroup_wait(int pending, Where where);
@@ -93,6 +94,7 @@ inline constexpr uint32_t kInFlightBits = 0x7FD5BAD5u;
 // Numbers.
 uint16_t round_to_16(float value, bool half);  // to nearest even; NaN becomes 0x7FFF, as cvt makes it
 float widen_from_16(uint16_t value, bool half);
+uint8_t round_to_e4m3(float value);  // to nearest even, beyond 448 to it; NaN becomes 0x7F
 
 template <class V>
 uint32_t to_bits(V value) {

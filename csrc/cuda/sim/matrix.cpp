@@ -6,12 +6,24 @@
 
 namespace fastattn::cuda::sim {
 
-uint16_t round_to_16(float value, bool half) {
+namespace {
+
+void check_rounded(float value) {
   if (is_in_flight(to_bits(value))) [[unlikely]] {
     block.fail_block("a number is rounded that depends on an accumulator whose product " +
                      block.name(current_position.thread) + " did not wait for");
   }
+}
+
+}  // namespace
+
+uint16_t round_to_16(float value, bool half) {
+  check_rounded(value);
   return half ? float_to_half(value) : float_to_bfloat16(value);
+}
+uint8_t round_to_e4m3(float value) {
+  check_rounded(value);
+  return float_to_e4m3(value);
 }
 float widen_from_16(uint16_t value, bool half) { return half ? half_to_float(value) : bfloat16_to_float(value); }
 

@@ -22,6 +22,7 @@ struct Options {
   bool races = true;          // find unordered accesses to shared memory
   bool counters = true;       // count wavefronts and sectors
   int shared_limit = 166912;  // bytes of dynamic shared memory that a block may have: 163 KB, sm_80
+  int sum_bits = 0;           // not 0: sums of 8-bit products keep so many bits behind the leading one, as chips do
   uint64_t seed = 0;          // not 0: warps run, and tensor copies arrive, in an order of chance
 };
 // To begin with, races are as FASTATTN_SIMULATOR_RACES says (0 or 1).

@@ -21,7 +21,7 @@ TensorMap encode_tensor_map(const TensorLayout& layout) {
   sim::EncodedMap map{};
   map.mark = sim::EncodedMap::kMark;
   map.data = reinterpret_cast<uintptr_t>(layout.data);
-  map.element_bytes = layout.element == TensorElement::kFloat ? 4 : 2;
+  map.element_bytes = layout.element == TensorElement::kFloat ? 4 : layout.element == TensorElement::kByte ? 1 : 2;
   map.rank = static_cast<uint8_t>(layout.rank);
   map.swizzle = static_cast<uint8_t>(layout.swizzle);
   for (int axis = 0; axis < 5; ++axis) {

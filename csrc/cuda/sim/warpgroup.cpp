@@ -1,18 +1,21 @@
 #include "warpgroup.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 
 #include "block.h"
 #include "numbers.h"
+#include "simulator.h"
 #include "sites.h"
 
 namespace fastattn::cuda::sim {
 
 namespace {
 
-constexpr int kRows = 64, kDepth = 16, kWidest = 256;
+// An operand's rows along K have 32 bytes, which are 16 units of two, whatever numbers they hold.
+constexpr int kRows = 64, kDepth = 16, kDeepest = 32, kWidest = 256;
 
 // Of register `i` of a thread of the warpgroup.
 int row_of(int thread, int i) { return 16 * (thread / kLanes) + thread % kLanes / 4 + 8 * (i / 2 % 2); }
@@ -36,7 +39,7 @@ struct Descriptor {
     return swizzle == Swizzle::k128 ? 128 : swizzle == Swizzle::k64 ? 64 : swizzle == Swizzle::k32 ? 32 : 16;
   }
 
-  // Where the 16 bytes begin that hold, K-major, elements k to k + 7 of row `mn`; MN-major, rows mn to mn + 7 of
+  // Where the 16 bytes begin that hold, K-major, units k to k + 7 of row `mn`; MN-major, rows mn to mn + 7 of
   // column k.
   uint32_t chunk(bool mn_major, uint32_t mn, uint32_t k) const {
     const uint32_t w = width();
@@ -103,12 +106,16 @@ void load_operand(uint16_t* to, int rows, bool mn_major, uint64_t bits, const Re
   }
 }
 
+// `count` units.
 FASTATTN_CLONES
-void widen(float* __restrict to, const uint16_t* __restrict from, int count, bool half) {
-  if (half) {
+void widen(float* __restrict to, const uint16_t* __restrict from, int count, Operands type) {
+  if (type == Operands::kHalf) {
     for (int i = 0; i < count; ++i) to[i] = half_to_float(from[i]);
-  } else {
+  } else if (type == Operands::kBFloat16) {
     for (int i = 0; i < count; ++i) to[i] = bfloat16_to_float(from[i]);
+  } else {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(from);
+    for (int i = 0; i < 2 * count; ++i) to[i] = e4m3_to_float(bytes[i]);
   }
 }
 
@@ -118,9 +125,9 @@ void transpose(float* __restrict to, const float* __restrict from, int rows, int
   }
 }
 
-// d[64][n] += a[64][16] b[16][n], k ascending.
+// d[64][n] += a[64][depth] b[depth][n], k ascending.
 FASTATTN_CLONES
-void product(float* d, const float* a, const float* b, int n) {
+void product(float* d, const float* a, const float* b, int n, int depth) {
   using Row = float __attribute__((vector_size(32), aligned(4), may_alias));
   const auto row = [](const float* at) -> const Row& { return *reinterpret_cast<const Row*>(at); };
   for (int column = 0; column < n; column += 16) {
@@ -128,18 +135,35 @@ void product(float* d, const float* a, const float* b, int n) {
       Row sum[4][2];
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) sum[i / 2][i % 2] = row(d + (m + i / 2) * n + column + i % 2 * 8);
-      for (int k = 0; k < kDepth; ++k) {
+      for (int k = 0; k < depth; ++k) {
         const Row left = row(b + k * n + column), right = row(b + k * n + column + 8);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          sum[i][0] += a[(m + i) * kDepth + k] * left;
-          sum[i][1] += a[(m + i) * kDepth + k] * right;
+          sum[i][0] += a[(m + i) * depth + k] * left;
+          sum[i][1] += a[(m + i) * depth + k] * right;
         }
       }
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         *reinterpret_cast<Row*>(d + (m + i / 2) * n + column + i % 2 * 8) = sum[i / 2][i % 2];
       }
+    }
+  }
+}
+
+// The same as sm_90 seems to add 8-bit products: terms and sum are cut off `bits` behind the leading bit of the
+// largest.
+void product_in_few_bits(float* d, const float* a, const float* b, int n, int depth, int bits) {
+  for (int m = 0; m < kRows; ++m) {
+    for (int column = 0; column < n; ++column) {
+      float terms[kDeepest + 1] = {d[m * n + column]}, largest = std::fabs(terms[0]), sum = 0;
+      for (int k = 0; k < depth; ++k) {
+        terms[k + 1] = a[m * depth + k] * b[k * n + column];
+        largest = std::fmax(largest, std::fabs(terms[k + 1]));
+      }
+      const float unit = std::ldexp(1.0f, (largest > 0 ? std::ilogb(largest) : 0) - bits);
+      for (int k = 0; k <= depth; ++k) sum += std::trunc(terms[k] / unit) * unit;
+      d[m * n + column] = sum;
     }
   }
 }
@@ -222,7 +246,7 @@ void Warpgroup::multiply(const ProductShape& shape, void* const (&arguments)[kGr
 
   const uint32_t read = block.async_reads().open(first_warp_, -1, Sites::number(where));
   const Readers readers(first_thread, read);
-  alignas(32) float a[kRows * kDepth], b[kDepth * kWidest], turned[kDepth * kWidest];
+  alignas(32) float a[kRows * kDeepest], b[kDeepest * kWidest], turned[kDeepest * kWidest];
   uint16_t raw[kDepth * kWidest];
   if (first.a != nullptr) {
     for (int thread = 0; thread < kGroupThreads; ++thread) {
@@ -231,19 +255,23 @@ void Warpgroup::multiply(const ProductShape& shape, void* const (&arguments)[kGr
         std::memcpy(&raw[(row + i % 2 * 8) * kDepth + column + i / 2 * 8], &call(thread)->a[i], 4);
       }
     }
-    widen(a, raw, kRows * kDepth, shape.half);
+    widen(a, raw, kRows * kDepth, shape.type);
   } else {
     load_operand(raw, kRows, shape.transposed_a, first.a_descriptor, readers, "operand A", where);
-    widen(shape.transposed_a ? turned : a, raw, kRows * kDepth, shape.half);
+    widen(shape.transposed_a ? turned : a, raw, kRows * kDepth, shape.type);
     if (shape.transposed_a) transpose(a, turned, kDepth, kRows);
   }
   load_operand(raw, shape.n, shape.transposed_b, first.b_descriptor, readers, "operand B", where);
-  widen(shape.transposed_b ? b : turned, raw, shape.n * kDepth, shape.half);
-  if (!shape.transposed_b) transpose(b, turned, shape.n, kDepth);
+  widen(shape.transposed_b ? b : turned, raw, shape.n * kDepth, shape.type);
+  if (!shape.transposed_b) transpose(b, turned, shape.n, shape.depth());
 
   const std::shared_ptr<Accumulator> sums = accumulator(shape, arguments, where);
   if (!first.accumulate) std::fill(sums->values.begin(), sums->values.end(), 0.0f);
-  product(sums->values.data(), a, b, shape.n);
+  if (const int bits = options().sum_bits; bits != 0 && shape.type == Operands::kE4M3) {
+    product_in_few_bits(sums->values.data(), a, b, shape.n, shape.depth(), bits);
+  } else {
+    product(sums->values.data(), a, b, shape.n, shape.depth());
+  }
   for (int part = 0; part < kWarpsOfGroup; ++part) {
     warps_[part].open.push_back({sums, read});
     ++sums->under_way[part];
@@ -307,11 +335,11 @@ void Warpgroup::check_exit(int warp, Where where) const {
 // ---- The instructions.
 
 void warpgroup_multiply(float* d, int n, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor,
-                        bool accumulate, bool half, bool transposed_a, bool transposed_b, Where where) {
+                        bool accumulate, Operands type, bool transposed_a, bool transposed_b, Where where) {
   ProductCall mine{d, a, a_descriptor, b_descriptor, accumulate};
-  const int parameter = n * 16 + (a != nullptr) * 8 + half * 4 + transposed_a * 2 + transposed_b;
+  const int parameter = n * 32 + static_cast<int>(type) * 8 + (a != nullptr) * 4 + transposed_a * 2 + transposed_b;
   block.meet_warpgroup(Operation::kWarpgroupMultiply, parameter, where, mine, [&](void* const(&all)[kGroupThreads]) {
-    block.warpgroup().multiply({n, half, transposed_a, transposed_b}, all, where);
+    block.warpgroup().multiply({n, type, transposed_a, transposed_b}, all, where);
   });
 }
 

@@ -26,7 +26,10 @@ struct ProductCall {
 
 struct ProductShape {
   int n;
-  bool half, transposed_a, transposed_b;
+  Operands type;
+  bool transposed_a, transposed_b;
+
+  int depth() const { return type == Operands::kE4M3 ? 32 : 16; }
 };
 
 // The registers of one accumulator in a warpgroup.

@@ -1,0 +1,7 @@
+// Written by generate_instances.py.
+// clang-format off
+#include "../hopper/forward.h"
+
+namespace fastattn::cuda {
+FASTATTN_KERNEL(hopper_forward_plain_e4m3_d256, HopperForwardParams, (hopper_attention_forward<HopperForwardConfig<E4M3, 256, true>>), hopper_e4m3_tiles(256, true).threads(), 1)
+}  // namespace fastattn::cuda
