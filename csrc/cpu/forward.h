@@ -114,6 +114,7 @@ class Forward {
     // call(n, head, query) for rows [row, row + count): one division for all of them
     template <class Call>
     FASTATTN_INLINE void each(i64 row, i64 count, Call call) const {
+      if (count == 0) return;  // there may be no rows at all
       i64 g = head_of(row), i = query_of(row);
       for (i64 n = 0; n < count; ++n) {
         call(n, g, i);
