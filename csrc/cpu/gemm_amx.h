@@ -1,10 +1,10 @@
 // The AMX form of gemm for bfloat16 operands (see gemm.h for the layouts).
 //
-// A tile is 16 rows of 64 bytes.  One TDPBF16PS adds a 16 x 32 by 32 x 16 product to a 16 x 16 fp32 tile.  Blocks of two
-// results share a tile of B, and each tile of A is loaded into the same register: four registers in all.  Loads hide
-// behind products, as with blocks of 2 x 2 in eight registers; but those become three times as slow whenever the core has
-// few registers left to rename them to (README.md).
-// Of the products of pieces those count whose share reaches the last piece's.
+// A tile is 16 rows of 64 bytes.  One TDPBF16PS adds a 16 x 32 by 32 x 16 product to a 16 x 16 fp32 tile.  Blocks of
+// two results share a tile of B, and each tile of A is loaded into the same register: four registers in all.  Loads
+// hide behind products, as with blocks of 2 x 2 in eight registers; but those become three times as slow whenever the
+// core has few registers left to rename them to (README.md). Of the products of pieces those count whose share reaches
+// the last piece's.
 #pragma once
 
 #include "convert.h"
