@@ -7,6 +7,7 @@ twice the error of that formula in the inputs' own precision, plus one rounding 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import subprocess
@@ -166,6 +167,17 @@ def check_gradients(problem: Problem, grads: Gradients, exact: Gradients, peer: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_field_at_once(dtype: torch.dtype) -> None:
     check(everything(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("doublings", [5, 40, -40])
+def test_scores_that_grow_or_fall(doublings: int, dtype: torch.dtype) -> None:
+    """Weights that double so often every 256 keys: a row's reference moves never, at every tile, or now and then."""
+    problem = plain(dtype, 40, 1700, b=1, hq=2, hk=1, window_right=900)
+    problem.query[..., 0] = 4
+    step = doublings * math.log(2) / (4 * problem.scale)
+    problem.key[..., 0] = (torch.arange(1700) // 256 * step).to(dtype)
+    check(problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
