@@ -217,10 +217,11 @@ class Forward {
 
     Interval live[kStrip];
     Vec<Acc> largest[kStates];
-    if (one_head && scorers[item.head_of(first_row)].sees_all(i0, i1, origin, {begin, end})) {
+    const Scorer<Acc>& own = scorers[item.head_of(first_row)];
+    if (one_head && own.sees_all(i0, i1, origin, {begin, end})) {
       for (i64 r = 0; r < rows; ++r) {
         live[r] = {begin, end};
-        largest[r] = row_max_lanes(s.scores + r * score_row(), begin, end);
+        largest[r] = own.apply_whole(i0 + r, origin, begin, end, s.scores + r * score_row(), s.temp);
       }
     } else {
       item.each(first_row, rows, [&](i64 r, i64 g, i64 i) {

@@ -1,7 +1,7 @@
 // The score pipeline of one row of one tile, shared by forward and backward:
 //     scale -> softcap -> + biases -> masks.
-// Rows without softcap and bias stay in units of q.k ("plain"): the scale is folded into the exponent, one fused
-// multiply-add per element.  Masked scores are exactly -inf and nothing else is.
+// Rows without softcap, and with no bias but slopes, stay in units of q.k ("plain"): the scale is folded into the
+// exponent, one fused multiply-add per element.  Masked scores are exactly -inf and nothing else is.
 #pragma once
 
 #include "../common/philox.h"
@@ -12,12 +12,27 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
+// The largest score of [begin, end), lane by lane.
+template <class T>
+FASTATTN_INLINE Vec<T> row_max_lanes(const T* s, i64 begin, i64 end) {
+  Vec<T> a = splat(-kInfinity<T>), b = a;
+  i64 j = begin;
+  for (; j + 2 * kLanes<T> <= end; j += 2 * kLanes<T>) {
+    a = vmax(load(s + j), a);
+    b = vmax(load(s + j + kLanes<T>), b);
+  }
+  if (j < end) a = vmax(load(s + j), a);
+  return vmax(a, b);
+}
+
 template <class T>
 struct Scorer {
   const Problem* problem = nullptr;
   BatchGeometry geometry;
   i64 b = 0, h = 0;
   bool plain = true;
+  bool sloped = false;
+  bool one_bias = false;           // slopes or a table and nothing else but the scale
   bool masked_by_element = false;  // ids, dense mask or dense bias: some keys inside the interval may be hidden
   T scale = 1, cap = 0, slope = 0;
   T factor = 1;  // p = 2^(factor * (s - reference))
@@ -25,8 +40,10 @@ struct Scorer {
   i64 table_stride = 1, table_size = 0, table_left = 0;
   ContentTables<T> content;
 
+  // Slopes are divided by the scale; other biases may hold numbers as large as there are.
   static bool is_plain(const Problem& p) {
-    return !(p.softcap || p.slopes || p.table || p.dense_bias || p.row_table || p.col_table) && p.scale > 0;
+    const double least = p.slopes ? 1e-6 : 0;
+    return !(p.softcap || p.table || p.dense_bias || p.row_table || p.col_table) && p.scale > least;
   }
 
   Scorer() = default;
@@ -37,13 +54,15 @@ struct Scorer {
     plain = is_plain(p);
     masked_by_element = p.query_ids || p.dense_mask || p.dense_bias;
     factor = static_cast<T>(plain ? p.scale * kLog2E : kLog2E);
-    if (p.slopes) slope = *reinterpret_cast<const T*>(p.slopes.at(b, h));
+    sloped = static_cast<bool>(p.slopes);
+    if (sloped) slope = *reinterpret_cast<const T*>(p.slopes.at(b, h)) / (plain ? scale : T(1));
     if (p.table && p.table.size[2] > 0) {
       table = reinterpret_cast<const T*>(p.table.at(b, h));
       table_stride = p.table.stride[2];
       table_size = p.table.size[2];
       table_left = larger(i64{0}, smaller(p.table_left, table_size - 1));
     }
+    one_bias = (plain && sloped) || (table && !(sloped || cap != 0 || p.dense_bias || content));
   }
 
   bool visible(i64 i, i64 j) const { return pair_visible(*problem, geometry, b, h, i, j); }
@@ -55,9 +74,9 @@ struct Scorer {
     return {low, larger(low, smaller(range.high - origin, end))};
   }
 
-  // Whether queries i0 to i1 see all of the columns, and their scores are q.k.
+  // Whether queries i0 to i1 see all of the columns.
   bool sees_all(i64 i0, i64 i1, i64 origin, Interval columns) const {
-    return plain && !masked_by_element && geometry.visible(i1).low <= origin + columns.low &&
+    return !masked_by_element && geometry.visible(i1).low <= origin + columns.low &&
            geometry.visible(i0).high >= origin + columns.high;
   }
 
@@ -68,7 +87,7 @@ struct Scorer {
     const Interval seen = clip(i, origin, begin, end);
     if (seen.low >= seen.high) return {begin, begin};
     const Interval live{round_down(seen.low, kLanes<T>), round_up(seen.high, kLanes<T>)};
-    if (!plain || masked_by_element) transform(i, origin, seen, live, s, temp, cap_gradient);
+    if (!plain || sloped || masked_by_element) transform(i, origin, seen, live, s, temp, cap_gradient);
     if (live.low < seen.low) hide_lanes(s + live.low, 0, seen.low - live.low);
     if (seen.high < live.high) hide_lanes(s + live.high - kLanes<T>, seen.high - live.high + kLanes<T>, kLanes<T>);
     return live;
@@ -80,19 +99,40 @@ struct Scorer {
     store(s, (lane >= static_cast<T>(first)) & (lane < static_cast<T>(last)) ? hidden : score);
   }
 
+  // The same where row i sees all of [begin, end); returns the largest score, lane by lane.
+  FASTATTN_INLINE Vec<T> apply_whole(i64 i, i64 origin, i64 begin, i64 end, T* s, T* temp) const {
+    if (one_bias) {  // in one pass
+      Vec<T> top = splat(-kInfinity<T>);
+      const auto keep = [&](i64 j, Vec<T> score) __attribute__((always_inline)) {
+        store(s + j, score);
+        top = vmax(score, top);
+      };
+      if (table)
+        add_table(i, origin, {begin, end}, s, keep, scale);
+      else
+        add_slope(i, origin, {begin, end}, s, keep);
+      return top;
+    }
+    if (!plain) transform(i, origin, {begin, end}, {begin, end}, s, temp, nullptr);
+    return row_max_lanes(s, begin, end);
+  }
+
   void transform(i64 i, i64 origin, Interval seen, Interval live, T* s, T* temp, T* cap_gradient) const {
-    if (!plain) {
+    const auto keep = [=](i64 j, Vec<T> score) { store(s + j, score); };
+    if (plain) {
+      if (sloped) add_slope(i, origin, live, s, keep);
+    } else {
       T by = scale;  // the first bias scales while it adds
       if (cap != 0) {
         soften(live.low, live.high, s, cap_gradient);
         by = 1;
       }
-      if (problem->slopes) add_slope(i, origin, live, s, by), by = 1;
-      if (table) add_table(i, origin, live, s, by), by = 1;
+      if (table) add_table(i, origin, live, s, keep, by), by = 1;
       if (content) content.add(i, origin - geometry.position(i), origin, seen, s, by), by = 1;
       if (problem->dense_bias) add_dense(i, origin, seen, s, temp, by), by = 1;
       if (by != 1)
         for (i64 j = live.low; j < live.high; j += kLanes<T>) store(s + j, load(s + j) * by);
+      if (sloped) add_slope(i, origin, live, s, keep);
     }
     if (problem->query_ids) hide_other_documents(i, origin, seen, s);
     if (problem->dense_mask) hide_masked(i, origin, seen, s);
@@ -107,25 +147,32 @@ struct Scorer {
     }
   }
 
-  // Whole vectors, also past what is seen: a * b - c * d contracts in one of two ways, and a scalar remainder could
-  // take the other one, so that a number would depend on where the loop began.
-  void add_slope(i64 i, i64 origin, Interval live, T* s, T by) const {
-    const i64 first = origin - geometry.position(i);  // distance of column 0
+  // Hands the vectors of s[live) with their bias to keep(j, scores).
+  template <class Keep>
+  FASTATTN_INLINE void add_slope(i64 i, i64 origin, Interval live, const T* s, Keep keep) const {
     constexpr i64 kExact = i64{1} << 23;
-    const Vec<T> slopes = splat(slope), scales = splat(by);
-    const auto add = [=](i64 j, Vec<T> distance) {
-      store(s + j, load(s + j) * scales - magnitude<T>(distance) * slopes);
+    constexpr T n = kLanes<T>;
+    const i64 first = origin - geometry.position(i) + live.low, last = first + live.high - live.low;
+    const Vec<T> slopes = splat(slope), here = lane_numbers<T>() + static_cast<T>(first);
+    const auto add = [&](i64 j, Vec<T> distance) __attribute__((always_inline)) {
+      keep(j, load(s + j) - distance * slopes);
     };
-    if (first > -kExact && first < kExact) {  // small integers: exact in floating point
-      Vec<T> distance = lane_numbers<T>() + static_cast<T>(first + live.low);
-      for (i64 j = live.low; j < live.high; j += kLanes<T>, distance += static_cast<T>(kLanes<T>)) add(j, distance);
+    if (first <= -kExact || last >= kExact) {
+      for (i64 j = live.low; j < live.high; j += kLanes<T>) {
+        Vec<T> distance;
+        for (int k = 0; k < kLanes<T>; ++k) distance[k] = static_cast<T>(first + (j - live.low) + k);
+        add(j, magnitude<T>(distance));
+      }
       return;
     }
-    for (i64 j = live.low; j < live.high; j += kLanes<T>) {
-      Vec<T> distance;
-      for (int k = 0; k < kLanes<T>; ++k) distance[k] = static_cast<T>(first + j + k);
-      add(j, distance);
-    }
+    // small integers, exact in floating point: after the query, before it, or both
+    Vec<T> distance = first >= 0 ? here : -here;
+    if (first >= 0)
+      for (i64 j = live.low; j < live.high; j += kLanes<T>, distance += n) add(j, distance);
+    else if (last <= 0)
+      for (i64 j = live.low; j < live.high; j += kLanes<T>, distance -= n) add(j, distance);
+    else
+      for (i64 j = live.low; j < live.high; j += kLanes<T>, distance -= n) add(j, magnitude<T>(distance));
   }
 
   // Columns [near.low, near.high) index the table one by one, those before and after use its end values.
@@ -136,14 +183,15 @@ struct Scorer {
   }
 
   // Whole vectors: all before the table's inner entries, within them, after them, or across one of their ends.
-  void add_table(i64 i, i64 origin, Interval live, T* s, T by) const {
+  template <class Keep>
+  FASTATTN_INLINE void add_table(i64 i, i64 origin, Interval live, const T* s, Keep keep, T by) const {
     constexpr i64 n = kLanes<T>;
     const i64 size = table_size, shift = origin - geometry.position(i) + table_left;  // column j, entry j + shift
     const T* const entries = table;
     const i64 stride = table_stride;
     const Vec<T> before = splat(entries[0]), after = splat(entries[(size - 1) * stride]), scales = splat(by);
-    const auto add = [=](i64 j, Vec<T> bias) { store(s + j, load(s + j) * scales + bias); };
-    const auto add_across = [=](i64 j) {  // one end or both
+    const auto add = [&](i64 j, Vec<T> bias) __attribute__((always_inline)) { keep(j, load(s + j) * scales + bias); };
+    const auto add_across = [&](i64 j) __attribute__((always_inline)) {  // one end or both
       const i64 e = j + shift, first = larger(-e, i64{0});
       const Vec<T> ends = lane_numbers<T>() < static_cast<T>(first) ? before : after;
       add(j, load_lanes(entries + e * stride, stride, first, smaller(size - e, n), ends));
@@ -243,19 +291,6 @@ struct Scorer {
     std::memcpy(words, pairs, sizeof pairs);
   }
 };
-
-// The largest score of [begin, end), lane by lane.
-template <class T>
-FASTATTN_INLINE Vec<T> row_max_lanes(const T* s, i64 begin, i64 end) {
-  Vec<T> a = splat(-kInfinity<T>), b = a;
-  i64 j = begin;
-  for (; j + 2 * kLanes<T> <= end; j += 2 * kLanes<T>) {
-    a = vmax(load(s + j), a);
-    b = vmax(load(s + j + kLanes<T>), b);
-  }
-  if (j < end) a = vmax(load(s + j), a);
-  return vmax(a, b);
-}
 
 template <class T>
 inline T row_max(const T* s, i64 begin, i64 end) {
