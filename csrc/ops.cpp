@@ -2,6 +2,7 @@
 // PyTorch's threads.  Schemas are declared in Python (fastattn/ops.py); only implementations are registered here.
 // Everything goes through the stable ABI, so one binary serves every PyTorch from 2.10 on.
 #include <atomic>
+#include <vector>
 #include <new>
 #include <string>
 
@@ -17,16 +18,31 @@ void run_here(i64 count, void (*item)(void*, i64), void* context) {
   for (i64 i = 0; i < count; ++i) item(context, i);
 }
 
-// Hands out [0, count) one by one: the order of arrival balances the threads, and no result depends on it.
+// Items are taken one by one, the first ones (the long ones of a causal mask) first: the order of arrival balances the
+// threads.  Of many short items each thread has a stretch of its own before it helps the others: repeated calls, and
+// the operators around them, find the same rows in a core's cache.  No result depends on who does what.
+struct alignas(64) Stretch {
+  std::atomic<i64> next;
+  i64 end;
+};
+
 void run_parallel(i64 count, void (*item)(void*, i64), void* context) {
   if (count <= 0) return;
   const i64 threads = std::min<i64>(count, torch::stable::get_num_threads());
   if (threads <= 1) return run_here(count, item, context);
-  std::atomic<i64> next{0};
+  const i64 parts = count >= 32 * threads ? threads : 1;
+  std::vector<Stretch> stretches(parts);
+  for (i64 t = 0; t < parts; ++t) {
+    stretches[t].next = count * t / parts;
+    stretches[t].end = count * (t + 1) / parts;
+  }
   std::atomic<bool> out_of_memory{false};
-  torch::stable::parallel_for(0, threads, 1, [&](i64, i64) {
+  torch::stable::parallel_for(0, threads, 1, [&](i64 self, i64) {
     try {
-      for (i64 i = next.fetch_add(1); i < count; i = next.fetch_add(1)) item(context, i);
+      for (i64 t = self; t < self + parts; ++t) {
+        Stretch& stretch = stretches[t % parts];
+        for (i64 i = stretch.next++; i < stretch.end; i = stretch.next++) item(context, i);
+      }
     } catch (...) {  // must not cross the C boundary of parallel_for; it is the only thing an item throws (cpu/arena.h)
       out_of_memory = true;
     }

@@ -161,6 +161,27 @@ inline void store_row(DType type, const T* in, i64 n, char* target) {
   }
 }
 
+// The same of in * scale, for whole vectors of the usual types; false, with nothing written, for the others.
+template <class T>
+FASTATTN_INLINE bool store_scaled(DType type, const T* in, T scale, i64 n, char* target) {
+  constexpr DType own = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
+  if (n % kLanes<T>) return false;
+  if (type == own) {
+    for (i64 i = 0; i < n; i += kLanes<T>) store(reinterpret_cast<T*>(target) + i, load(in + i) * scale);
+    return true;
+  }
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == 4)
+    if (type == DType::kBFloat16) {
+      for (i64 i = 0; i < n; i += kLanes<T>)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + 2 * i),
+                            (__m256i)_mm512_cvtneps_pbh((__m512)(load(in + i) * scale)));
+      return true;
+    }
+#endif
+  return false;
+}
+
 // Whether all n values are finite: the exponent field is nowhere all ones.
 inline bool all_finite(const float* row, i64 n) {
   uint32_t bad = 0;

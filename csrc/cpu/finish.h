@@ -36,12 +36,15 @@ inline RowEnd<Acc> row_end_with_sink(const Scorer<Acc>& scorer, Acc maximum, Acc
   return end;
 }
 
+// Without `logarithm`, the scale alone.
 template <class Acc>
-inline RowEnd<Acc> row_end(const Scorer<Acc>& scorer, Acc maximum, Acc sum) {
+inline RowEnd<Acc> row_end(const Scorer<Acc>& scorer, Acc maximum, Acc sum, bool logarithm = true) {
   const Problem& p = *scorer.problem;
   if (p.sink) return row_end_with_sink(scorer, maximum, sum);
   RowEnd<Acc> end;
   if (sum == 0) return end;
+  end.scale = 1 / sum;
+  if (!logarithm) return end;
   const double top = static_cast<double>(maximum) * (scorer.plain ? p.scale : 1.0);
   // one logarithm a row, in its own precision: in short rows it is a good part of the work
   if constexpr (sizeof(Acc) == 4)
@@ -49,7 +52,6 @@ inline RowEnd<Acc> row_end(const Scorer<Acc>& scorer, Acc maximum, Acc sum) {
   else
     end.log_sum = __builtin_log2(sum);
   end.lse = static_cast<Acc>(top + end.log_sum * kLn2);
-  end.scale = 1 / sum;
   return end;
 }
 
@@ -64,14 +66,17 @@ inline void finish_row(const Scorer<Acc>& scorer, const ForwardOutput& o, i64 i,
     statistics[1] = static_cast<Acc>(end.log_sum);
   }
   if (o.lse) *reinterpret_cast<Acc*>(o.lse.mutable_at(b, h, i)) = end.lse;
+  char* const target = o.out.mutable_at(b, h, i);
+  const i64 n = scorer.problem->value_dim;
+  if (store_scaled(o.out.dtype, accumulator, end.scale, n, target)) return;
   for (i64 d = 0; d < width; d += kLanes<Acc>) store(accumulator + d, load(accumulator + d) * end.scale);
-  store_row(o.out.dtype, accumulator, scorer.problem->value_dim, o.out.mutable_at(b, h, i));
+  store_row(o.out.dtype, accumulator, n, target);
 }
 
 template <class Acc>
 inline void finish_row(const Scorer<Acc>& scorer, const ForwardOutput& o, i64 i, Acc maximum, Acc sum, Acc* accumulator,
                        i64 width) {
-  finish_row(scorer, o, i, maximum, row_end(scorer, maximum, sum), accumulator, width);
+  finish_row(scorer, o, i, maximum, row_end(scorer, maximum, sum, o.statistics || o.lse), accumulator, width);
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

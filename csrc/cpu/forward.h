@@ -23,7 +23,7 @@ class Forward {
   // passes over the accumulator.  Tile registers want more rows at once.
   static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
   static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 512;
-  static constexpr i64 kStrip = kTiles ? 32 : 12;
+  static constexpr i64 kStrip = kTiles ? 32 : 12, kShortStrip = kTiles ? 32 : 16;
   static constexpr i64 kWholeStrips = kTiles ? 64 : 48;
 
   Forward(const Problem& problem, const ForwardOutput& output, i64 threads) : p(problem), o(output) {
@@ -32,6 +32,7 @@ class Forward {
     width = round_up(larger(depth, i64{1}), kBlock);
     value_width = round_up(larger(p.value_dim, i64{1}), Mode::kPanel);
     choose_blocks(threads);
+    strip_rows = rows_per_block * heads_per_block <= kShortStrip ? kShortStrip : kStrip;
   }
 
   i64 items() const { return p.batch * p.kv_heads * head_blocks * row_blocks; }
@@ -52,7 +53,7 @@ class Forward {
 
   const Problem& p;
   const ForwardOutput& o;
-  i64 tile, depth, width, value_width;
+  i64 tile, depth, width, value_width, strip_rows;
   i64 rows_per_block = 1, row_blocks = 1, heads_per_block = 1, head_blocks = 1;
 
   // Large blocks amortise packing; small ones balance threads.
@@ -73,6 +74,7 @@ class Forward {
   }
 
   struct Scratch {
+    Scorer<Acc>* scorers;
     A* query;
     Acc *accumulator, *maximum, *scores, *staging, *temp;
     Acc* sum;  // of each row lane by lane
@@ -82,14 +84,15 @@ class Forward {
   };
 
   Scratch layout(Arena& arena) const {
-    const i64 rows = round_up(rows_per_block * heads_per_block, kStrip);
+    const i64 rows = round_up(rows_per_block * heads_per_block, strip_rows);
     Scratch s;
+    s.scorers = arena.take<Scorer<Acc>>(heads_per_block);
     s.query = arena.take<A>(rows * kPieces * larger(depth, i64{1}));
     s.accumulator = arena.take<Acc>(rows * value_width);
     s.maximum = arena.take<Acc>(rows);
     s.sum = arena.take<Acc>(rows * kLane);
-    s.scores = arena.take<Acc>(kStrip * score_row());
-    s.weights = Mode::kPair == 2 ? arena.take<A>(kStrip * weight_row()) : nullptr;
+    s.scores = arena.take<Acc>(strip_rows * score_row());
+    s.weights = Mode::kPair == 2 ? arena.take<A>(strip_rows * weight_row()) : nullptr;
     s.keys = arena.take<B>(round_up(tile, Mode::kPanel) * kPieces * larger(depth / Mode::kPair, i64{1}));
     s.values = arena.take<B>(value_width * kPieces * tile / Mode::kPair);
     const i64 staging_row = larger(larger(width, value_width), tile);
@@ -152,10 +155,10 @@ class Forward {
     FlushScope flush;
     TileScope<Mode> tiles;
 
-    Scorer<Acc> scorers[kMaxHeads];
+    Scorer<Acc>* const scorers = s.scorers;
     bool bad_queries = false;
     for (i64 g = 0; g < item.heads; ++g) {
-      scorers[g] = Scorer<Acc>(p, item.b, item.head + g);
+      new (scorers + g) Scorer<Acc>(p, item.b, item.head + g);
       bad_queries |=
           pack_rows<Mode>(query_source(item, item.head + g, scorers[g].geometry), item.first, item.rows, depth,
                           s.staging, s.query + g * item.rows * kPieces * depth, s.query_bad + g * item.rows);
@@ -179,8 +182,8 @@ class Forward {
           pack_transposed<Mode>(key_rows, origin, keys, padded, depth, width, s.staging, s.keys, s.key_bad);
       const bool bad_values =
           pack_depth<Mode>(value_rows, origin, keys, padded, value_width, s.staging, s.values, s.value_bad);
-      for (i64 r = 0; r < count; r += kStrip)
-        strip(item, scorers, s, r, smaller(kStrip, count - r), origin, keys, padded,
+      for (i64 r = 0; r < count; r += strip_rows)
+        strip(item, scorers, s, r, smaller(strip_rows, count - r), origin, keys, padded,
               bad_keys || bad_queries ? &key_rows : nullptr, bad_values ? &value_rows : nullptr);
     }
     item.each(0, count, [&](i64 r, i64 g, i64 i) {
@@ -215,7 +218,7 @@ class Forward {
     }
     if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, smaller(end, keys), *bad_keys);
 
-    Interval live[kStrip];
+    Interval live[kStates];
     Vec<Acc> largest[kStates];
     const Scorer<Acc>& own = scorers[item.head_of(first_row)];
     if (one_head && own.sees_all(i0, i1, origin, {begin, end})) {
@@ -245,7 +248,7 @@ class Forward {
   A* weights_of(const Scratch& s) const { return Mode::kPair == 2 ? s.weights : reinterpret_cast<A*>(s.scores); }
 
   static constexpr Acc kSlack = 8;
-  static constexpr i64 kStates = (kStrip + kLane - 1) / kLane * kLane;
+  static constexpr i64 kStates = (kShortStrip + kLane - 1) / kLane * kLane;
 
   // Scores to weights, zero outside of what a row sees, and the running maxima, sums and accumulators with them.
   // `largest` holds the rows' maxima over this tile, lane by lane.  A maximum moves only where weights would otherwise
@@ -269,7 +272,7 @@ class Forward {
     item.each(first_row, rows, [&](i64 r, i64 g, i64 i) {
       const i64 row = first_row + r;
       Acc* const sum = s.sum + row * kLane;
-      if (now[r] != before[r]) {
+      if (now[r] != before[r] && before[r] != -kInfinity<Acc>) {  // what is nothing yet needs no rescaling
         Acc* const acc = s.accumulator + row * value_width;
         store(sum, load(sum) * shrink[r]);
         for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * shrink[r]);

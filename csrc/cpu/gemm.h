@@ -29,6 +29,8 @@ constexpr bool kTileRegisters = false;
 // head dimensions.
 constexpr int kVectors = kVectorRegisters >= 32 ? 4 : 2;
 constexpr int kRows = 6;
+// Of one vector: as many rows as hide the latency of their sums.
+constexpr int kSingleRows = kVectorRegisters / 2;
 
 template <class Number>
 struct PlainMode {
@@ -121,7 +123,7 @@ inline void panel_product(i64 m, i64 depth, const typename Mode::A* a, i64 a_row
   for (; m >= kM; m -= kM, a += kM * a_row, c += kM * c_row)
     micro_kernel<Mode, kM, kN>(depth, a, a_row, a_depth, b, b_row, c, c_row, accumulate);
   if constexpr (kM > 1)
-    if (m) panel_product<Mode, kN, kM / 2>(m, depth, a, a_row, a_depth, b, b_row, c, c_row, accumulate);
+    if (m) panel_product<Mode, kN, kM == 6 ? 4 : kM / 2>(m, depth, a, a_row, a_depth, b, b_row, c, c_row, accumulate);
 }
 
 template <class Mode>
@@ -145,7 +147,7 @@ inline void gemm(i64 m, i64 n, i64 depth, const typename Mode::A* a, i64 a_row, 
       panel_product<Mode, 2>(m, steps, a, a_row, step, b, b_row, c, c_row, accumulate);
       n -= 2 * lanes, b += 2 * lanes, c += 2 * lanes;
     }
-  if (n > 0) panel_product<Mode, 1>(m, steps, a, a_row, step, b, b_row, c, c_row, accumulate);
+  if (n > 0) panel_product<Mode, 1, kSingleRows>(m, steps, a, a_row, step, b, b_row, c, c_row, accumulate);
 }
 
 // Tile registers are per-thread state: configured where a work item starts, released where it ends so that the

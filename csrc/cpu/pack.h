@@ -171,11 +171,38 @@ inline bool load_operand(const RowSource<typename Mode::Acc>& source, i64 row, i
   return true;
 }
 
+// Rows that lie in memory as the operand has them: copied and checked together.  False, with nothing promised of `out`,
+// where they do not or one is not finite.
+template <class Mode>
+inline bool copy_rows(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 width,
+                      typename Mode::A* out) {
+  using A = typename Mode::A;
+  using B = typename Mode::B;
+  constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
+  constexpr i64 n = kLanes<A>;
+  if (Mode::kPieces > 1 || source.dtype != own || source.column_stride != 1 || source.cosine ||
+      source.columns != width || width % n)
+    return false;
+  const A* from = reinterpret_cast<const A*>(source.data) + first * source.row_stride;
+  FiniteCheck<B, Mode::kPair> check;
+  for (i64 r = 0; r < rows; ++r, from += source.row_stride, out += width)
+    for (i64 d = 0; d < width; d += n) {
+      const Vec<B> v = load(reinterpret_cast<const B*>(from + d));
+      check.add(v);
+      store(reinterpret_cast<B*>(out + d), v);
+    }
+  return check.finite();
+}
+
 // A operand: rows [first, first + rows) one after the other, each with its pieces of `width` elements, padded with zero
 // columns.  Returns whether any row was flagged.
 template <class Mode>
 inline bool pack_rows(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 width,
                       typename Mode::Acc* staging, typename Mode::A* out, uint8_t* bad) {
+  if (copy_rows<Mode>(source, first, rows, width, out)) {
+    std::memset(bad, 0, rows);
+    return false;
+  }
   bool any = false;
   std::memset(staging, 0, width * sizeof(*staging));
   for (i64 r = 0; r < rows; ++r) {

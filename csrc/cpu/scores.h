@@ -154,9 +154,8 @@ struct Scorer {
     constexpr T n = kLanes<T>;
     const i64 first = origin - geometry.position(i) + live.low, last = first + live.high - live.low;
     const Vec<T> slopes = splat(slope), here = lane_numbers<T>() + static_cast<T>(first);
-    const auto add = [&](i64 j, Vec<T> distance) __attribute__((always_inline)) {
-      keep(j, load(s + j) - distance * slopes);
-    };
+    const auto add = [&](i64 j, Vec<T> distance)
+                         __attribute__((always_inline)) { keep(j, load(s + j) - distance * slopes); };
     if (first <= -kExact || last >= kExact) {
       for (i64 j = live.low; j < live.high; j += kLanes<T>) {
         Vec<T> distance;
