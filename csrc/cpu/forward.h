@@ -219,22 +219,24 @@ class Forward {
     if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, smaller(end, keys), *bad_keys);
 
     Interval live[kStates];
+    Acc common[kStates];  // apply_whole's
     Vec<Acc> largest[kStates];
     const Scorer<Acc>& own = scorers[item.head_of(first_row)];
     if (one_head && own.sees_all(i0, i1, origin, {begin, end})) {
       for (i64 r = 0; r < rows; ++r) {
         live[r] = {begin, end};
-        largest[r] = own.apply_whole(i0 + r, origin, begin, end, s.scores + r * score_row(), s.temp);
+        largest[r] = own.apply_whole(i0 + r, origin, begin, end, s.scores + r * score_row(), s.temp, common + r);
       }
     } else {
       item.each(first_row, rows, [&](i64 r, i64 g, i64 i) {
         Acc* const score = s.scores + r * score_row();
         live[r] = scorers[g].apply(i, origin, begin, end, score, s.temp, nullptr);
+        common[r] = static_cast<Acc>(__builtin_nan(""));
         largest[r] = row_max_lanes(score, live[r].low, live[r].high);
       });
     }
     for (i64 r = rows; r < round_up(rows, kLane); ++r) largest[r] = Vec<Acc>{};
-    weigh(item, scorers, s, first_row, rows, origin, {begin, end}, live, largest);
+    weigh(item, scorers, s, first_row, rows, origin, {begin, end}, live, common, largest);
     const A* const weights = weights_of(s);
     const i64 value_piece = padded / Mode::kPair * Mode::kPanel;
     gemm<Mode>(rows, round_up(p.value_dim, kLane), end - begin, weights + begin, weight_row(), 1,
@@ -254,7 +256,7 @@ class Forward {
   // `largest` holds the rows' maxima over this tile, lane by lane.  A maximum moves only where weights would otherwise
   // be larger than 2^kSlack: floating point is as exact at any scale, and the sums need no rescaling.
   void weigh(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
-             Interval columns, const Interval* live, Vec<Acc>* largest) const {
+             Interval columns, const Interval* live, const Acc* common, Vec<Acc>* largest) const {
     const Acc factor = scorers[0].factor;  // of all heads
     const Acc slack = smaller(kSlack / factor, Acc(1e30));
     alignas(64) Acc before[kStates] = {}, now[kStates], reference[kStates], shrink[kStates];
@@ -279,9 +281,16 @@ class Forward {
       }
       A* const weight = weights + r * weight_row();
       const Interval seen = live[r];
-      if (!seen.empty())
-        store(sum, load(sum) + row_weights(scorers[g], i, s, origin, seen, s.scores + r * score_row(), reference[r],
-                                           factor, weight));
+      if (!seen.empty()) {
+        bool plain = scorers[g].plain;
+        Acc from = reference[r], by = factor;
+        if (common[r] == common[r]) {  // the scores are q.k
+          plain = true;
+          from = (from - common[r]) / scorers[g].scale, by = factor * scorers[g].scale;
+        }
+        Acc* const score = s.scores + r * score_row();
+        store(sum, load(sum) + row_weights(scorers[g], i, s, origin, seen, score, plain, from, by, weight));
+      }
       for (i64 piece = 0; piece < kPieces; ++piece) {
         A* const part = weight + piece * tile;
         if (columns.low < seen.low) std::memset(part + columns.low, 0, (seen.low - columns.low) * sizeof(A));
@@ -292,16 +301,16 @@ class Forward {
 
   // The weights of one row as an operand, dropout applied; returns their sum without it, lane by lane.
   FASTATTN_INLINE Vec<Acc> row_weights(const Scorer<Acc>& scorer, i64 i, const Scratch& s, i64 origin, Interval seen,
-                                       Acc* score, Acc reference, Acc factor, A* weight) const {
+                                       Acc* score, bool plain, Acc reference, Acc factor, A* weight) const {
     const i64 begin = seen.low, end = seen.high;
 #if defined(FASTATTN_BF16_OPERANDS)
     if constexpr (Mode::kPair == 2)
       if (p.dropout_p == 0)
-        return scorer.plain ? row_exp_operand<true, Mode>(score, begin, end, reference, factor, weight, tile)
-                            : row_exp_operand<false, Mode>(score, begin, end, reference, factor, weight, tile);
+        return plain ? row_exp_operand<true, Mode>(score, begin, end, reference, factor, weight, tile)
+                     : row_exp_operand<false, Mode>(score, begin, end, reference, factor, weight, tile);
 #endif
-    const Vec<Acc> sum = scorer.plain ? row_exp<true, Mode::kExpDegree>(score, begin, end, reference, factor)
-                                      : row_exp<false, Mode::kExpDegree>(score, begin, end, reference, factor);
+    const Vec<Acc> sum = plain ? row_exp<true, Mode::kExpDegree>(score, begin, end, reference, factor)
+                               : row_exp<false, Mode::kExpDegree>(score, begin, end, reference, factor);
     if (p.dropout_p > 0) {
       scorer.dropout_factors(i, origin, begin, end, s.temp);
       for (i64 j = begin; j < end; ++j) score[j] *= s.temp[j];

@@ -58,6 +58,31 @@ struct RowSource {
     }
   }
 
+  // Whether rotate_vectors() takes these rows: dense ones whose halves fill whole vectors.
+  bool rotates_vectors() const {
+    constexpr DType own = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
+    constexpr i64 n = kLanes<T>;
+    const bool half_precision = sizeof(T) == 4 && (dtype == DType::kBFloat16 || dtype == DType::kFloat16);
+    return cosine && !interleaved && (dtype == own || half_precision) && column_stride == 1 && columns % n == 0 &&
+           cosine->size[1] > 0 && cosine->size[2] % n == 0 && cosine->stride[2] == 1 && sine->stride[2] == 1;
+  }
+
+  // Hands the vectors of a rotated row to keep(first column, vector).
+  template <class Number, class Keep>
+  FASTATTN_INLINE void rotate_vectors(i64 row, Keep keep) const {
+    const Number* const x = reinterpret_cast<const Number*>(data) + row * row_stride;
+    const i64 half = cosine->size[2], at = larger(i64{0}, smaller(position + row, cosine->size[1] - 1));
+    const T *const c = reinterpret_cast<const T*>(cosine->at(batch, at)), *const s = reinterpret_cast<const T*>(
+                                                                              sine->at(batch, at));
+    for (i64 k = 0; k < half; k += kLanes<T>) {
+      const Vec<T> x0 = load_numbers(x + k), x1 = load_numbers(x + half + k), ck = load_numbers(c + k),
+                   sk = load_numbers(s + k);
+      keep(k, x0 * ck - x1 * sk);
+      keep(half + k, x1 * ck + x0 * sk);
+    }
+    for (i64 k = 2 * half; k < columns; k += kLanes<T>) keep(k, load_numbers(x + k));
+  }
+
   void load(i64 row, T* out) const {
     load_row<T>(dtype, data + row * row_stride * element_size(dtype), column_stride, columns, out);
     if (cosine) rotate(row, out, false);
@@ -136,6 +161,24 @@ inline bool split_row(const T* row, i64 n, bf16* out, i64 apart) {
 }
 #endif
 
+// A rotated row as an operand; whether it is finite.
+template <class Mode, class Number>
+inline bool rotate_operand(const RowSource<typename Mode::Acc>& source, i64 row, i64 width, typename Mode::A* out) {
+  using Acc = typename Mode::Acc;
+  FiniteCheck<Acc, 1> check;
+  source.template rotate_vectors<Number>(row, [&](i64 k, Vec<Acc> x) __attribute__((always_inline)) {
+    check.add(x);
+    if constexpr (Mode::kPair == 1) {
+      store(out + k, x);
+    } else {
+#if defined(FASTATTN_BF16_OPERANDS)
+      store_pieces<Mode::kPieces>(x, out + k, width);
+#endif
+    }
+  });
+  return check.finite();
+}
+
 // A row as an operand, its pieces `width` apart: zeros if it is not finite (and then the answer is false).  Columns
 // past the source's must be zero in `staging`.
 template <class Mode>
@@ -159,6 +202,17 @@ inline bool load_operand(const RowSource<typename Mode::Acc>& source, i64 row, i
     const bool finite = copy_finite(from, source.columns, out);
     if (source.columns < width) std::memset(out + source.columns, 0, (width - source.columns) * sizeof(A));
     if (!finite) std::memset(out, 0, width * sizeof(A));
+    return finite;
+  }
+  if (source.columns == width && source.rotates_vectors()) {
+    const bool finite = [&] {
+      if constexpr (sizeof(typename Mode::Acc) == 4) {
+        if (source.dtype == DType::kBFloat16) return rotate_operand<Mode, BFloat16>(source, row, width, out);
+        if (source.dtype == DType::kFloat16) return rotate_operand<Mode, Half>(source, row, width, out);
+      }
+      return rotate_operand<Mode, typename Mode::Acc>(source, row, width, out);
+    }();
+    if (!finite) std::memset(out, 0, Mode::kPieces * width * sizeof(A));
     return finite;
   }
   source.load(row, staging);

@@ -99,9 +99,12 @@ struct Scorer {
     store(s, (lane >= static_cast<T>(first)) & (lane < static_cast<T>(last)) ? hidden : score);
   }
 
-  // The same where row i sees all of [begin, end); returns the largest score, lane by lane.
-  FASTATTN_INLINE Vec<T> apply_whole(i64 i, i64 origin, i64 begin, i64 end, T* s, T* temp) const {
+  // The same where row i sees all of [begin, end); returns the largest score, lane by lane.  Where all have the same
+  // bias, they stay q.k, and the bias is left in `common`; it is NaN otherwise.
+  FASTATTN_INLINE Vec<T> apply_whole(i64 i, i64 origin, i64 begin, i64 end, T* s, T* temp, T* common) const {
+    *common = static_cast<T>(__builtin_nan(""));
     if (one_bias) {  // in one pass
+      if (table && beyond_table(i, origin, begin, end, common)) return row_max_lanes(s, begin, end) * scale + *common;
       Vec<T> top = splat(-kInfinity<T>);
       const auto keep = [&](i64 j, Vec<T> score) __attribute__((always_inline)) {
         store(s + j, score);
@@ -179,6 +182,18 @@ struct Scorer {
     *shift = origin - geometry.position(i) + table_left;  // column j uses entry j + shift
     const i64 low = larger(seen.low, smaller(-*shift, seen.high));
     return {low, larger(low, smaller(seen.high, table_size - *shift))};
+  }
+
+  // Whether columns [begin, end) are all before or all after the table's inner entries; their bias.  Not if it is so
+  // large that it would swallow the scores it is added to.
+  bool beyond_table(i64 i, i64 origin, i64 begin, i64 end, T* bias) const {
+    const i64 shift = origin - geometry.position(i) + table_left;
+    const bool before = end - 1 + shift <= 0;
+    if (!(before || begin + shift >= table_size - 1) || !(scale > 0)) return false;
+    const T value = table[before ? 0 : (table_size - 1) * table_stride];
+    if (!(value > T(-1e3) && value < T(1e3))) return false;
+    *bias = value;
+    return true;
   }
 
   // Whole vectors: all before the table's inner entries, within them, after them, or across one of their ends.
