@@ -180,6 +180,33 @@ def test_scores_that_grow_or_fall(doublings: int, dtype: torch.dtype) -> None:
     check(problem)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [-900, 300, 900])
+@pytest.mark.parametrize("name", ["slopes", "table", "large table", "both"])
+def test_biases_of_tiles_on_either_side(name: str, offset: int, dtype: torch.dtype) -> None:
+    """Whole tiles before the queries, after them, and beyond the reach of a table, whose ends are then all there is."""
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    fields: dict[str, object] = {}
+    if name in ("slopes", "both"):
+        fields["slopes"] = random(1, 2, seed=4, dtype=parameter) / 1000
+    if name != "slopes":
+        table = random(1, 2, 21, seed=5, dtype=parameter)
+        if name == "large table":  # swallows the scores it is added to; float64 has no more exact oracle
+            table[..., 0] = -3e38
+            table[..., -1] = 1.0 if dtype == torch.float64 else 1e4
+        fields |= {"table": table, "table_left": 8}
+    check(plain(dtype, 70, 600, b=1, hq=2, hk=1, query_offset=offset, **fields))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotated", [32, 64, 48])
+def test_rotation_of_a_part_of_dense_rows(rotated: int, dtype: torch.dtype) -> None:
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    angle = random(1, 200, rotated // 2, seed=4, dtype=parameter)
+    tables = {f"{of}_{kind}": getattr(angle, kind)() for of in ("query", "key") for kind in ("cos", "sin")}
+    check(plain(dtype, 70, 150, d=64, query_offset=20, **tables))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 33, 47, 48, 49, 63, 65, 191, 192, 193, 255, 256, 257, 385])
 def test_borders_of_tiles(dtype: torch.dtype, length: int) -> None:

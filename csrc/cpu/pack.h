@@ -253,7 +253,7 @@ inline bool copy_rows(const RowSource<typename Mode::Acc>& source, i64 first, i6
 template <class Mode>
 inline bool pack_rows(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 width,
                       typename Mode::Acc* staging, typename Mode::A* out, uint8_t* bad) {
-  if (copy_rows<Mode>(source, first, rows, width, out)) {
+  if (rows > 0 && copy_rows<Mode>(source, first, rows, width, out)) {
     std::memset(bad, 0, rows);
     return false;
   }
