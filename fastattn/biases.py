@@ -15,7 +15,16 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.lowering import Draft, empty_problem, standalone
-from fastattn.validation import check_broadcast, check_device, check_floating, check_index, check_shape, describe, fail
+from fastattn.validation import (
+    as_dtype,
+    check_broadcast,
+    check_device,
+    check_floating,
+    check_index,
+    check_shape,
+    describe,
+    fail,
+)
 
 
 class Bias(ABC):
@@ -163,13 +172,13 @@ class ALiBi(Bias):
     def lower(self, draft: Draft) -> None:
         check_device("ALiBi.slopes", self.slopes, draft.device)
         check_shape("ALiBi.slopes", self.slopes, (draft.heads,), (draft.batch, draft.heads))
-        slopes = self.slopes.to(draft.parameter_dtype)
-        slopes = slopes if slopes.dim() == 2 else slopes[None]
+        slopes = as_dtype(self.slopes, draft.parameter_dtype)
+        slopes = slopes if slopes.dim() == 2 else slopes.unsqueeze(0)
         if self.after is None:
             _add(draft, "slopes", slopes)
             return
         check_device("ALiBi.after", self.after, draft.device)
-        after = self.after.to(draft.parameter_dtype)
+        after = as_dtype(self.after, draft.parameter_dtype)
         after = after if after.dim() == 2 else after[None]
         left, right = draft.reach()
         # distance 0 by itself: inf * 0 is not a number
@@ -236,8 +245,8 @@ class DistanceTable(Bias):
         name, columns = "DistanceTable.table", self.table.shape[-1]
         check_device(name, self.table, draft.device)
         check_shape(name, self.table, (draft.heads, columns), (draft.batch, draft.heads, columns))
-        table = self.table if self.table.dim() == 3 else self.table[None]
-        add_table(draft, table.to(draft.parameter_dtype), self.left)
+        table = self.table if self.table.dim() == 3 else self.table.unsqueeze(0)
+        add_table(draft, as_dtype(table, draft.parameter_dtype), self.left)
 
 
 def add_table(draft: Draft, table: Tensor, left: int) -> None:
@@ -331,8 +340,10 @@ class T5Bias(Bias):
             index = torch.tensor(t5_buckets(*buckets))
         else:  # a tensor of a list costs as much as the attention of a short sequence
             index = torch.frombuffer(_t5_bucket_array(*buckets), dtype=torch.int64)
-        table = self.weight.to(draft.parameter_dtype).index_select(0, index.to(self.weight.device)).t().contiguous()
-        add_table(draft, table[None], self.max_distance)
+        if draft.device.type != "cpu":
+            index = index.to(draft.device)
+        table = as_dtype(self.weight, draft.parameter_dtype).t().index_select(1, index)
+        add_table(draft, table.unsqueeze(0), self.max_distance)
 
 
 @lru_cache

@@ -27,6 +27,7 @@ from fastattn.quantized_problem import FLOAT8, QuantizedProblem
 from fastattn.rotary import Rotary
 from fastattn.validation import (
     FLOATING,
+    as_dtype,
     check_device,
     check_floating,
     check_index,
@@ -286,8 +287,8 @@ def lower(
         check_floating("sink", sink)
         check_device("sink", sink, query.device)
         check_shape("sink", sink, (heads,), (batch, heads))
-        sink = sink.to(parameter_dtype(query.dtype))
-        fields["sink"] = sink if sink.dim() == 2 else sink[None]
+        sink = as_dtype(sink, parameter_dtype(query.dtype))
+        fields["sink"] = sink if sink.dim() == 2 else sink.unsqueeze(0)
     if dropout_p != 0.0:
         dropout_p = check_number("dropout_p", dropout_p)
         if not 0.0 <= dropout_p <= 1.0:

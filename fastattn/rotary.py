@@ -7,7 +7,16 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.lowering import Draft
-from fastattn.validation import check_device, check_floating, check_range, check_shape, describe, fail, is_readable
+from fastattn.validation import (
+    as_dtype,
+    check_device,
+    check_floating,
+    check_range,
+    check_shape,
+    describe,
+    fail,
+    is_readable,
+)
 
 
 class Rotary:
@@ -88,10 +97,13 @@ class Rotary:
         width = 2 * self.cos.shape[-1]
         if width > draft.head_dim:
             fail(ValueError, "Rotary.cos", f"at most D/2 = {draft.head_dim // 2} columns", self.cos)
-        for name, table in (("cos", self.cos), ("sin", self.sin), ("key_cos", self.key_cos), ("key_sin", self.key_sin)):
-            check_device(f"Rotary.{name}", table, draft.device)
+        tables = (("Rotary.cos", self.cos), ("Rotary.sin", self.sin))
+        if self.key_cos is not self.cos or self.key_sin is not self.sin:
+            tables = (*tables, ("Rotary.key_cos", self.key_cos), ("Rotary.key_sin", self.key_sin))
+        for name, table in tables:
+            check_device(name, table, draft.device)
             if table.shape[0] not in (1, draft.batch):
-                fail(ValueError, f"Rotary.{name}", f"batch dimension 1 or B = {draft.batch}", table)
+                fail(ValueError, name, f"batch dimension 1 or B = {draft.batch}", table)
         if draft.key_length > self.key_cos.shape[1]:
             fail(ValueError, "Rotary.key_cos", f"a row for each of Sk = {draft.key_length} key positions", self.key_cos)
         if not draft.query_length:
@@ -125,7 +137,7 @@ class Rotary:
             draft.notes.append("the trailing dimensions that rotate are moved to the front: a copy of query and key")
 
         def converted(table: Tensor, fill: float) -> Tensor:
-            table = table.to(draft.parameter_dtype)
+            table = as_dtype(table, draft.parameter_dtype)
             return torch.nn.functional.pad(table, (in_front, 0), value=fill) if in_front else table
 
         cos, sin = converted(self.cos, 1.0), converted(self.sin, 0.0)

@@ -94,6 +94,11 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
         fail(ValueError, name, f"a tensor on {device} like query", f"one on {x.device}")
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in that dtype: itself where it has it, since an operator that changes nothing takes as long as another."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def check_shape(name: str, x: Tensor, *allowed: tuple[int, ...]) -> None:
     if tuple(x.shape) not in allowed:
         fail(ValueError, name, "shape " + " or ".join(map(str, allowed)), str(tuple(x.shape)))
