@@ -2,9 +2,9 @@
 // PyTorch's threads.  Schemas are declared in Python (fastattn/ops.py); only implementations are registered here.
 // Everything goes through the stable ABI, so one binary serves every PyTorch from 2.10 on.
 #include <atomic>
-#include <vector>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "unpack_rows.h"

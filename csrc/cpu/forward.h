@@ -219,7 +219,7 @@ class Forward {
     if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, smaller(end, keys), *bad_keys);
 
     Interval live[kStates];
-    Acc common[kStates];  // apply_whole's
+    Acc common[kStates];  // a bias that all keys of the row have; apply()
     Vec<Acc> largest[kStates];
     const Scorer<Acc>& own = scorers[item.head_of(first_row)];
     if (one_head && own.sees_all(i0, i1, origin, {begin, end})) {
@@ -230,9 +230,8 @@ class Forward {
     } else {
       item.each(first_row, rows, [&](i64 r, i64 g, i64 i) {
         Acc* const score = s.scores + r * score_row();
-        live[r] = scorers[g].apply(i, origin, begin, end, score, s.temp, nullptr);
-        common[r] = static_cast<Acc>(__builtin_nan(""));
-        largest[r] = row_max_lanes(score, live[r].low, live[r].high);
+        live[r] = scorers[g].apply(i, origin, begin, end, score, s.temp, nullptr, common + r);
+        largest[r] = scorers[g].largest(score, live[r], common[r]);
       });
     }
     for (i64 r = rows; r < round_up(rows, kLane); ++r) largest[r] = Vec<Acc>{};

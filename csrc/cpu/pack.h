@@ -163,7 +163,8 @@ inline bool split_row(const T* row, i64 n, bf16* out, i64 apart) {
 
 // A rotated row as an operand; whether it is finite.
 template <class Mode, class Number>
-inline bool rotate_operand(const RowSource<typename Mode::Acc>& source, i64 row, i64 width, typename Mode::A* out) {
+inline bool rotate_operand(const RowSource<typename Mode::Acc>& source, i64 row, [[maybe_unused]] i64 width,
+                           typename Mode::A* out) {
   using Acc = typename Mode::Acc;
   FiniteCheck<Acc, 1> check;
   source.template rotate_vectors<Number>(row, [&](i64 k, Vec<Acc> x) __attribute__((always_inline)) {

@@ -82,12 +82,16 @@ struct Scorer {
 
   // Turns q.k in s[begin, end) into masked scores and returns the part that holds any, in whole vectors: what lies
   // outside of it is masked and left as it was.  begin and end are multiples of the vector length; temp has room for
-  // a tile row.  With `cap_gradient`, the derivative of the softcap is left there.
-  FASTATTN_INLINE Interval apply(i64 i, i64 origin, i64 begin, i64 end, T* s, T* temp, T* cap_gradient) const {
+  // a tile row.  With `cap_gradient`, the derivative of the softcap is left there.  With `common`, a row whose keys all
+  // have the same bias stays q.k, and the bias is left there; NaN otherwise.
+  FASTATTN_INLINE Interval apply(i64 i, i64 origin, i64 begin, i64 end, T* s, T* temp, T* cap_gradient,
+                                 T* common = nullptr) const {
     const Interval seen = clip(i, origin, begin, end);
+    if (common) *common = static_cast<T>(__builtin_nan(""));
     if (seen.low >= seen.high) return {begin, begin};
     const Interval live{round_down(seen.low, kLanes<T>), round_up(seen.high, kLanes<T>)};
-    if (!plain || sloped || masked_by_element) transform(i, origin, seen, live, s, temp, cap_gradient);
+    if (!(common && beyond_table(i, origin, seen, common)) && (!plain || sloped || masked_by_element))
+      transform(i, origin, seen, live, s, temp, cap_gradient);
     if (live.low < seen.low) hide_lanes(s + live.low, 0, seen.low - live.low);
     if (seen.high < live.high) hide_lanes(s + live.high - kLanes<T>, seen.high - live.high + kLanes<T>, kLanes<T>);
     return live;
@@ -99,12 +103,17 @@ struct Scorer {
     store(s, (lane >= static_cast<T>(first)) & (lane < static_cast<T>(last)) ? hidden : score);
   }
 
-  // The same where row i sees all of [begin, end); returns the largest score, lane by lane.  Where all have the same
-  // bias, they stay q.k, and the bias is left in `common`; it is NaN otherwise.
+  // The largest of the scores that apply() left in s[live), lane by lane.
+  FASTATTN_INLINE Vec<T> largest(const T* s, Interval live, T common) const {
+    const Vec<T> top = row_max_lanes(s, live.low, live.high);
+    return common == common ? top * scale + common : top;
+  }
+
+  // Both where row i sees all of [begin, end).
   FASTATTN_INLINE Vec<T> apply_whole(i64 i, i64 origin, i64 begin, i64 end, T* s, T* temp, T* common) const {
     *common = static_cast<T>(__builtin_nan(""));
     if (one_bias) {  // in one pass
-      if (table && beyond_table(i, origin, begin, end, common)) return row_max_lanes(s, begin, end) * scale + *common;
+      if (beyond_table(i, origin, {begin, end}, common)) return largest(s, {begin, end}, *common);
       Vec<T> top = splat(-kInfinity<T>);
       const auto keep = [&](i64 j, Vec<T> score) __attribute__((always_inline)) {
         store(s + j, score);
@@ -184,12 +193,14 @@ struct Scorer {
     return {low, larger(low, smaller(seen.high, table_size - *shift))};
   }
 
-  // Whether columns [begin, end) are all before or all after the table's inner entries; their bias.  Not if it is so
-  // large that it would swallow the scores it is added to.
-  bool beyond_table(i64 i, i64 origin, i64 begin, i64 end, T* bias) const {
+  // Whether a table is the only bias and all that row i sees of a tile lies before or after its inner entries; the
+  // bias. Not if it is so large that it would swallow the scores it is added to.  It follows from row and tile alone:
+  // other rows that happen to share a strip do not change a result.
+  bool beyond_table(i64 i, i64 origin, Interval seen, T* bias) const {
+    if (!(table && one_bias && scale > 0) || masked_by_element) return false;
     const i64 shift = origin - geometry.position(i) + table_left;
-    const bool before = end - 1 + shift <= 0;
-    if (!(before || begin + shift >= table_size - 1) || !(scale > 0)) return false;
+    const bool before = seen.high - 1 + shift <= 0;
+    if (!before && seen.low + shift < table_size - 1) return false;
     const T value = table[before ? 0 : (table_size - 1) * table_stride];
     if (!(value > T(-1e3) && value < T(1e3))) return false;
     *bias = value;
