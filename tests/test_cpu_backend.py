@@ -262,6 +262,24 @@ def test_unknown_instruction_set_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_the_heads_of_a_strip(dtype: torch.dtype) -> None:
+    """Short queries of several heads share strips if there are few threads; keys here lie beyond a table's reach."""
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    table = random(1, 8, 21, seed=5, dtype=parameter)
+    problem = plain(dtype, 20, 700, b=1, hq=8, hk=1, window_right=0, query_offset=680, table=table, table_left=8)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 8):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.fastattn.cpu_forward(*problem.arguments()))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", [210, 900])
 def test_bits_do_not_depend_on_the_thread_count(dtype: torch.dtype, keys: int) -> None:
     problem = everything(dtype, 150, keys)
