@@ -78,7 +78,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return getattr(torch.ops.fastattn, f"{backend}_forward").default(*args)
+        return getattr(torch.ops.fastattn, f"{backend}_forward")(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -144,9 +144,7 @@ class FusedBackward(torch.autograd.Function):
     def forward(
         backend: str, needs: int, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, statistics: Tensor, *args: Any
     ) -> tuple[Tensor, ...]:
-        return getattr(torch.ops.fastattn, f"{backend}_backward").default(
-            grad_out, grad_lse, out, statistics, needs, *args
-        )
+        return getattr(torch.ops.fastattn, f"{backend}_backward")(grad_out, grad_lse, out, statistics, needs, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

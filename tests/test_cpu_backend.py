@@ -199,6 +199,15 @@ def test_biases_of_tiles_on_either_side(name: str, offset: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-8])
+def test_slopes_with_any_scale(scale: float, dtype: torch.dtype) -> None:
+    """Slopes are divided by a scale that is large enough, and by no other."""
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    slopes = random(1, 2, seed=4, dtype=parameter) / 100
+    check(dataclasses.replace(plain(dtype, 70, 150, b=1, hq=2, hk=1, slopes=slopes), scale=scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rotated", [32, 64, 48])
 def test_rotation_of_a_part_of_dense_rows(rotated: int, dtype: torch.dtype) -> None:
     parameter = torch.float64 if dtype == torch.float64 else torch.float32

@@ -226,6 +226,27 @@ inline bool load_operand(const RowSource<typename Mode::Acc>& source, i64 row, i
   return true;
 }
 
+// Whole vectors of B operands straight from a row in memory: the way of the usual calls (dense rows that fill whole
+// vectors, no rotation), several times as fast as the general one.
+enum class Straight { kNo, kOwn, kHalf, kBFloat16 };
+
+template <class Mode>
+inline Straight straight(const RowSource<typename Mode::Acc>& source) {
+  constexpr bool split = Mode::kPieces > 1;
+  using A = std::conditional_t<split, float, typename Mode::A>;
+  constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
+  if (source.column_stride != 1 || source.cosine || source.columns % (kLanes<typename Mode::B> * Mode::kPair))
+    return Straight::kNo;
+  if (source.dtype == own) return Straight::kOwn;
+#if defined(__F16C__)
+  if (sizeof(A) == 4 && source.dtype == DType::kFloat16) return Straight::kHalf;
+#endif
+#if defined(__AVX2__)
+  if (sizeof(A) == 4 && !split && source.dtype == DType::kBFloat16) return Straight::kBFloat16;
+#endif
+  return Straight::kNo;
+}
+
 // Rows that lie in memory as the operand has them: copied and checked together.  False, with nothing promised of `out`,
 // where they do not or one is not finite.
 template <class Mode>
@@ -233,11 +254,8 @@ inline bool copy_rows(const RowSource<typename Mode::Acc>& source, i64 first, i6
                       typename Mode::A* out) {
   using A = typename Mode::A;
   using B = typename Mode::B;
-  constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
   constexpr i64 n = kLanes<A>;
-  if (Mode::kPieces > 1 || source.dtype != own || source.column_stride != 1 || source.cosine ||
-      source.columns != width || width % n)
-    return false;
+  if (Mode::kPieces > 1 || straight<Mode>(source) != Straight::kOwn || source.columns != width) return false;
   const A* from = reinterpret_cast<const A*>(source.data) + first * source.row_stride;
   FiniteCheck<B, Mode::kPair> check;
   for (i64 r = 0; r < rows; ++r, from += source.row_stride, out += width)
@@ -265,27 +283,6 @@ inline bool pack_rows(const RowSource<typename Mode::Acc>& source, i64 first, i6
     any |= bad[r];
   }
   return any;
-}
-
-// Whole vectors of B operands straight from a row in memory: the way of the usual calls (dense rows that fill whole
-// vectors, no rotation), several times as fast as the general one.
-enum class Straight { kNo, kOwn, kHalf, kBFloat16 };
-
-template <class Mode>
-inline Straight straight(const RowSource<typename Mode::Acc>& source) {
-  constexpr bool split = Mode::kPieces > 1;
-  using A = std::conditional_t<split, float, typename Mode::A>;
-  constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
-  if (source.column_stride != 1 || source.cosine || source.columns % (kLanes<typename Mode::B> * Mode::kPair))
-    return Straight::kNo;
-  if (source.dtype == own) return Straight::kOwn;
-#if defined(__F16C__)
-  if (sizeof(A) == 4 && source.dtype == DType::kFloat16) return Straight::kHalf;
-#endif
-#if defined(__AVX2__)
-  if (sizeof(A) == 4 && !split && source.dtype == DType::kBFloat16) return Straight::kBFloat16;
-#endif
-  return Straight::kNo;
 }
 
 template <class B, Straight kFrom>

@@ -31,7 +31,6 @@ struct Scorer {
   BatchGeometry geometry;
   i64 b = 0, h = 0;
   bool plain = true;
-  bool sloped = false;
   bool one_bias = false;           // slopes or a table and nothing else but the scale
   bool masked_by_element = false;  // ids, dense mask or dense bias: some keys inside the interval may be hidden
   T scale = 1, cap = 0, slope = 0;
@@ -54,15 +53,14 @@ struct Scorer {
     plain = is_plain(p);
     masked_by_element = p.query_ids || p.dense_mask || p.dense_bias;
     factor = static_cast<T>(plain ? p.scale * kLog2E : kLog2E);
-    sloped = static_cast<bool>(p.slopes);
-    if (sloped) slope = *reinterpret_cast<const T*>(p.slopes.at(b, h)) / (plain ? scale : T(1));
+    if (p.slopes) slope = *reinterpret_cast<const T*>(p.slopes.at(b, h)) / (plain ? scale : T(1));
     if (p.table && p.table.size[2] > 0) {
       table = reinterpret_cast<const T*>(p.table.at(b, h));
       table_stride = p.table.stride[2];
       table_size = p.table.size[2];
       table_left = larger(i64{0}, smaller(p.table_left, table_size - 1));
     }
-    one_bias = (plain && sloped) || (table && !(sloped || cap != 0 || p.dense_bias || content));
+    one_bias = (plain && p.slopes) || (table && !(p.slopes || cap != 0 || p.dense_bias || content));
   }
 
   bool visible(i64 i, i64 j) const { return pair_visible(*problem, geometry, b, h, i, j); }
@@ -90,7 +88,7 @@ struct Scorer {
     if (common) *common = static_cast<T>(__builtin_nan(""));
     if (seen.low >= seen.high) return {begin, begin};
     const Interval live{round_down(seen.low, kLanes<T>), round_up(seen.high, kLanes<T>)};
-    if (!(common && beyond_table(i, origin, seen, common)) && (!plain || sloped || masked_by_element))
+    if (!(common && beyond_table(i, origin, seen, common)) && (!plain || problem->slopes || masked_by_element))
       transform(i, origin, seen, live, s, temp, cap_gradient);
     if (live.low < seen.low) hide_lanes(s + live.low, 0, seen.low - live.low);
     if (seen.high < live.high) hide_lanes(s + live.high - kLanes<T>, seen.high - live.high + kLanes<T>, kLanes<T>);
@@ -132,7 +130,7 @@ struct Scorer {
   void transform(i64 i, i64 origin, Interval seen, Interval live, T* s, T* temp, T* cap_gradient) const {
     const auto keep = [=](i64 j, Vec<T> score) { store(s + j, score); };
     if (plain) {
-      if (sloped) add_slope(i, origin, live, s, keep);
+      if (problem->slopes) add_slope(i, origin, live, s, keep);
     } else {
       T by = scale;  // the first bias scales while it adds
       if (cap != 0) {
@@ -144,7 +142,7 @@ struct Scorer {
       if (problem->dense_bias) add_dense(i, origin, seen, s, temp, by), by = 1;
       if (by != 1)
         for (i64 j = live.low; j < live.high; j += kLanes<T>) store(s + j, load(s + j) * by);
-      if (sloped) add_slope(i, origin, live, s, keep);
+      if (problem->slopes) add_slope(i, origin, live, s, keep);
     }
     if (problem->query_ids) hide_other_documents(i, origin, seen, s);
     if (problem->dense_mask) hide_masked(i, origin, seen, s);
