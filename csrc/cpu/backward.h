@@ -179,6 +179,8 @@ class Backward {
   };
 
   i64 padded_dim(i64 dim) const { return round_up(larger(dim, i64{1}), 16); }
+  // Of dS as an A operand: whole lines of the cache, or half of a tile's loads would meet two.
+  i64 ds_stride() const { return Mode::kPair == 1 ? engine.stride() : round_up(engine.stride(), 32); }
   i64 pairs_piece() const { return kRows / 2 * engine.stride(); }
 
   Scratch layout(Arena& arena) const {
@@ -189,7 +191,7 @@ class Backward {
     s.key_rows = arena.take<B>(dq_width * kPieces * engine.tile / Mode::kPair);
     s.query_columns = arena.take<A>(paired ? kRows * kPieces * engine.depth : 0);
     s.grad_columns = arena.take<A>(paired ? kRows * kPieces * engine.value_depth : 0);
-    s.ds_rows = arena.take<A>(paired ? Tile::kStrip * kPieces * stride : 0);
+    s.ds_rows = arena.take<A>(paired ? Tile::kStrip * kPieces * ds_stride() : 0);
     s.weight_pairs = arena.take<B>(paired ? kPieces * pairs_piece() : 0);
     s.ds_pairs = arena.take<B>(paired ? kPieces * pairs_piece() : 0);
     s.dkey = arena.take<Acc>(padded_dim(p.head_dim) * stride);
@@ -271,10 +273,12 @@ class Backward {
       };
       Acc* const dq_rows = dq ? dq + first * dq_width : nullptr;
       RowRanges ranges;
-      engine.compute(s.tile, scorer, keys, q, row, [&](const typename Tile::Span& part) {
-        ranges.add(part, q);
-        strip_products(s, keys, q, part, dq_rows);
-      });
+      engine.compute(
+          s.tile, scorer, keys, q, row, [&](i64 r, i64 count) { pair_rows(s, q, r, count); },
+          [&](const typename Tile::Span& part) {
+            ranges.add(part, q);
+            if (dq) add_query_gradient(s, keys, q, part, dq_rows);
+          });
       if (out.dkey || out.dvalue) column_products(s, q, ranges);
       if (keys.bad_keys || q.bad_queries || q.bad_grads) {
         Acc* const rows = dq ? dq_rows : s.tile.staging;  // without dQ the additions go nowhere
@@ -307,36 +311,43 @@ class Backward {
     }
   };
 
-  // What follows dS of a strip while it is in cache: dQ, and, for paired operands, P and dS as pairs of rows.
-  void strip_products(const Scratch& s, const typename Tile::Keys& keys, const typename Tile::Span& q,
-                      const typename Tile::Span& part, Acc* dq) const {
-    const i64 stride = engine.stride(), first = part.first - q.first;
-    const A* ds_rows;
-    if constexpr (Mode::kPair == 2) {
-      for (i64 r = part.rows; r % 2; ++r)  // an odd last row has a row of zeros for a partner
-        for (Acc* const row : {s.tile.scores + (first + r) * stride, s.tile.products + (first + r) * stride})
-          std::memset(row + q.begin, 0, (q.end - q.begin) * sizeof(Acc));
+  // P and dS of two rows of a tile as operands, while they are in the first-level cache: both as a row of pairs, dS also
+  // as it is.  An odd last row has a row of zeros for a partner.
+  void pair_rows([[maybe_unused]] const Scratch& s, [[maybe_unused]] const typename Tile::Span& q,
+                 [[maybe_unused]] i64 row, [[maybe_unused]] i64 count) const {
 #if defined(FASTATTN_BF16_OPERANDS)
-      for (i64 r = 0; r < part.rows; r += 2) {
-        const Acc *const p0 = s.tile.scores + (first + r) * stride, *const ds0 = s.tile.products + (first + r) * stride;
-        A* const row = s.ds_rows + r * kPieces * stride;
-        const i64 pair = (first + r) / 2 * stride;
-        for (i64 j = q.begin; j < q.end; j += kLane)
-          store_pairs<kPieces>(load(p0 + j), load(p0 + stride + j), s.weight_pairs + pair + j, pairs_piece());
-        for (i64 j = q.begin; j < q.end; j += kLane)
-          store_pairs<kPieces>(load(ds0 + j), load(ds0 + stride + j), s.ds_pairs + pair + j, pairs_piece(), row + j,
-                               row + kPieces * stride + j, stride);
+    if constexpr (Mode::kPair == 2) {
+      const i64 stride = engine.stride();
+      Acc *const weights = s.tile.scores + row * stride, *const ds = s.tile.products + row * stride;
+      if (count == 1)
+        for (Acc* const partner : {weights + stride, ds + stride})
+          std::memset(partner + q.begin, 0, (q.end - q.begin) * sizeof(Acc));
+      A* const ds_row = s.ds_rows + row % Tile::kStrip * kPieces * ds_stride();
+      const i64 pair = row / 2 * stride;
+      for (i64 j = q.begin; j < q.end; j += Mode::kColumnMultiple) {
+        store_pairs<kPieces>(weights + j, weights + stride + j, s.weight_pairs + pair + j, pairs_piece());
       }
-#endif
-      ds_rows = s.ds_rows;
-    } else {
-      ds_rows = s.tile.products + first * stride;
+      for (i64 j = q.begin; j < q.end; j += Mode::kColumnMultiple) {
+        store_pairs<kPieces>(ds + j, ds + stride + j, s.ds_pairs + pair + j, pairs_piece(), ds_row + j,
+                             ds_row + kPieces * ds_stride() + j, ds_stride());
+      }
     }
-    const i64 key_piece = keys.padded / Mode::kPair * Mode::kPanel;
-    if (dq && part.begin < part.end)
-      gemm<Mode>(part.rows, round_up(p.head_dim, kLane), part.end - part.begin, ds_rows + part.begin, kPieces * stride,
-                 1, s.key_rows + part.begin / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * key_piece,
-                 dq + first * dq_width, dq_width, true, stride, key_piece);
+#endif
+  }
+
+  // dQ += dS K of a strip.
+  void add_query_gradient(const Scratch& s, const typename Tile::Keys& keys, const typename Tile::Span& q,
+                          const typename Tile::Span& part, Acc* dq) const {
+    if (part.begin == part.end) return;
+    const i64 first = part.first - q.first, key_piece = keys.padded / Mode::kPair * Mode::kPanel;
+    const A* ds;
+    if constexpr (Mode::kPair == 2)
+      ds = s.ds_rows;
+    else
+      ds = s.tile.products + first * ds_stride();
+    gemm<Mode>(part.rows, round_up(p.head_dim, kLane), part.end - part.begin, ds + part.begin, kPieces * ds_stride(), 1,
+               s.key_rows + part.begin / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * key_piece,
+               dq + first * dq_width, dq_width, true, ds_stride(), key_piece);
   }
 
   // dV^T += dO^T P and dK^T += Q^T dS, panels with the same rows together.

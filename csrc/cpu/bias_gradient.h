@@ -95,7 +95,7 @@ class BiasGradient {
                 sum[0] += total;
               }
             };
-            engine.compute(s.tile, scorer, keys, q, add, [](const typename Tile::Span&) {});
+            engine.compute(s.tile, scorer, keys, q, add, [](i64, i64) {}, [](const typename Tile::Span&) {});
           }
         }
       }

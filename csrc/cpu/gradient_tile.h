@@ -21,9 +21,9 @@ class GradientTile {
   static constexpr i64 kBlock = kLanes<B> * Mode::kPair;
   static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
   static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 384;
-  static constexpr i64 kStrip = kTiles ? 64 : 12;
-  static constexpr i64 kRows = kTiles ? 128 : 96;  // queries of a tile
   static constexpr i64 kPieces = Mode::kPieces;
+  static constexpr i64 kStrip = !kTiles ? 12 : kPieces == 1 ? 64 : 32;
+  static constexpr i64 kRows = kTiles ? 128 : 96;  // queries of a tile
 
   const Problem& p;
   const BackwardInput& in;
@@ -119,12 +119,12 @@ class GradientTile {
 
   // Leaves P (times the dropout factor) in scores and dS, after the softcap's derivative, in products, both zero where
   // a strip sees nothing; calls row(i, dS before the softcap's derivative) for every row of a strip that sees
-  // something and strip(span) for every strip, when it is done.  Strip by strip: scores and products of one stay in the
-  // first-level cache until they are weights and dS, and a strip has its own columns, fewer than the tile's under a
-  // causal mask.
-  template <class RowFunction, class StripFunction>
+  // something, two_rows(first, count) for every two rows of the tile, or the last one, when they are done, and strip(span)
+  // for every strip.  Strip by strip: scores and products of one stay near until they are weights and dS, and a strip
+  // has its own columns, fewer than the tile's under a causal mask.
+  template <class RowFunction, class TwoRowsFunction, class StripFunction>
   void compute(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q, RowFunction row,
-               StripFunction strip) const {
+               TwoRowsFunction two_rows, StripFunction strip) const {
     for (i64 first = 0; first < q.rows; first += kStrip) {
       const i64 rows = smaller(kStrip, q.rows - first);
       Acc* const scores = s.scores + first * stride();
@@ -137,6 +137,7 @@ class GradientTile {
           if (part.end < q.end) std::memset(out + r * stride() + part.end, 0, (q.end - part.end) * sizeof(Acc));
         }
       if (part.begin == part.end) {
+        for (i64 r = 0; r < rows; r += 2) two_rows(first + r, smaller(i64{2}, rows - r));
         strip(part);
         continue;
       }
@@ -157,7 +158,9 @@ class GradientTile {
         if (scorer.cap != 0)
           for (i64 j = live.low; j < live.high; j += kLane)
             store(product + j, load(product + j) * load(s.cap_gradient + j));
+        if (r % 2 == 1) two_rows(r - 1, 2);
       }
+      if (rows % 2 == 1) two_rows(first + rows - 1, 1);
       strip(part);
     }
   }

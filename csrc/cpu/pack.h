@@ -148,14 +148,17 @@ struct FiniteCheck {
 };
 
 #if defined(FASTATTN_BF16_OPERANDS)
-// n numbers, a multiple of 16, as pieces; whether all are finite.
+// Rows of n numbers, a multiple of 32, as pieces; whether all are finite.
 template <int kPieces, class T>
-inline bool split_row(const T* row, i64 n, bf16* out, i64 apart) {
+inline bool split_rows(const T* row, i64 row_stride, i64 rows, i64 n, bf16* out) {
   FiniteCheck<float, 1> check;
-  for (i64 i = 0; i < n; i += 16) {
-    const Vec<float> x = load_numbers(row + i);
-    check.add(x);
-    store_pieces<kPieces>(x, out + i, apart);
+  for (i64 r = 0; r < rows; ++r, row += row_stride, out += kPieces * n) {
+    for (i64 i = 0; i < n; i += 32) {
+      const Vec<float> x = load_numbers(row + i), y = load_numbers(row + i + 16);
+      check.add(x);
+      check.add(y);
+      store_pieces<kPieces>(x, y, out + i, n);
+    }
   }
   return check.finite();
 }
@@ -187,17 +190,6 @@ inline bool load_operand(const RowSource<typename Mode::Acc>& source, i64 row, i
                          typename Mode::A* out) {
   using A = typename Mode::A;
   constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
-#if defined(FASTATTN_BF16_OPERANDS)
-  if constexpr (Mode::kPieces > 1)
-    if (source.column_stride == 1 && !source.cosine && source.columns % 16 == 0 && source.columns == width) {
-      const char* const from = source.data + row * source.row_stride * element_size(source.dtype);
-      const bool finite = source.dtype == DType::kFloat16
-                              ? split_row<Mode::kPieces>(reinterpret_cast<const Half*>(from), width, out, width)
-                              : split_row<Mode::kPieces>(reinterpret_cast<const float*>(from), width, out, width);
-      if (!finite) std::memset(out, 0, Mode::kPieces * width * sizeof(A));
-      return finite;
-    }
-#endif
   if (Mode::kPieces == 1 && source.dtype == own && source.column_stride == 1 && !source.cosine) {
     const A* from = reinterpret_cast<const A*>(source.data) + row * source.row_stride;
     const bool finite = copy_finite(from, source.columns, out);
@@ -247,16 +239,25 @@ inline Straight straight(const RowSource<typename Mode::Acc>& source) {
   return Straight::kNo;
 }
 
-// Rows that lie in memory as the operand has them: copied and checked together.  False, with nothing promised of `out`,
-// where they do not or one is not finite.
+// Dense rows that fill whole vectors, as operands: copied or split, and checked together.  False, with nothing promised
+// of `out`, where they are of another kind or one is not finite.
 template <class Mode>
 inline bool copy_rows(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 width,
                       typename Mode::A* out) {
   using A = typename Mode::A;
   using B = typename Mode::B;
   constexpr i64 n = kLanes<A>;
-  if (Mode::kPieces > 1 || straight<Mode>(source) != Straight::kOwn || source.columns != width) return false;
-  const A* from = reinterpret_cast<const A*>(source.data) + first * source.row_stride;
+  const Straight kind = straight<Mode>(source);
+  if (kind == Straight::kNo || source.columns != width) return false;
+  const char* const start = source.data + first * source.row_stride * element_size(source.dtype);
+#if defined(FASTATTN_BF16_OPERANDS)
+  if constexpr (Mode::kPieces > 1)
+    return kind == Straight::kOwn
+               ? split_rows<Mode::kPieces>(reinterpret_cast<const float*>(start), source.row_stride, rows, width, out)
+               : split_rows<Mode::kPieces>(reinterpret_cast<const Half*>(start), source.row_stride, rows, width, out);
+#endif
+  if (kind != Straight::kOwn) return false;
+  const A* from = reinterpret_cast<const A*>(start);
   FiniteCheck<B, Mode::kPair> check;
   for (i64 r = 0; r < rows; ++r, from += source.row_stride, out += width)
     for (i64 d = 0; d < width; d += n) {
