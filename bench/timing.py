@@ -131,23 +131,30 @@ def training_sample(prepared: Prepared, clock: Clock, calls: int = 1) -> Sample:
 def interleave(
     samples: Mapping[str, Sample], *, budget: float, least: int = 3, most: int = 60, warm: bool = False
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds per variant and direction, one sample of each variant per round.
+    """Seconds per variant and direction, at most one sample of each variant per round.
 
-    Rounds are as many as fit into `budget` seconds, between `least` and `most`; the order is reversed every other
-    round, so that no variant always runs in the cache that another one left.  The first round warms up and counts for
-    nothing, unless the variants are `warm`, as they are behind the gate, and it takes the whole budget.
+    Each variant has an equal share of `budget` seconds and takes as many samples as fit into it, between `least` and
+    `most`, in rounds spread over the whole time: one that takes a hundred times as long does not leave the others with
+    three samples.  The order is reversed every other round, so that no variant always runs in the cache that another
+    one left.  The first round warms up and counts for nothing, unless the variants are `warm`, as they are behind the
+    gate, and it takes a variant's whole share.
     """
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in samples}
-    began = time.perf_counter()
-    first = {name: sample() for name, sample in samples.items()}
-    once = max(time.perf_counter() - began, 1e-9)
-    rounds = max(least, min(most, int(budget / once)))
-    if warm and budget < once:
-        seconds = {name: {d: [value] for d, value in found.items()} for name, found in first.items()}
-        rounds -= 1
-    order = list(samples)
+    counts: dict[str, int] = {}
+    share = budget / len(samples)
+    for name, sample in samples.items():
+        began = time.perf_counter()
+        found = sample()
+        once = max(time.perf_counter() - began, 1e-9)
+        counts[name] = max(least, min(most, int(share / once)))
+        if warm and share < once:
+            seconds[name] = {direction: [value] for direction, value in found.items()}
+            counts[name] -= 1
+    order, rounds = list(samples), max(counts.values())
     for turn in range(rounds):
         for name in order if turn % 2 == 0 else reversed(order):
+            if (turn + 1) * counts[name] // rounds == turn * counts[name] // rounds:
+                continue
             for direction, value in samples[name]().items():
                 seconds[name].setdefault(direction, []).append(value)
     return seconds

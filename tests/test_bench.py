@@ -261,6 +261,26 @@ def test_a_round_that_takes_the_whole_budget_counts_behind_the_gate(warm: bool, 
     assert {name: len(times["forward"]) for name, times in found.items()} == {"a": 2, "b": 2}
 
 
+def test_a_slow_variant_leaves_the_others_their_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr("fastattn.bench.timing.time.perf_counter", lambda: now[0])
+
+    def sample(name: str, takes: float) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            order.append(name)
+            now[0] += takes
+            return {"forward": takes}
+
+        return run
+
+    found = interleave({"fast": sample("fast", 1e-3), "slow": sample("slow", 0.03)}, budget=0.1, least=3, most=12)
+    assert {name: len(times["forward"]) for name, times in found.items()} == {"fast": 12, "slow": 3}
+    first, second, third = (i for i, name in enumerate(order[2:]) if name == "slow")
+    assert first >= 3  # spread over the whole time
+    assert second - first == third - second == 5
+
+
 def test_attention_bytes() -> None:
     """Q, K, V and O once; three of them and dO read again, the gradients written."""
     shape = Shape(batch=2, heads=4, kv_heads=2, query_length=8, key_length=16, head_dim=16)
