@@ -311,8 +311,8 @@ class Backward {
     }
   };
 
-  // P and dS of two rows of a tile as operands, while they are in the first-level cache: both as a row of pairs, dS also
-  // as it is.  An odd last row has a row of zeros for a partner.
+  // P and dS of two rows of a tile as operands, while they are in the first-level cache: both as a row of pairs, dS
+  // also as it is.  An odd last row has a row of zeros for a partner.
   void pair_rows([[maybe_unused]] const Scratch& s, [[maybe_unused]] const typename Tile::Span& q,
                  [[maybe_unused]] i64 row, [[maybe_unused]] i64 count) const {
 #if defined(FASTATTN_BF16_OPERANDS)

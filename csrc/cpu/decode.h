@@ -55,6 +55,9 @@ class Decode {
   static constexpr i64 kTile = 32;  // keys that pass through the first-level cache together
   // Rows that share a loaded key or value: their sums are registers.
   static constexpr int kRowBlock = kVectorRegisters == 32 && kLane >= 4 ? 4 : 2;
+  // Rows are fetched so many bytes before they are read.  Measured: a Xeon with AMX reads memory up to twice as fast
+  // for it, a Zen 4 a fifth more slowly.
+  static constexpr i64 kAheadBytes = kTileRegisters ? 8192 : 0;
   // Sums of columns in registers; a few rows take more columns of a value at once.
   static constexpr int kSums = kVectorRegisters / 2, kVectors = kSums / kRowBlock;
 
@@ -165,19 +168,27 @@ class Decode {
   struct Rows {
     const T* data;
     i64 stride;
+    i64 ahead = 0;  // elements from a row to the one that is fetched while it is read
+
+    FASTATTN_INLINE void fetch(const T* number) const {
+      if constexpr (kAheadBytes > 0) __builtin_prefetch(number + ahead);
+    }
   };
+
+  template <class T>
+  static Rows<T> in_place(const void* data, i64 stride, i64 columns) {
+    return {static_cast<const T*>(data), stride, larger(kAheadBytes / (columns * i64{sizeof(T)}), i64{1}) * stride};
+  }
 
   template <class Use>
   void with_rows(const RowSource<Acc>& source, i64 first, i64 count, i64 width, Acc* buffer, const Use& use) const {
     if (source.column_stride == 1 && !source.cosine && source.columns == width) {
       const char* const data = source.data + first * source.row_stride * element_size(source.dtype);
       constexpr DType own = sizeof(Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
-      if (source.dtype == own) return use(Rows<Acc>{reinterpret_cast<const Acc*>(data), source.row_stride});
+      if (source.dtype == own) return use(in_place<Acc>(data, source.row_stride, width));
       if constexpr (sizeof(Acc) == 4) {
-        if (source.dtype == DType::kBFloat16)
-          return use(Rows<BFloat16>{reinterpret_cast<const BFloat16*>(data), source.row_stride});
-        if (kLoadsHalf && source.dtype == DType::kFloat16)
-          return use(Rows<Half>{reinterpret_cast<const Half*>(data), source.row_stride});
+        if (source.dtype == DType::kBFloat16) return use(in_place<BFloat16>(data, source.row_stride, width));
+        if (kLoadsHalf && source.dtype == DType::kFloat16) return use(in_place<Half>(data, source.row_stride, width));
       }
     }
     for (i64 j = 0; j < count; ++j) {
@@ -218,14 +229,25 @@ class Decode {
 #pragma GCC unroll 16
       for (int n = 0; n < kKeys; ++n) key[n] = k.data + smaller(j + n, count - 1) * k.stride;
       Vec<Acc> sum[kLane] = {};
-      // key by key: memory in its own order, which the prefetcher follows
-#pragma GCC unroll 16
-      for (int n = 0; n < kKeys; ++n)
-        for (i64 d = 0; d < width; d += kLane) {
-          const Vec<Acc> x = load_numbers(key[n] + d);
+      const auto add = [&](int begin, int end, i64 d) __attribute__((always_inline)) {
+        Vec<Acc> q[kRows];
 #pragma GCC unroll 4
-          for (int m = 0; m < kRows; ++m) sum[m * kKeys + n] += x * load(query + m * width + d);
+        for (int m = 0; m < kRows; ++m) q[m] = load(query + m * width + d);
+#pragma GCC unroll 16
+        for (int n = begin; n < end; ++n) {
+          const Vec<Acc> x = load_numbers(key[n] + d);
+          k.fetch(key[n] + d);
+#pragma GCC unroll 4
+          for (int m = 0; m < kRows; ++m) sum[m * kKeys + n] += x * q[m];
         }
+      };
+      if constexpr (kAheadBytes > 0) {
+        for (i64 d = 0; d < width; d += kLane) add(0, kKeys, d);
+      } else {  // key by key: memory in its own order, which the hardware's prefetcher follows
+#pragma GCC unroll 16
+        for (int n = 0; n < kKeys; ++n)
+          for (i64 d = 0; d < width; d += kLane) add(n, n + 1, d);
+      }
       Acc sums[kLane];
       store(sums, add_lanes<Acc>(sum));
 #pragma GCC unroll 4
@@ -284,8 +306,11 @@ class Decode {
     for (i64 j = 0; j < count; ++j, value += v.stride) {
       Vec<Acc> x[kColumns];
 #pragma GCC unroll 8
-      for (int n = 0; n < kColumns; ++n) x[n] = load_numbers(value + n * kLane);
-      if (d == 0)  // the columns of the passes to come, while memory is being read in order
+      for (int n = 0; n < kColumns; ++n) {
+        x[n] = load_numbers(value + n * kLane);
+        v.fetch(value + n * kLane);
+      }
+      if (kAheadBytes == 0 && d == 0)  // the columns of the passes to come, while memory is being read in order
         for (i64 n = kColumns * kLane; n < value_width; n += 64 / static_cast<i64>(sizeof(T)))
           __builtin_prefetch(value + n);
 #pragma GCC unroll 4

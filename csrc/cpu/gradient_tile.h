@@ -119,9 +119,9 @@ class GradientTile {
 
   // Leaves P (times the dropout factor) in scores and dS, after the softcap's derivative, in products, both zero where
   // a strip sees nothing; calls row(i, dS before the softcap's derivative) for every row of a strip that sees
-  // something, two_rows(first, count) for every two rows of the tile, or the last one, when they are done, and strip(span)
-  // for every strip.  Strip by strip: scores and products of one stay near until they are weights and dS, and a strip
-  // has its own columns, fewer than the tile's under a causal mask.
+  // something, two_rows(first, count) for every two rows of the tile, or the last one, when they are done, and
+  // strip(span) for every strip.  Strip by strip: scores and products of one stay near until they are weights and dS,
+  // and a strip has its own columns, fewer than the tile's under a causal mask.
   template <class RowFunction, class TwoRowsFunction, class StripFunction>
   void compute(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q, RowFunction row,
                TwoRowsFunction two_rows, StripFunction strip) const {
