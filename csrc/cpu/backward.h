@@ -285,13 +285,13 @@ class Backward {
         engine.fix_gradients(s.tile, scorer, keys, q, rows, dq ? dq_width : 0, s.dkey, s.dvalue);
       }
     }
-    if (out.dslopes) partial_slopes.data()[partial] += sums.slope;
+    if (out.dslopes) partial_slopes.data()[partial] += total_of(sums.slope);
     if (out.dtable) {
       const i64 n = p.table.size[2];
       double* const row = partial_table.data() + partial * n;
       for (i64 t = 0; t < n; ++t) row[t] += s.table[t];
-      row[0] += sums.before;
-      row[n - 1] += sums.after;
+      row[0] += total_of(sums.before);
+      row[n - 1] += total_of(sums.after);
     }
   }
 
@@ -393,39 +393,46 @@ class Backward {
   }
 
   struct ParameterSums {
-    double slope = 0, before = 0, after = 0;
+    double slope[kLane] = {}, before[kLane] = {}, after[kLane] = {};  // lane by lane
   };
 
+  // sum |d| dS, in whole vectors: dS is zero in what the row does not see of them.
   static void add_slope(const Scorer<Acc>& scorer, i64 i, i64 origin, Interval seen, const Acc* ds,
                         ParameterSums* sums) {
-    // Split at the diagonal: sum |d| dS = sum over the right of d dS - sum over the left of d dS.
-    const i64 first = origin - scorer.geometry.position(i);
-    const i64 middle = larger(seen.low, smaller(-first, seen.high));
-    const auto moment = [&](i64 low, i64 high) {
-      double total = 0;
-      i64 j = low;
-      Vec<Acc> sum = {}, weighted = {}, index = {};
-      for (int k = 0; k < kLane; ++k) index[k] = static_cast<Acc>(k);
-      const i64 base = j;
-      for (; j + kLane <= high; j += kLane) {
-        const Vec<Acc> x = load(ds + j);
-        sum += x;
-        weighted += x * (index + static_cast<Acc>(j - base));
-      }
-      total = static_cast<double>(reduce_add<Acc>(weighted)) +
-              static_cast<double>(first + base) * static_cast<double>(reduce_add<Acc>(sum));
-      for (; j < high; ++j) total += static_cast<double>(first + j) * static_cast<double>(ds[j]);
-      return total;
-    };
-    sums->slope -= moment(middle, seen.high) - moment(seen.low, middle);
+    Vec<Acc> distance = splat(static_cast<Acc>(origin + round_down(seen.low, kLane) - scorer.geometry.position(i)));
+    for (int k = 0; k < kLane; ++k) distance[k] += static_cast<Acc>(k);
+    Vec<Acc> sum = {};
+    for (i64 j = round_down(seen.low, kLane); j < seen.high; j += kLane, distance += static_cast<Acc>(kLane))
+      sum += load(ds + j) * vmax(distance, -distance);
+    add_lanes(-sum, sums->slope);
+  }
+
+  static void add_lanes(Vec<Acc> sum, double* total) {
+    Acc lanes[kLane];
+    store(lanes, sum);
+    for (int k = 0; k < kLane; ++k) total[k] += static_cast<double>(lanes[k]);
+  }
+
+  static double total_of(const double* lanes) {
+    double total = 0;
+    for (int k = 0; k < kLane; ++k) total += lanes[k];
+    return total;
   }
 
   static void add_table(const Scorer<Acc>& scorer, i64 i, i64 origin, Interval seen, const Acc* ds, Acc* table,
                         ParameterSums* sums) {
     i64 shift;
     const Interval near = scorer.table_span(i, origin, seen, &shift);
-    sums->before += sum_of(ds, seen.low, near.low);
-    sums->after += sum_of(ds, near.high, seen.high);
+    const auto add = [&](i64 low, i64 high, double* lanes) {
+      if (low >= high) return;
+      Vec<Acc> sum = {};
+      i64 j = low;
+      for (; j + kLane <= high; j += kLane) sum += load(ds + j);
+      add_lanes(sum, lanes);
+      for (; j < high; ++j) lanes[0] += static_cast<double>(ds[j]);
+    };
+    add(seen.low, near.low, sums->before);
+    add(near.high, seen.high, sums->after);
     for (i64 j = near.low; j < near.high; ++j) table[j + shift] += ds[j];
   }
 
