@@ -65,6 +65,8 @@ class Forward {
     rows_per_block = smaller(queries, i64{21 * kWholeStrips});
     const auto count = [&] { return units * group * ceil_div(queries, rows_per_block); };
     while (rows_per_block > 64 && count() < 4 * threads) rows_per_block = round_up(rows_per_block / 2, kWholeStrips);
+    // alike, or the last one packs all keys for a few rows
+    rows_per_block = smaller(queries, round_up(ceil_div(queries, ceil_div(queries, rows_per_block)), kWholeStrips));
     row_blocks = ceil_div(queries, rows_per_block);
     if (row_blocks == 1)
       while (heads_per_block < group && heads_per_block < kMaxHeads && heads_per_block * queries < 256 &&
