@@ -96,7 +96,9 @@ inline void to_operand(const typename Mode::Acc* row, i64 n, typename Mode::A* o
     if (row != out) std::memcpy(out, row, n * sizeof(*out));
   } else {
 #if defined(FASTATTN_BF16_OPERANDS)
-    for (i64 i = 0; i < n; i += kLanes<float>) store_pieces<Mode::kPieces>(load(row + i), out + i, apart);
+    i64 i = 0;
+    for (; i + 32 <= n; i += 32) store_pieces<Mode::kPieces>(load(row + i), load(row + i + 16), out + i, apart);
+    if (i < n) store_pieces<Mode::kPieces>(load(row + i), out + i, apart);
 #endif
   }
 }

@@ -128,8 +128,8 @@ class WeightsForward {
     s.operands = arena.take<B>(own ? operand_size() : 0);
     s.flags = arena.take<uint8_t>(own ? flag_size() : 0);
     s.query_bad = arena.take<uint8_t>(rows);
-    s.scores = arena.take<Acc>(strip_rows * keys);
-    s.weights = Mode::kPair == 2 ? arena.take<A>(strip_rows * kPieces * keys) : nullptr;
+    s.scores = arena.take<Acc>(strip_rows * score_row());
+    s.weights = Mode::kPair == 2 ? arena.take<A>(strip_rows * weight_row()) : nullptr;
     s.accumulator = arena.take<Acc>(strip_rows * value_width);
     s.maximum = arena.take<Acc>(strip_rows);
     s.ends = arena.take<RowEnd<Acc>>(strip_rows);
@@ -137,6 +137,12 @@ class WeightsForward {
     s.staging = arena.take<Acc>(kPackRows<Mode> * larger(width, value_width));
     s.temp = arena.take<Acc>(2 * larger(keys, larger(width, value_width)));
     return s;
+  }
+
+  // Rows of tiles are read many at a time: a line more than a power of two, and they do not share sets of the cache.
+  i64 score_row() const { return keys + (kTiles ? kLane : 0); }
+  i64 weight_row() const {
+    return Mode::kPair == 2 ? kPieces * keys + (kTiles ? 64 / i64{sizeof(A)} : 0) : score_row();
   }
 
   RowSource<Acc> key_source(i64 b, i64 kv_head) const {
@@ -216,19 +222,19 @@ class WeightsForward {
       end = smaller(round_up(columns.high, Mode::kColumnMultiple), keys);
       const i64 steps = depth / Mode::kPair;
       gemm<Mode>(rows, end - begin, depth, s.query + r * kPieces * depth, kPieces * depth, 1,
-                 x.keys + begin * kPieces * steps, Mode::kPanel, Mode::kPanel * kPieces * steps, s.scores + begin, keys,
-                 false, depth, Mode::kPanel * steps);
+                 x.keys + begin * kPieces * steps, Mode::kPanel, Mode::kPanel * kPieces * steps, s.scores + begin,
+                 score_row(), false, depth, Mode::kPanel * steps);
       if (bad_scores) fix_scores(scorer, s, x, i0, r, rows, smaller(end, p.key_length));
     }
     A* const weights = Mode::kPair == 2 ? s.weights : reinterpret_cast<A*>(s.scores);
     for (i64 n = 0; n < rows; ++n)
-      s.ends[n] = softmax(scorer, s, i0 + n, r + n, {begin, end}, s.scores + n * keys, weights + n * kPieces * keys,
-                          s.maximum + n);
+      s.ends[n] = softmax(scorer, s, i0 + n, r + n, {begin, end}, s.scores + n * score_row(),
+                          weights + n * weight_row(), s.maximum + n);
     if (p.value_dim > 0) {
       if (begin == end) std::memset(s.accumulator, 0, rows * value_width * sizeof(Acc));
       const i64 value_piece = keys / Mode::kPair * Mode::kPanel;
       for (i64 j = begin; j < end; j += kStretch)
-        gemm<Mode>(rows, values, smaller(kStretch, end - j), weights + j, kPieces * keys, 1,
+        gemm<Mode>(rows, values, smaller(kStretch, end - j), weights + j, weight_row(), 1,
                    x.values + j / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * value_piece, s.accumulator,
                    value_width, j > begin, keys, value_piece);
       if (x.any[1]) fix_values(scorer, s, x, i0, rows, begin, smaller(end, p.key_length), weights);
@@ -307,7 +313,7 @@ class WeightsForward {
         if (!(x.key_bad[j] || s.query_bad[r + n]) || !scorer.visible(i0 + n, j)) continue;
         key_rows.load(j, key);
         query_rows.load(i0 + n, query);
-        s.scores[n * keys + j] = dot(query, key, p.head_dim);
+        s.scores[n * score_row() + j] = dot(query, key, p.head_dim);
       }
   }
 
@@ -319,7 +325,7 @@ class WeightsForward {
       RowSource<Acc>(p.value, scorer.b, scorer.h / p.group()).load(j, value);
       for (i64 n = 0; n < rows; ++n) {
         if (!scorer.visible(i0 + n, j)) continue;
-        const Acc weight = number_of<Mode>(weights + n * kPieces * keys + j, keys);
+        const Acc weight = number_of<Mode>(weights + n * weight_row() + j, keys);
         for (i64 d = 0; d < p.value_dim; ++d) s.accumulator[n * value_width + d] += weight * value[d];
       }
     }
