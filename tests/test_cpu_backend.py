@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastattn import native, reference
+from fastattn import Causal, attention, native, reference
 from fastattn.problem import GRADIENT_FIELDS, Problem
 
 pytestmark = pytest.mark.skipif(not native.load_cpu_library(), reason=str(native.load_error))
@@ -531,3 +531,27 @@ def test_library_has_no_python_symbol() -> None:
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert " Py" not in symbols
     assert "_Py" not in symbols
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("column", [0, 13, 16, 31, 63])
+def test_one_bad_number_of_a_query_stays_with_the_keys_it_sees(column: int, dtype: torch.dtype) -> None:
+    """NaN and infinities in one column of a query or an output gradient, among enough rows to be packed in blocks: the
+    gradients of keys that it does not see change by no bit."""
+    torch.manual_seed(5)
+    q, k, v, grad_out = (torch.randn(1, 2, 160, 64, dtype=dtype) for _ in range(4))
+
+    def key_grads(query: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().clone().requires_grad_() for x in (k, v)]
+        out = attention(query, *leaves, mask=Causal(), backend="cpu")
+        return torch.autograd.grad(out, leaves, grad)
+
+    clean = key_grads(q, grad_out)
+    for bad in (math.nan, math.inf, -math.inf):
+        for spoil_query in (True, False):
+            query, grad = q.clone(), grad_out.clone()
+            (query if spoil_query else grad)[:, :, 70, column] = bad
+            found = key_grads(query, grad)
+            assert not found[0][:, :, :71].isfinite().all(), "what a query does see propagates"
+            for a, b in zip(clean, found, strict=True):
+                assert torch.equal(a[:, :, 71:], b[:, :, 71:])
