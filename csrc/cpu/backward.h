@@ -179,8 +179,7 @@ class Backward {
   };
 
   i64 padded_dim(i64 dim) const { return round_up(larger(dim, i64{1}), 16); }
-  // Of dS as an A operand: whole lines of the cache, or half of a tile's loads would meet two.
-  i64 ds_stride() const { return Mode::kPair == 1 ? engine.stride() : round_up(engine.stride(), 32); }
+  i64 ds_stride() const { return tile_row<Mode, A>(engine.tile); }  // of dS as an A operand
   i64 pairs_piece() const { return kRows / 2 * engine.stride(); }
 
   Scratch layout(Arena& arena) const {
@@ -285,13 +284,14 @@ class Backward {
         engine.fix_gradients(s.tile, scorer, keys, q, rows, dq ? dq_width : 0, s.dkey, s.dvalue);
       }
     }
-    if (out.dslopes) partial_slopes.data()[partial] += total_of(sums.slope);
+    if (out.dslopes)
+      for (const double lane : sums.slope) partial_slopes.data()[partial] += lane;
     if (out.dtable) {
       const i64 n = p.table.size[2];
       double* const row = partial_table.data() + partial * n;
       for (i64 t = 0; t < n; ++t) row[t] += s.table[t];
-      row[0] += total_of(sums.before);
-      row[n - 1] += total_of(sums.after);
+      row[0] += sums.before;
+      row[n - 1] += sums.after;
     }
   }
 
@@ -324,13 +324,11 @@ class Backward {
           std::memset(partner + q.begin, 0, (q.end - q.begin) * sizeof(Acc));
       A* const ds_row = s.ds_rows + row % Tile::kStrip * kPieces * ds_stride();
       const i64 pair = row / 2 * stride;
-      for (i64 j = q.begin; j < q.end; j += Mode::kColumnMultiple) {
+      for (i64 j = q.begin; j < q.end; j += Mode::kColumnMultiple)
         store_pairs<kPieces>(weights + j, weights + stride + j, s.weight_pairs + pair + j, pairs_piece());
-      }
-      for (i64 j = q.begin; j < q.end; j += Mode::kColumnMultiple) {
+      for (i64 j = q.begin; j < q.end; j += Mode::kColumnMultiple)
         store_pairs<kPieces>(ds + j, ds + stride + j, s.ds_pairs + pair + j, pairs_piece(), ds_row + j,
                              ds_row + kPieces * ds_stride() + j, ds_stride());
-      }
     }
 #endif
   }
@@ -393,7 +391,8 @@ class Backward {
   }
 
   struct ParameterSums {
-    double slope[kLane] = {}, before[kLane] = {}, after[kLane] = {};  // lane by lane
+    double slope[kLane] = {};  // lane by lane
+    double before = 0, after = 0;
   };
 
   // sum |d| dS, in whole vectors: dS is zero in what the row does not see of them.
@@ -404,35 +403,17 @@ class Backward {
     Vec<Acc> sum = {};
     for (i64 j = round_down(seen.low, kLane); j < seen.high; j += kLane, distance += static_cast<Acc>(kLane))
       sum += load(ds + j) * vmax(distance, -distance);
-    add_lanes(-sum, sums->slope);
-  }
-
-  static void add_lanes(Vec<Acc> sum, double* total) {
     Acc lanes[kLane];
     store(lanes, sum);
-    for (int k = 0; k < kLane; ++k) total[k] += static_cast<double>(lanes[k]);
-  }
-
-  static double total_of(const double* lanes) {
-    double total = 0;
-    for (int k = 0; k < kLane; ++k) total += lanes[k];
-    return total;
+    for (int k = 0; k < kLane; ++k) sums->slope[k] -= static_cast<double>(lanes[k]);
   }
 
   static void add_table(const Scorer<Acc>& scorer, i64 i, i64 origin, Interval seen, const Acc* ds, Acc* table,
                         ParameterSums* sums) {
     i64 shift;
     const Interval near = scorer.table_span(i, origin, seen, &shift);
-    const auto add = [&](i64 low, i64 high, double* lanes) {
-      if (low >= high) return;
-      Vec<Acc> sum = {};
-      i64 j = low;
-      for (; j + kLane <= high; j += kLane) sum += load(ds + j);
-      add_lanes(sum, lanes);
-      for (; j < high; ++j) lanes[0] += static_cast<double>(ds[j]);
-    };
-    add(seen.low, near.low, sums->before);
-    add(near.high, seen.high, sums->after);
+    sums->before += sum_of(ds, seen.low, near.low);
+    sums->after += sum_of(ds, near.high, seen.high);
     for (i64 j = near.low; j < near.high; ++j) table[j + shift] += ds[j];
   }
 

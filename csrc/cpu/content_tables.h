@@ -11,6 +11,7 @@ namespace fastattn::cpu::FASTATTN_ISA {
 
 template <class T>
 inline T sum_of(const T* x, i64 low, i64 high) {
+  if (low >= high) return 0;
   Vec<T> sum = {};
   i64 j = low;
   for (; j + kLanes<T> <= high; j += kLanes<T>) sum += load(x + j);

@@ -55,8 +55,8 @@ class Decode {
   static constexpr i64 kTile = 32;  // keys that pass through the first-level cache together
   // Rows that share a loaded key or value: their sums are registers.
   static constexpr int kRowBlock = kVectorRegisters == 32 && kLane >= 4 ? 4 : 2;
-  // Rows are fetched so many bytes before they are read.  Measured: a Xeon with AMX reads memory up to twice as fast
-  // for it, a Zen 4 a fifth more slowly.
+  // Rows are fetched so many bytes before they are read: a Xeon with AMX decodes from memory up to 1.7 times as fast
+  // for it, a Zen 4 a fifth more slowly (README.md).
   static constexpr i64 kAheadBytes = kTileRegisters ? 8192 : 0;
   // Sums of columns in registers; a few rows take more columns of a value at once.
   static constexpr int kSums = kVectorRegisters / 2, kVectors = kSums / kRowBlock;

@@ -106,9 +106,8 @@ class Forward {
     return s;
   }
 
-  // Rows of tiles are read many at a time: a line more than a power of two, and they do not share sets of the cache.
-  i64 score_row() const { return tile + (kTiles ? kLane : 0); }
-  i64 weight_row() const { return kPieces * tile + (kTiles ? 64 / i64{sizeof(A)} : 0); }
+  i64 score_row() const { return tile_row<Mode, Acc>(tile); }
+  i64 weight_row() const { return tile_row<Mode, A>(kPieces * tile); }
 
   struct Block {  // the rows of one item: `heads` times `rows`, head-major
     i64 b, kv_head, head, heads, first, rows;

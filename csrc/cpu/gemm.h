@@ -150,6 +150,14 @@ inline void gemm(i64 m, i64 n, i64 depth, const typename Mode::A* a, i64 a_row, 
   if (n > 0) panel_product<Mode, 1, kSingleRows>(m, steps, a, a_row, step, b, b_row, c, c_row, accumulate);
 }
 
+// From one row of `n` numbers to the next where tiles read many rows at a time: whole lines of the cache, or half of
+// the loads would meet two, and one line more than what may be a power of two, or the rows would share sets.
+template <class Mode, class T>
+constexpr i64 tile_row(i64 n) {
+  constexpr i64 line = 64 / i64{sizeof(T)};
+  return kTileRegisters && Mode::kPair == 2 ? round_up(n, line) + line : n;
+}
+
 // Tile registers are per-thread state: configured where a work item starts, released where it ends so that the
 // thread's context stays small and other libraries find the unit as they left it.
 template <class Mode>

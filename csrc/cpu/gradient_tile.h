@@ -39,9 +39,8 @@ class GradientTile {
     value_width = round_up(value_depth, kBlock);
   }
 
-  // From one row of keys to the next in scores, products and what is made of them.  Rows of tiles are read many at a
-  // time: a line more than a power of two, and they do not share sets of the cache.
-  i64 stride() const { return tile + (kTiles ? kLane : 0); }
+  // From one row of keys to the next in scores, products and their pairs.
+  i64 stride() const { return tile_row<Mode, Acc>(tile); }
 
   struct Scratch {
     B *keys, *values;        // K^T and V^T, packed

@@ -139,11 +139,8 @@ class WeightsForward {
     return s;
   }
 
-  // Rows of tiles are read many at a time: a line more than a power of two, and they do not share sets of the cache.
-  i64 score_row() const { return keys + (kTiles ? kLane : 0); }
-  i64 weight_row() const {
-    return Mode::kPair == 2 ? kPieces * keys + (kTiles ? 64 / i64{sizeof(A)} : 0) : score_row();
-  }
+  i64 score_row() const { return tile_row<Mode, Acc>(keys); }
+  i64 weight_row() const { return tile_row<Mode, A>(kPieces * keys); }
 
   RowSource<Acc> key_source(i64 b, i64 kv_head) const {
     return RowSource<Acc>(p.key, b, kv_head).rotated(p.key_cos, p.key_sin, 0, p.interleaved);
