@@ -41,7 +41,7 @@ class Backward {
     chunks = larger(smaller(chunks, kPartialBytes / dq_bytes), smaller(chunks, ceil_div(kLeastItems, units)));
     chunk_keys = ceil_div(tiles, chunks) * engine.tile;
     chunks = larger(ceil_div(p.key_length, chunk_keys), i64{1});
-    dq_width = round_up(larger(p.head_dim, i64{1}), Mode::kPanel);
+    dq_width = round_up(larger(p.head_dim, i64{1}), kWholeColumns<Mode>);
     dq_rows = round_up(p.query_length, Mode::kRowMultiple);
     products = out.dquery || out.dkey || out.dvalue || out.dslopes || out.dtable || writes_bias() || out.drow_table ||
                out.dcol_table;

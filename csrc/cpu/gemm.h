@@ -62,7 +62,8 @@ struct BFloat16Pieces {
   static constexpr int kRowMultiple = 16;
   static constexpr int kExpDegree = kCount == 1 ? 4 : 5;
   static constexpr int kColumnMultiple = 32;
-  static constexpr int kPanel = kVectors * kLanes<float>;
+  // A tile is then 1 KiB in a row: from wider panels it takes lines of every second or fourth set of the cache.
+  static constexpr int kPanel = kTileRegisters ? 16 : kVectors * kLanes<float>;
 };
 using BFloat16Mode = BFloat16Pieces<1>;
 #endif
@@ -149,6 +150,10 @@ inline void gemm(i64 m, i64 n, i64 depth, const typename Mode::A* a, i64 a_row, 
     }
   if (n > 0) panel_product<Mode, 1, kSingleRows>(m, steps, a, a_row, step, b, b_row, c, c_row, accumulate);
 }
+
+// Columns that are whole panels and whole operands.
+template <class Mode>
+constexpr i64 kWholeColumns = Mode::kPanel > Mode::kColumnMultiple ? Mode::kPanel : Mode::kColumnMultiple;
 
 // From one row of `n` numbers to the next where tiles read many rows at a time: whole lines of the cache, or half of
 // the loads would meet two, and one line more than what may be a power of two, or the rows would share sets.

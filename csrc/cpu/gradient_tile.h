@@ -58,7 +58,7 @@ class GradientTile {
     s.grad_out = arena.take<A>(kRows * kPieces * value_depth);
     s.scores = arena.take<Acc>(kRows * stride());
     s.products = arena.take<Acc>(kRows * stride());
-    const i64 row = round_up(larger(larger(width, value_width), tile), larger(i64{16}, i64{Mode::kPanel}));
+    const i64 row = round_up(larger(larger(width, value_width), tile), larger(i64{16}, kWholeColumns<Mode>));
     s.staging = arena.take<Acc>(kPackRows<Mode> * row);
     s.temp = arena.take<Acc>(2 * row);
     s.cap_gradient = arena.take<Acc>(tile);
@@ -104,7 +104,7 @@ class GradientTile {
                          {larger(geometry.visible(first).low - keys.origin, i64{0}),
                           smaller(geometry.visible(first + rows - 1).high - keys.origin, keys.count)});
     if (columns.empty()) return false;
-    *out = Span{first, rows, round_down(columns.low, Mode::kPanel),
+    *out = Span{first, rows, round_down(columns.low, kWholeColumns<Mode>),
                 smaller(round_up(columns.high, Mode::kColumnMultiple), keys.padded)};
     return true;
   }

@@ -428,18 +428,21 @@ inline bool panel_rows(const char* row, i64 row_bytes, i64 rows, i64 columns, i6
     FiniteCheck<B, Mode::kPair> check;
     for (i64 r = 0; r < rows; r += Mode::kPair, row += Mode::kPair * row_bytes, target += Mode::kPanel) {
       for (i64 n = 0; n < width; n += lanes * Mode::kPair) {
-        B* const cell = target + n / Mode::kPanel * panel_size + n % Mode::kPanel;
+        const auto cell = [=](i64 column) {
+          return target + column / Mode::kPanel * panel_size + column % Mode::kPanel;
+        };
         if (n >= columns) {
-          for (int i = 0; i < Mode::kPair; ++i) store(cell + i * lanes, Vec<B>{});
+          for (int i = 0; i < Mode::kPair; ++i) store(cell(n + i * lanes), Vec<B>{});
         } else if constexpr (Mode::kPair == 1) {
           const Vec<B> v = load_straight<B, kFrom>(row, n);
           check.add(v);
-          store(cell, v);
+          store(cell(n), v);
         } else {  // two rows as one row of pairs, the first one in the low halves
           const Vec<B> a = load_straight<B, kFrom>(row, n / 2), b = load_straight<B, kFrom>(row + row_bytes, n / 2);
           check.add(a);
           check.add(b);
-          interleave<uint16_t>((Vec<uint16_t>)a, (Vec<uint16_t>)b, reinterpret_cast<uint16_t*>(cell));
+          interleave<uint16_t>((Vec<uint16_t>)a, (Vec<uint16_t>)b, reinterpret_cast<uint16_t*>(cell(n)),
+                               reinterpret_cast<uint16_t*>(cell(n + lanes)));
         }
       }
     }
@@ -464,7 +467,7 @@ inline bool panel_rows_straight(Straight from, const char* row, i64 row_bytes, i
 }
 
 // B operand with the rows of the tensor as depth (V, K): panels of [kPieces][padded_rows / kPair][kPanel] over the
-// columns.  `staging` holds kPackRows rows of `width` numbers, where width is the columns rounded up to whole panels.
+// columns.  `staging` holds kPackRows rows of `width` numbers, where width is a multiple of kWholeColumns.
 template <class Mode>
 inline bool pack_depth(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 padded_rows, i64 width,
                        typename Mode::Acc* staging, typename Mode::B* out, uint8_t* bad) {
@@ -494,16 +497,19 @@ inline bool pack_depth(const RowSource<typename Mode::Acc>& source, i64 first, i
       }
     }
     typename Mode::B* const target = out + r / Mode::kPair * Mode::kPanel;
-    for (i64 n = 0; n < pieces * width; n += Mode::kPanel) {
-      const i64 piece = n / width, panel = (n - piece * width) / Mode::kPanel;
-      typename Mode::B* const cell = target + (panel * pieces + piece) * panel_size;
-      if constexpr (Mode::kPair == 1)
-        std::memcpy(cell, operands + n, Mode::kPanel * sizeof(A));
-      else  // two rows as one row of pairs, the first one in the low halves
-        for (i64 k = 0; k < Mode::kPanel; k += kLanes<uint16_t>)
-          interleave<uint16_t>(load(operands + n + k), load(operands + pieces * width + n + k),
-                               reinterpret_cast<uint16_t*>(cell + k));
-    }
+    constexpr i64 lanes = kLanes<typename Mode::B>;
+    for (i64 piece = 0; piece < pieces; ++piece)
+      for (i64 n = 0; n < width; n += lanes * Mode::kPair) {
+        const auto cell = [=](i64 column) {
+          return target + (column / Mode::kPanel * pieces + piece) * panel_size + column % Mode::kPanel;
+        };
+        const A* const from = operands + piece * width + n;
+        if constexpr (Mode::kPair == 1)
+          store(cell(n), load(from));
+        else  // two rows as one row of pairs, the first one in the low halves
+          interleave<uint16_t>(load(from), load(from + pieces * width), reinterpret_cast<uint16_t*>(cell(n)),
+                               reinterpret_cast<uint16_t*>(cell(n + lanes)));
+      }
   }
   return any;
 }

@@ -310,7 +310,7 @@ struct Scorer {
     }
     const V low = (c0 & 0xffffffffu) | c1 << 32, high = (c2 & 0xffffffffu) | c3 << 32;
     uint64_t pairs[2 * kLanes<uint64_t>];
-    interleave<uint64_t>(low, high, pairs);
+    interleave<uint64_t>(low, high, pairs, pairs + kLanes<uint64_t>);
     std::memcpy(words, pairs, sizeof pairs);
   }
 };
@@ -341,12 +341,16 @@ inline Vec<T> row_exp(T* s, i64 begin, i64 end, T reference, T factor) {
 }
 
 #if defined(FASTATTN_BF16_OPERANDS)
-// The same, straight into an operand row, whose pieces are `apart` elements from each other.
+// The same, straight into an operand row, whose pieces are `apart` elements from each other; the largest score as well,
+// lane by lane, if `top` is given.
 template <bool kPlain, class Mode>
-inline Vec<float> row_exp_operand(const float* s, i64 begin, i64 end, float reference, float factor, bf16* out,
-                                  i64 apart) {
+FASTATTN_INLINE Vec<float> row_exp_operand(const float* s, i64 begin, i64 end, float reference, float factor, bf16* out,
+                                           i64 apart, Vec<float>* top = nullptr) {
+  if (top) *top = splat(-kInfinity<float>);
   const auto weight = [=](i64 j) __attribute__((always_inline)) {
-    return exp2<Mode::kExpDegree>(exponent<kPlain>(load(s + j), reference, factor));
+    const Vec<float> score = load(s + j);
+    if (top) *top = vmax(score, *top);
+    return exp2<Mode::kExpDegree>(exponent<kPlain>(score, reference, factor));
   };
   Vec<float> sum = {}, odd = {};
   i64 j = begin;

@@ -122,6 +122,16 @@ FASTATTN_INLINE T reduce_max(Vec<T> v) {
   return best;
 }
 
+// Whether any lane is above the limit.
+template <class T>
+FASTATTN_INLINE bool any_above(Vec<T> v, T limit) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#endif
+  return reduce_max<T>(v) > limit;
+}
+
 template <class T>
 FASTATTN_INLINE T reduce_add(Vec<T> v) {
 #if defined(__AVX512F__)
@@ -134,19 +144,19 @@ FASTATTN_INLINE T reduce_add(Vec<T> v) {
   return parts[0];
 }
 
-// a0 b0 a1 b1 ...: two vectors at `out`.
+// a0 b0 a1 b1 ...: two vectors, at `first` and `second`.
 template <class T, int... kLane>
-FASTATTN_INLINE void interleave_lanes(Vec<T> a, Vec<T> b, T* out, std::integer_sequence<int, kLane...>) {
+FASTATTN_INLINE void interleave_lanes(Vec<T> a, Vec<T> b, T* first, T* second, std::integer_sequence<int, kLane...>) {
   using Index = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   constexpr int n = kLanes<T>;
   const Vec<Index> low = {static_cast<Index>(kLane / 2 + (kLane & 1) * n)...};
   const Vec<Index> high = {static_cast<Index>(kLane / 2 + n / 2 + (kLane & 1) * n)...};
-  store(out, (Vec<T>)__builtin_shuffle(a, b, low));
-  store(out + n, (Vec<T>)__builtin_shuffle(a, b, high));
+  store(first, (Vec<T>)__builtin_shuffle(a, b, low));
+  store(second, (Vec<T>)__builtin_shuffle(a, b, high));
 }
 template <class T>
-FASTATTN_INLINE void interleave(Vec<T> a, Vec<T> b, T* out) {
-  interleave_lanes<T>(a, b, out, std::make_integer_sequence<int, kLanes<T>>{});
+FASTATTN_INLINE void interleave(Vec<T> a, Vec<T> b, T* first, T* second) {
+  interleave_lanes<T>(a, b, first, second, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
 // The product of the low halves of each 64-bit element, in full.

@@ -34,7 +34,7 @@ class WeightsForward {
     key_rows = round_up(keys, Mode::kPanel);
     depth = round_up(p.head_dim, Mode::kDepthMultiple);
     width = round_up(larger(depth, i64{1}), kBlock);
-    value_width = round_up(larger(p.value_dim, i64{1}), Mode::kPanel);
+    value_width = round_up(larger(p.value_dim, i64{1}), kWholeColumns<Mode>);
     units = w.average ? 1 : p.kv_heads;
     choose_blocks();
   }
@@ -215,7 +215,7 @@ class WeightsForward {
     const i64 values = round_up(p.value_dim, kLane);
     i64 begin = 0, end = 0;
     if (!columns.empty()) {
-      begin = round_down(columns.low, Mode::kPanel);
+      begin = round_down(columns.low, kWholeColumns<Mode>);
       end = smaller(round_up(columns.high, Mode::kColumnMultiple), keys);
       const i64 steps = depth / Mode::kPair;
       gemm<Mode>(rows, end - begin, depth, s.query + r * kPieces * depth, kPieces * depth, 1,
