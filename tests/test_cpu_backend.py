@@ -170,13 +170,16 @@ def test_every_field_at_once(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("every", [256, 24])
 @pytest.mark.parametrize("doublings", [5, 40, -40])
-def test_scores_that_grow_or_fall(doublings: int, dtype: torch.dtype) -> None:
-    """Weights that double so often every 256 keys: a row's reference moves never, at every tile, or now and then."""
-    problem = plain(dtype, 40, 1700, b=1, hq=2, hk=1, window_right=900)
+def test_scores_that_grow_or_fall(doublings: int, every: int, dtype: torch.dtype) -> None:
+    """Weights that double so often every 256 keys, or every 24: a row's reference moves never, or between and within
+    tiles; that of every third row falls where the others' rise."""
+    problem = plain(dtype, 70, 1700, b=1, hq=2, hk=1, window_right=900)
     problem.query[..., 0] = 4
+    problem.query[..., ::3, 0] = -4
     step = doublings * math.log(2) / (4 * problem.scale)
-    problem.key[..., 0] = (torch.arange(1700) // 256 * step).to(dtype)
+    problem.key[..., 0] = (torch.arange(1700) // every % 7 * step).to(dtype)
     check(problem)
 
 

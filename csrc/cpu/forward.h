@@ -22,14 +22,15 @@ class Forward {
   // A strip's scores stay in the first-level cache between the two products and the softmax; a wide tile costs fewer
   // passes over the accumulator.  Tile registers want more rows at once.
   static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
-  static constexpr i64 kMaxTile = kTiles ? (Mode::kPieces == 1 ? 256 : 128) : sizeof(Acc) == 8 ? 256 : 512;
+  static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 512;
   static constexpr i64 kStrip = kTiles ? 32 : 12, kShortStrip = kTiles ? 32 : 16;
   static constexpr i64 kWholeStrips = kTiles ? 64 : 48;
-  // Columns whose scores become weights before the next ones are computed.
-  static constexpr i64 kChunk = !kTiles ? kMaxTile : Mode::kPieces == 1 ? 64 : 32;
+  // Keys that weigh_chunks() takes at a time, and of a tile that it meets: the weights in pieces of more are too many.
+  static constexpr i64 kChunk = Mode::kPieces == 1 ? 64 : 32, kChunkedTile = Mode::kPieces == 1 ? 256 : 128;
 
   Forward(const Problem& problem, const ForwardOutput& output, i64 threads) : p(problem), o(output) {
-    tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), kMaxTile);
+    const bool chunked = kTiles && (Scorer<Acc>::is_plain(p) || p.table) && !p.slopes;
+    tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), chunked ? kChunkedTile : kMaxTile);
     depth = round_up(p.head_dim, Mode::kDepthMultiple);
     width = round_up(larger(depth, i64{1}), kBlock);
     value_width = round_up(larger(p.value_dim, i64{1}), kWholeColumns<Mode>);
@@ -108,7 +109,7 @@ class Forward {
     return s;
   }
 
-  i64 score_row() const { return smaller(tile, kChunk); }
+  i64 score_row() const { return tile_row<Mode, Acc>(tile); }
   i64 weight_row() const { return tile_row<Mode, A>(kPieces * tile); }
 
   struct Block {  // the rows of one item: `heads` times `rows`, head-major
@@ -211,88 +212,30 @@ class Forward {
     const i64 end = smaller(round_up(columns.high, Mode::kColumnMultiple), padded);
 
     const Scorer<Acc>& own = scorers[item.head_of(first_row)];
-    const Acc room = slack(own.factor);
-    i64 done = begin;  // columns before it are in the accumulators
-    for (i64 low = begin, high; low < end; low = high) {
-      high = smaller(low + kChunk, end);
-      multiply_keys(s, first_row, rows, {low, high});
-      if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, {low, smaller(high, keys)}, *bad_keys);
-
-      // `top` is a row's largest score here, lane by lane: whether it moves the row's reference, and its new one.
-      const auto moves = [&](i64 r, Vec<Acc> top) __attribute__((always_inline)) {
-        return any_above<Acc>(top, s.reference[first_row + r] + room);
-      };
-      const auto move = [&](i64 r, Vec<Acc> top) {
-        if (done < low) multiply_values(s, first_row, rows, {done, low}, padded);
-        done = low;
-        move_reference(own.factor, s, first_row + r, reduce_max<Acc>(top));
-        return s.reference[first_row + r];
-      };
-      const i64 first = origin + low;
-      const Interval part{0, high - low};
-      const bool whole = one_head && own.sees_all(i0, i1, first, part);
-      Acc *score = scores_from(s, low), *sum = s.sum + first_row * kLane;
-      A* weight = weights_of(s) + low;
-      const i64 score_step = score_row(), weight_step = weight_row();
-#if defined(FASTATTN_BF16_OPERANDS)
-      if constexpr (kTiles)
-        if (whole && own.plain && !own.one_bias && p.dropout_p == 0 && high - low == kChunk) {  // in one pass
-          for (i64 r = 0; r < rows; ++r, score += score_step, weight += weight_step, sum += kLane) {
-            const Acc from = s.reference[first_row + r];
-            Vec<Acc> top;
-            Vec<Acc> weights = row_exp_operand<true, Mode>(score, 0, kChunk, from, own.factor, weight, tile, &top);
-            if (moves(r, top) || from == -kInfinity<Acc>) [[unlikely]]
-              weights = row_exp_operand<true, Mode>(score, 0, kChunk, above_nothing(move(r, top)), own.factor, weight,
-                                                    tile);
-            store(sum, load(sum) + weights);
-          }
-          continue;
-        }
-#endif
-      Interval live[kStates];
-      Acc common[kStates];  // a bias that all keys of the row have; apply()
-      const auto masked_scores = [&](i64 r, i64 g, i64 i) __attribute__((always_inline)) {
-        Acc* const row = score + r * score_step;
-        live[r] = part;
-        if (whole) return own.apply_whole(i, first, 0, part.high, row, s.temp, common + r);
-        live[r] = scorers[g].apply(i, first, 0, part.high, row, s.temp, nullptr, common + r);
-        return scorers[g].largest(row, live[r], common[r]);
-      };
-      const auto weights = [&](i64 r, i64 g, i64 i) __attribute__((always_inline)) {
-        A* const row = weight + r * weight_step;
-        weigh(scorers[g], i, s, first, part, live[r], common[r], s.reference[first_row + r], score + r * score_step, row,
-              sum + r * kLane);
-      };
-      if (kTiles && s.reference[first_row] > -kInfinity<Acc>) {  // references seldom move
-        item.each(first_row, rows, [&](i64 r, i64 g, i64 i) {
-          const Vec<Acc> top = masked_scores(r, g, i);
-          if (moves(r, top)) [[unlikely]]
-            move(r, top);
-          weights(r, g, i);
-        });
-      } else {
-        Vec<Acc> top[kStates];
-        item.each(first_row, rows, [&](i64 r, i64 g, i64 i) { top[r] = masked_scores(r, g, i); });
-        if (done < low) multiply_values(s, first_row, rows, {done, low}, padded);
-        done = low;
-        move_references(own.factor, s, first_row, rows, top);
-        item.each(first_row, rows, weights);
-      }
+    const bool whole = one_head && own.sees_all(i0, i1, origin, {begin, end});
+    Acc shared;
+    if (kTiles && whole && !bad_keys && (end - begin) % kChunk == 0 &&
+        own.shares_bias(i0, i1, origin, {begin, end}, &shared)) {
+      weigh_chunks(own, s, first_row, rows, {begin, end}, padded, shared);
+    } else {
+      multiply_keys(s, first_row, rows, {begin, end}, s.scores + begin, score_row());
+      if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, smaller(end, keys), *bad_keys);
+      weigh(item, scorers, s, first_row, rows, origin, {begin, end}, whole);
+      multiply_values(s, first_row, rows, {begin, end}, padded);
     }
-    multiply_values(s, first_row, rows, {done, end}, padded);
     if (bad_values)
       fix_values(item, scorers, s, first_row, rows, origin, begin, smaller(end, keys), weights_of(s), *bad_values);
   }
 
   // S = Q K^T of some columns of a tile.
-  void multiply_keys(const Scratch& s, i64 first_row, i64 rows, Interval columns) const {
+  void multiply_keys(const Scratch& s, i64 first_row, i64 rows, Interval columns, Acc* scores, i64 row) const {
     const A* query = s.query + first_row * kPieces * depth;
     const i64 steps = depth / Mode::kPair;
     for (i64 from = columns.low, to; from < columns.high; from = to) {  // the rest of a panel, then whole ones
       to = from % Mode::kPanel ? smaller(round_up(from, Mode::kPanel), columns.high) : columns.high;
       const i64 inside = from % Mode::kPanel;
       gemm<Mode>(rows, to - from, depth, query, kPieces * depth, 1, s.keys + (from - inside) * kPieces * steps + inside,
-                 Mode::kPanel, Mode::kPanel * kPieces * steps, scores_from(s, columns.low) + from - columns.low, score_row(), false, depth,
+                 Mode::kPanel, Mode::kPanel * kPieces * steps, scores + from - columns.low, row, false, depth,
                  Mode::kPanel * steps);
     }
   }
@@ -305,59 +248,142 @@ class Forward {
                s.accumulator + first_row * value_width, value_width, true, tile, piece);
   }
 
-  // Where weights are as wide as scores, they take their place, which is then that of their columns in the tile.
+  // Where weights are as wide as scores, they take their place.
   A* weights_of(const Scratch& s) const { return Mode::kPair == 2 ? s.weights : reinterpret_cast<A*>(s.scores); }
-  Acc* scores_from(const Scratch& s, i64 column) const { return s.scores + (Mode::kPair == 2 ? 0 : column); }
 
   // A row's reference is the largest score of some columns before.  It moves only where weights would otherwise be
-  // larger than 2^kSlack: floating point is as exact at any scale, and sums and accumulators need no rescaling.
+  // larger than 2^kSlack: floating point is as exact at any scale, and the sums need no rescaling.
   static constexpr Acc kSlack = 8;
   static constexpr i64 kStates = (kShortStrip + kLane - 1) / kLane * kLane;
 
   static Acc slack(Acc factor) { return smaller(kSlack / factor, Acc(1e30)); }
 
-  // Sum and accumulator follow their reference.
-  void move_reference(Acc factor, const Scratch& s, i64 row, Acc to) const {
-    const Acc before = s.reference[row];
-    s.reference[row] = to;
-    if (before == -kInfinity<Acc>) return;  // what is nothing yet needs no rescaling
-    const Vec<Acc> shrink = exp2<Mode::kExpDegree>(splat((before - to) * factor));
+  // Of a row that has seen nothing but -inf, whose weights are then zeros.
+  static Acc above_nothing(Acc reference) { return reference == -kInfinity<Acc> ? Acc(0) : reference; }
+
+  void rescale(const Scratch& s, i64 row, Acc shrink) const {
     Acc* const sum = s.sum + row * kLane;
     Acc* const acc = s.accumulator + row * value_width;
     store(sum, load(sum) * shrink);
     for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * shrink);
   }
 
-  // Those of a strip that move; the largest scores are found side by side.
-  void move_references(Acc factor, const Scratch& s, i64 first_row, i64 rows, Vec<Acc>* top) const {
+  void move_reference(Acc factor, const Scratch& s, i64 row, Acc to) const {
+    const Acc before = s.reference[row];
+    s.reference[row] = to;
+    if (before != -kInfinity<Acc>) rescale(s, row, exp2<Mode::kExpDegree>(splat((before - to) * factor))[0]);
+  }
+
+  // Scores to weights to sums and accumulators for rows that see all columns and have `shared`, or nothing, added to
+  // their q.k.  A few columns at a time: their scores are weights before the first-level cache has lost them.
+  void weigh_chunks(const Scorer<Acc>& scorer, const Scratch& s, i64 first_row, i64 rows, Interval columns, i64 padded,
+                    Acc shared) const {
+#if defined(FASTATTN_BF16_OPERANDS)
+    if constexpr (kTiles) {
+      const Acc scale = scorer.plain ? Acc(1) : scorer.scale, by = scorer.factor * scale;
+      alignas(64) Acc from[kStates], limit[kStates];  // what a row's exponents are from; where its reference moves
+      const auto take = [&](i64 r) {
+        from[r] = (above_nothing(s.reference[first_row + r]) - shared) / scale;
+        limit[r] = s.reference[first_row + r] + slack(scorer.factor);
+      };
+      i64 done = columns.low;  // columns before it are in the accumulators
+      for (i64 low = columns.low; low < columns.high; low += kChunk) {
+        multiply_keys(s, first_row, rows, {low, low + kChunk}, s.scores, kChunk);
+        if (low == columns.low) {
+          begin_rows(s, first_row, rows, scale, shared);
+          for (i64 r = 0; r < rows; ++r) take(r);
+        }
+        const Acc* score = s.scores;
+        Acc* sum = s.sum + first_row * kLane;
+        A* weight = s.weights + low;
+        const i64 step = weight_row(), apart = tile;
+        const auto move = [&](i64 r, Vec<Acc> top) __attribute__((noinline)) {
+          if (done < low) multiply_values(s, first_row, rows, {done, low}, padded);
+          done = low;
+          move_reference(scorer.factor, s, first_row + r, reduce_max<Acc>(top));
+          take(r);
+        };
+        for (i64 r = 0; r < rows; ++r, score += kChunk, weight += step, sum += kLane) {
+          Vec<Acc> top, weights = row_exp_operand<true, Mode>(score, 0, kChunk, from[r], by, weight, apart, &top);
+          top = top * scale + shared;
+          if (any_above<Acc>(top, limit[r])) [[unlikely]] {
+            move(r, top);
+            weights = row_exp_operand<true, Mode>(score, 0, kChunk, from[r], by, weight, apart);
+          }
+          store(sum, load(sum) + weights);
+        }
+      }
+      multiply_values(s, first_row, rows, {done, columns.high}, padded);
+    }
+#endif
+  }
+
+  // The references of rows that have none yet: the largest of a chunk's scores, found side by side.
+  void begin_rows(const Scratch& s, i64 first_row, i64 rows, Acc scale, Acc shared) const {
+    Acc* const reference = s.reference + first_row;
+    if (reference[0] != -kInfinity<Acc>) return;
+    Vec<Acc> top[kStates];
+    for (i64 r = 0; r < rows; ++r) top[r] = row_max_lanes(s.scores + r * kChunk, 0, kChunk) * scale + shared;
     for (i64 r = rows; r < round_up(rows, kLane); ++r) top[r] = Vec<Acc>{};
     alignas(64) Acc largest[kStates];
     for (i64 r = 0; r < rows; r += kLane) store(largest + r, max_lanes<Acc>(top + r));
-    const Acc room = slack(factor);
     for (i64 r = 0; r < rows; ++r)
-      if (largest[r] > s.reference[first_row + r] + room) move_reference(factor, s, first_row + r, largest[r]);
+      if (reference[r] == -kInfinity<Acc>) reference[r] = largest[r];
   }
 
-  // Of a row that has seen nothing but -inf, whose weights are then zeros.
-  static Acc above_nothing(Acc reference) { return reference == -kInfinity<Acc> ? Acc(0) : reference; }
-
-  // The masked scores of a row as weights, zeros for those outside of `live`, and their sum.
-  FASTATTN_INLINE void weigh(const Scorer<Acc>& scorer, i64 i, const Scratch& s, i64 origin, Interval columns,
-                             Interval live, Acc common, Acc reference, Acc* score, A* weight, Acc* sum) const {
-    if (!live.empty()) {
-      bool plain = scorer.plain;
-      Acc from = above_nothing(reference), by = scorer.factor;
-      if (common == common) {  // the scores are q.k
-        plain = true;
-        from = (from - common) / scorer.scale, by *= scorer.scale;
+  // Scores to weights, zero outside of what a row sees, and the running sums and accumulators with them.
+  void weigh(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
+             Interval columns, bool whole) const {
+    Interval live[kStates];
+    Acc common[kStates];  // a bias that all keys of the row have; apply()
+    Vec<Acc> largest[kStates];
+    item.each(first_row, rows, [&](i64 r, i64 g, i64 i) {
+      Acc* const score = s.scores + r * score_row();
+      if (whole) {
+        live[r] = columns;
+        largest[r] = scorers[g].apply_whole(i, origin, columns.low, columns.high, score, s.temp, common + r);
+      } else {
+        live[r] = scorers[g].apply(i, origin, columns.low, columns.high, score, s.temp, nullptr, common + r);
+        largest[r] = scorers[g].largest(score, live[r], common[r]);
       }
-      store(sum, load(sum) + row_weights(scorer, i, s, origin, live, score, plain, from, by, weight));
+    });
+    for (i64 r = rows; r < round_up(rows, kLane); ++r) largest[r] = Vec<Acc>{};
+    const Acc factor = scorers[0].factor;  // of all heads
+    alignas(64) Acc before[kStates] = {}, now[kStates], reference[kStates], shrink[kStates];
+    std::memcpy(before, s.reference + first_row, rows * sizeof(Acc));
+    for (i64 r = 0; r < rows; r += kLane) {  // rows side by side
+      const Vec<Acc> zero = {}, none = splat(-kInfinity<Acc>);
+      const Vec<Acc> m = load(before + r), here = max_lanes<Acc>(largest + r),
+                     top = here > m + slack(factor) ? here : m;
+      store(now + r, top);
+      store(reference + r, top == none ? zero : top);
+      store(shrink + r, m == none ? zero : exp2<Mode::kExpDegree>((m - top) * factor));
     }
-    for (i64 piece = 0; piece < kPieces; ++piece) {
-      A* const masked = weight + piece * tile;
-      if (columns.low < live.low) std::memset(masked + columns.low, 0, (live.low - columns.low) * sizeof(A));
-      if (live.high < columns.high) std::memset(masked + live.high, 0, (columns.high - live.high) * sizeof(A));
-    }
+    std::memcpy(s.reference + first_row, now, rows * sizeof(Acc));
+
+    A* const weights = weights_of(s);
+    item.each(first_row, rows, [&](i64 r, i64 g, i64 i) {
+      const i64 row = first_row + r;
+      Acc* const sum = s.sum + row * kLane;
+      if (now[r] != before[r] && before[r] != -kInfinity<Acc>) rescale(s, row, shrink[r]);  // nothing needs none
+      A* const weight = weights + r * weight_row();
+      const Interval seen = live[r];
+      if (!seen.empty()) {
+        bool plain = scorers[g].plain;
+        Acc from = reference[r], by = factor;
+        if (common[r] == common[r]) {  // the scores are q.k
+          plain = true;
+          from = (from - common[r]) / scorers[g].scale, by = factor * scorers[g].scale;
+        }
+        Acc* const score = s.scores + r * score_row();
+        store(sum, load(sum) + row_weights(scorers[g], i, s, origin, seen, score, plain, from, by, weight));
+      }
+      for (i64 piece = 0; piece < kPieces; ++piece) {
+        A* const part = weight + piece * tile;
+        if (columns.low < seen.low) std::memset(part + columns.low, 0, (seen.low - columns.low) * sizeof(A));
+        if (seen.high < columns.high) std::memset(part + seen.high, 0, (columns.high - seen.high) * sizeof(A));
+      }
+    });
   }
 
   // The weights of one row as an operand, dropout applied; returns their sum without it, lane by lane.
@@ -382,17 +408,17 @@ class Forward {
 
   // Scores of visible pairs with a flagged query or key, from the original numbers.
   void fix_scores(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
-                  Interval columns, const RowSource<Acc>& source) const {
+                  i64 keys, const RowSource<Acc>& source) const {
     Acc* const key = s.temp;
     Acc* const query = s.staging;
-    for (i64 j = columns.low; j < columns.high; ++j)
+    for (i64 j = 0; j < keys; ++j)
       for (i64 r = 0; r < rows; ++r) {
         if (!s.key_bad[j] && !s.query_bad[first_row + r]) continue;
         const i64 i = item.query_of(first_row + r), g = item.head_of(first_row + r);
         if (!scorers[g].visible(i, origin + j)) continue;
         source.load(origin + j, key);
         query_source(item, item.head + g, scorers[g].geometry).load(i, query);
-        scores_from(s, columns.low)[r * score_row() + j - columns.low] = dot(query, key, p.head_dim);
+        s.scores[r * score_row() + j] = dot(query, key, p.head_dim);
       }
   }
 

@@ -127,6 +127,15 @@ struct Scorer {
     return row_max_lanes(s, begin, end);
   }
 
+  // Whether all that is added to q.k of queries i0 to i1, which see all of the columns, is one number, if anything.
+  bool shares_bias(i64 i0, i64 i1, i64 origin, Interval columns, T* bias) const {
+    *bias = 0;
+    if (problem->dropout_p > 0 || masked_by_element) return false;
+    if (!one_bias) return plain;
+    T last;
+    return beyond_table(i0, origin, columns, bias) && beyond_table(i1, origin, columns, &last) && *bias == last;
+  }
+
   void transform(i64 i, i64 origin, Interval seen, Interval live, T* s, T* temp, T* cap_gradient) const {
     const auto keep = [=](i64 j, Vec<T> score) { store(s + j, score); };
     if (plain) {
@@ -192,8 +201,7 @@ struct Scorer {
   }
 
   // Whether a table is the only bias and all that row i sees of a tile lies before or after its inner entries; the
-  // bias. Not if it is so large that it would swallow the scores it is added to.  It follows from row and tile alone:
-  // other rows that happen to share a strip do not change a result.
+  // bias. Not if it is so large that it would swallow the scores it is added to.
   bool beyond_table(i64 i, i64 origin, Interval seen, T* bias) const {
     if (!(table && one_bias && scale > 0) || masked_by_element) return false;
     const i64 shift = origin - geometry.position(i) + table_left;

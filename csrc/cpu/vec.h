@@ -126,8 +126,7 @@ FASTATTN_INLINE T reduce_max(Vec<T> v) {
 template <class T>
 FASTATTN_INLINE bool any_above(Vec<T> v, T limit) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
 #endif
   return reduce_max<T>(v) > limit;
 }
