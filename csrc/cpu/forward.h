@@ -29,7 +29,9 @@ class Forward {
   static constexpr i64 kChunk = Mode::kPieces == 1 ? 64 : 32, kChunkedTile = Mode::kPieces == 1 ? 256 : 128;
 
   Forward(const Problem& problem, const ForwardOutput& output, i64 threads) : p(problem), o(output) {
-    const bool chunked = kTiles && (Scorer<Acc>::is_plain(p) || p.table) && !p.slopes;
+    // whose strips are the same however many threads there are: the choice shows in the last bits
+    chunked = kTiles && (Scorer<Acc>::is_plain(p) || p.table) && !p.slopes &&
+              (p.group() == 1 || p.query_length >= kSharedQueries);
     tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), chunked ? kChunkedTile : kMaxTile);
     depth = round_up(p.head_dim, Mode::kDepthMultiple);
     width = round_up(larger(depth, i64{1}), kBlock);
@@ -50,13 +52,14 @@ class Forward {
 
  private:
   static constexpr i64 kLane = kLanes<Acc>;
-  static constexpr i64 kBlock = kLanes<B> * Mode::kPair;  // transposed block of pack_transposed
-  static constexpr i64 kMaxHeads = 16;
+  static constexpr i64 kBlock = kLanes<B> * Mode::kPair;      // transposed block of pack_transposed
+  static constexpr i64 kMaxHeads = 16, kSharedQueries = 256;  // of an item with several heads
   static constexpr i64 kPieces = Mode::kPieces;
 
   const Problem& p;
   const ForwardOutput& o;
   i64 tile, depth, width, value_width, strip_rows;
+  bool chunked;  // whether weigh_chunks() may be taken
   i64 rows_per_block = 1, row_blocks = 1, heads_per_block = 1, head_blocks = 1;
 
   // Large blocks amortise packing; small ones balance threads.
@@ -72,7 +75,7 @@ class Forward {
     rows_per_block = smaller(queries, round_up(ceil_div(queries, ceil_div(queries, rows_per_block)), kWholeStrips));
     row_blocks = ceil_div(queries, rows_per_block);
     if (row_blocks == 1)
-      while (heads_per_block < group && heads_per_block < kMaxHeads && heads_per_block * queries < 256 &&
+      while (heads_per_block < group && heads_per_block < kMaxHeads && heads_per_block * queries < kSharedQueries &&
              units * ceil_div(group, heads_per_block + 1) >= smaller(threads, units * group))
         ++heads_per_block;
     head_blocks = ceil_div(group, heads_per_block);
@@ -214,12 +217,13 @@ class Forward {
     const Scorer<Acc>& own = scorers[item.head_of(first_row)];
     const bool whole = one_head && own.sees_all(i0, i1, origin, {begin, end});
     Acc shared;
-    if (kTiles && whole && !bad_keys && (end - begin) % kChunk == 0 &&
-        own.shares_bias(i0, i1, origin, {begin, end}, &shared)) {
-      weigh_chunks(own, s, first_row, rows, {begin, end}, padded, shared);
+    if (chunked && whole && (end - begin) % kChunk == 0 && own.shares_bias(i0, i1, origin, {begin, end}, &shared)) {
+      weigh_chunks(item, scorers, s, first_row, rows, origin, {begin, end}, padded, shared, bad_keys);
     } else {
       multiply_keys(s, first_row, rows, {begin, end}, s.scores + begin, score_row());
-      if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, smaller(end, keys), *bad_keys);
+      if (bad_keys)
+        fix_scores(item, scorers, s, first_row, rows, origin, {begin, smaller(end, keys)}, *bad_keys, s.scores + begin,
+                   score_row());
       weigh(item, scorers, s, first_row, rows, origin, {begin, end}, whole);
       multiply_values(s, first_row, rows, {begin, end}, padded);
     }
@@ -276,10 +280,11 @@ class Forward {
 
   // Scores to weights to sums and accumulators for rows that see all columns and have `shared`, or nothing, added to
   // their q.k.  A few columns at a time: their scores are weights before the first-level cache has lost them.
-  void weigh_chunks(const Scorer<Acc>& scorer, const Scratch& s, i64 first_row, i64 rows, Interval columns, i64 padded,
-                    Acc shared) const {
+  void weigh_chunks(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows,
+                    i64 origin, Interval columns, i64 padded, Acc shared, const RowSource<Acc>* bad_keys) const {
 #if defined(FASTATTN_BF16_OPERANDS)
     if constexpr (kTiles) {
+      const Scorer<Acc>& scorer = scorers[item.head_of(first_row)];
       const Acc scale = scorer.plain ? Acc(1) : scorer.scale, by = scorer.factor * scale;
       alignas(64) Acc from[kStates], limit[kStates];  // what a row's exponents are from; where its reference moves
       const auto take = [&](i64 r) {
@@ -288,7 +293,9 @@ class Forward {
       };
       i64 done = columns.low;  // columns before it are in the accumulators
       for (i64 low = columns.low; low < columns.high; low += kChunk) {
-        multiply_keys(s, first_row, rows, {low, low + kChunk}, s.scores, kChunk);
+        const Interval chunk{low, low + kChunk};
+        multiply_keys(s, first_row, rows, chunk, s.scores, kChunk);
+        if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, chunk, *bad_keys, s.scores, kChunk);
         if (low == columns.low) {
           begin_rows(s, first_row, rows, scale, shared);
           for (i64 r = 0; r < rows; ++r) take(r);
@@ -406,19 +413,19 @@ class Forward {
     return sum;
   }
 
-  // Scores of visible pairs with a flagged query or key, from the original numbers.
+  // Scores of visible pairs with a flagged query or key, from the original numbers; `scores` begins at the columns.
   void fix_scores(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
-                  i64 keys, const RowSource<Acc>& source) const {
+                  Interval columns, const RowSource<Acc>& source, Acc* scores, i64 row) const {
     Acc* const key = s.temp;
     Acc* const query = s.staging;
-    for (i64 j = 0; j < keys; ++j)
+    for (i64 j = columns.low; j < columns.high; ++j)
       for (i64 r = 0; r < rows; ++r) {
         if (!s.key_bad[j] && !s.query_bad[first_row + r]) continue;
         const i64 i = item.query_of(first_row + r), g = item.head_of(first_row + r);
         if (!scorers[g].visible(i, origin + j)) continue;
         source.load(origin + j, key);
         query_source(item, item.head + g, scorers[g].geometry).load(i, query);
-        s.scores[r * score_row() + j] = dot(query, key, p.head_dim);
+        scores[r * row + j - columns.low] = dot(query, key, p.head_dim);
       }
   }
 
