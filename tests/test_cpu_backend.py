@@ -182,12 +182,13 @@ def test_every_field_at_once(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2])  # of short queries a head of its own is what takes a tile in chunks
 @pytest.mark.parametrize("every", [256, 24])
 @pytest.mark.parametrize("doublings", [5, 40, -40])
-def test_scores_that_grow_or_fall(doublings: int, every: int, dtype: torch.dtype) -> None:
+def test_scores_that_grow_or_fall(doublings: int, every: int, kv_heads: int, dtype: torch.dtype) -> None:
     """Weights that double so often every 256 keys, or every 24: a row's reference moves never, or between and within
     tiles; that of every third row falls where the others' rise."""
-    problem = plain(dtype, 70, 1700, b=1, hq=2, hk=1, window_right=900)
+    problem = plain(dtype, 70, 1700, b=1, hq=2, hk=kv_heads, window_right=900)
     problem.query[..., 0] = 4
     problem.query[..., ::3, 0] = -4
     step = doublings * math.log(2) / (4 * problem.scale)
@@ -197,8 +198,9 @@ def test_scores_that_grow_or_fall(doublings: int, every: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [-900, 300, 900])
+@pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("name", ["slopes", "table", "large table", "both"])
-def test_biases_of_tiles_on_either_side(name: str, offset: int, dtype: torch.dtype) -> None:
+def test_biases_of_tiles_on_either_side(name: str, kv_heads: int, offset: int, dtype: torch.dtype) -> None:
     """Whole tiles before the queries, after them, and beyond the reach of a table, whose ends are then all there is."""
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
     fields: dict[str, object] = {}
@@ -210,7 +212,7 @@ def test_biases_of_tiles_on_either_side(name: str, offset: int, dtype: torch.dty
             table[..., 0] = -3e38
             table[..., -1] = 1.0 if dtype == torch.float64 else 1e4
         fields |= {"table": table, "table_left": 8}
-    check(plain(dtype, 70, 600, b=1, hq=2, hk=1, query_offset=offset, **fields))
+    check(plain(dtype, 70, 600, b=1, hq=2, hk=kv_heads, query_offset=offset, **fields))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
