@@ -572,3 +572,34 @@ def test_one_bad_number_of_a_query_stays_with_the_keys_it_sees(column: int, dtyp
             assert not found[0][:, :, :71].isfinite().all(), "what a query does see propagates"
             for a, b in zip(clean, found, strict=True):
                 assert torch.equal(a[:, :, 71:], b[:, :, 71:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_bad_numbers_among_keys_that_everyone_sees(name: str, dtype: torch.dtype) -> None:
+    """In whatever tile and block of rows they are, they reach what the formula takes them to: a query its row, a value
+    its column, a key the rows for which its score is NaN or +inf.  A query changes no bit of the rest."""
+    problem = plain(dtype, 200, 600, b=1, hq=2, hk=2, d=64)
+    nothing = torch.zeros_like(problem.query)
+    clean = native_run(problem, nothing, None)[0]
+    for bad in (math.nan, -math.inf):
+        for row in (5, 77, 199):
+            tensor = getattr(problem, name).clone()
+            tensor[:, 1, row, 13] = bad
+            out = native_run(dataclasses.replace(problem, **{name: tensor}), nothing, None)[0]
+            reached = torch.zeros(1, 2, 200, 64, dtype=torch.bool)
+            if name == "query":
+                reached[:, 1, row] = True
+            elif name == "value":
+                reached[:, 1, :, 13] = True
+            else:
+                reached[:, 1] = math.isnan(bad) | (problem.query[:, 1, :, 13:14] < 0)
+            assert not out[reached].isfinite().any()
+            if name == "key":  # the other rows are as if it were not there
+                rest = torch.arange(600) != row
+                fewer = dataclasses.replace(problem, key=problem.key[:, :, rest], value=problem.value[:, :, rest])
+                expected = torch.cat((clean[:, :1], native_run(fewer, nothing, None)[0][:, 1:]), dim=1)
+            else:
+                expected = clean
+            tolerance = 0.0 if name == "query" else 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(out[~reached], expected[~reached], rtol=tolerance, atol=tolerance)
