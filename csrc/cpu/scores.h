@@ -201,7 +201,8 @@ struct Scorer {
   }
 
   // Whether a table is the only bias and all that row i sees of a tile lies before or after its inner entries; the
-  // bias. Not if it is so large that it would swallow the scores it is added to.
+  // bias. Not if it is so large that it would swallow the scores it is added to.  It follows from row and tile alone:
+  // other heads that happen to share a strip do not change a result.
   bool beyond_table(i64 i, i64 origin, Interval seen, T* bias) const {
     if (!(table && one_bias && scale > 0) || masked_by_element) return false;
     const i64 shift = origin - geometry.position(i) + table_left;
