@@ -36,8 +36,8 @@ aot: install
 # With -O3 the checks would take a compiler half an hour.
 SANITIZE := build/sanitize
 SANITIZERS = $(foreach library,libasan.so libubsan.so,$(shell $${CXX:-g++} -print-file-name=$(library)))
-SANITIZED ?= tests/test_cpu_backend.py tests/test_cpu_decode.py tests/test_cpu_math.py tests/test_masked_softmax.py \
-	tests/test_apply_rotary.py tests/test_additive_attention.py tests/test_lengths_and_views.py tests/test_masked_values.py
+SANITIZED ?= tests/test_cpu_backend.py tests/test_cpu_bad_numbers.py tests/test_cpu_decode.py tests/test_cpu_math.py \
+	tests/test_masked_softmax.py tests/test_apply_rotary.py tests/test_additive_attention.py tests/test_lengths_and_views.py tests/test_masked_values.py
 sanitize: install
 	FASTATTN_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1" \
 		$(PY) setup.py -q build_ext --build-lib $(SANITIZE) --build-temp $(SANITIZE)/objects

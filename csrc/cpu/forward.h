@@ -29,9 +29,8 @@ class Forward {
   static constexpr i64 kChunk = Mode::kPieces == 1 ? 64 : 32, kChunkedTile = Mode::kPieces == 1 ? 256 : 128;
 
   Forward(const Problem& problem, const ForwardOutput& output, i64 threads) : p(problem), o(output) {
-    // whose strips are the same however many threads there are: the choice shows in the last bits
-    chunked = kTiles && (Scorer<Acc>::is_plain(p) || p.table) && !p.slopes &&
-              (p.group() == 1 || p.query_length >= kSharedQueries);
+    // strips that are the same however many threads there are: the choice shows in the last bits
+    chunked = kTiles && Scorer<Acc>::may_share_bias(p) && (p.group() == 1 || p.query_length >= kSharedQueries);
     tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), chunked ? kChunkedTile : kMaxTile);
     depth = round_up(p.head_dim, Mode::kDepthMultiple);
     width = round_up(larger(depth, i64{1}), kBlock);

@@ -45,6 +45,12 @@ struct Scorer {
     return !(p.softcap || p.table || p.dense_bias || p.row_table || p.col_table) && p.scale > least;
   }
 
+  // Whether rows that see all of a tile may have one number added to q.k, or nothing: shares_bias().
+  static bool may_share_bias(const Problem& p) {
+    return p.scale > 0 && !(p.softcap || p.slopes || p.dense_bias || p.row_table || p.col_table || p.query_ids ||
+                            p.dense_mask || p.dropout_p > 0);
+  }
+
   Scorer() = default;
   Scorer(const Problem& p, i64 batch, i64 head)
       : problem(&p), geometry(p, batch), b(batch), h(head), content(p, batch, head) {
@@ -127,10 +133,9 @@ struct Scorer {
     return row_max_lanes(s, begin, end);
   }
 
-  // Whether all that is added to q.k of queries i0 to i1, which see all of the columns, is one number, if anything.
+  // Whether what is added to q.k of queries i0 to i1, which see all of the columns, is one number, if anything.
   bool shares_bias(i64 i0, i64 i1, i64 origin, Interval columns, T* bias) const {
     *bias = 0;
-    if (problem->dropout_p > 0 || masked_by_element) return false;
     if (!one_bias) return plain;
     T last;
     return beyond_table(i0, origin, columns, bias) && beyond_table(i1, origin, columns, &last) && *bias == last;
