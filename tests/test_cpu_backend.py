@@ -182,13 +182,13 @@ def test_every_field_at_once(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kv_heads", [1, 2])  # of short queries a head of its own is what takes a tile in chunks
+@pytest.mark.parametrize("kv_heads", [1, 2])  # short queries take a tile in chunks if no head shares their keys
 @pytest.mark.parametrize("every", [256, 24])
-@pytest.mark.parametrize("doublings", [5, 40, -40])
-def test_scores_that_grow_or_fall(doublings: int, every: int, kv_heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("doublings", "queries"), [(5, 140), (40, 70), (-40, 70)])  # pieces of float32 need 128
+def test_scores_that_grow_or_fall(doublings: int, queries: int, every: int, kv_heads: int, dtype: torch.dtype) -> None:
     """Weights that double so often every 256 keys, or every 24: a row's reference moves never, or between and within
     tiles; that of every third row falls where the others' rise."""
-    problem = plain(dtype, 70, 1700, b=1, hq=2, hk=kv_heads, window_right=900)
+    problem = plain(dtype, queries, 1700, b=1, hq=2, hk=kv_heads, window_right=900)
     problem.query[..., 0] = 4
     problem.query[..., ::3, 0] = -4
     step = doublings * math.log(2) / (4 * problem.scale)
@@ -213,6 +213,24 @@ def test_biases_of_tiles_on_either_side(name: str, kv_heads: int, offset: int, d
             table[..., -1] = 1.0 if dtype == torch.float64 else 1e4
         fields |= {"table": table, "table_left": 8}
     check(plain(dtype, 70, 600, b=1, hq=2, hk=kv_heads, query_offset=offset, **fields))
+
+
+ONE_FEATURE = {
+    "dropout": lambda dtype: {"dropout_p": 0.3, "dropout_seed": torch.tensor([7, 1])},
+    "softcap": lambda dtype: {"softcap": 2.0},
+    "slopes": lambda dtype: {"slopes": random(1, 2, seed=4, dtype=dtype) / 100},
+    "dense bias": lambda dtype: {"dense_bias": random(1, 2, 140, 256, seed=4, dtype=dtype)},
+    "dense mask": lambda dtype: {"dense_mask": random(1, 1, 140, 256, seed=4) < 1},
+    "ids": lambda dtype: {"query_ids": torch.zeros(1, 140, dtype=torch.int64), "key_ids": torch.arange(256)[None] % 2},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", ONE_FEATURE)
+def test_one_feature_of_rows_that_see_whole_tiles(feature: str, dtype: torch.dtype) -> None:
+    """No other one hides that a way made for plain rows would leave it out."""
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    check(plain(dtype, 140, 256, b=1, hq=2, hk=2, **ONE_FEATURE[feature](parameter)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
