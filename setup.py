@@ -75,6 +75,9 @@ class BuildNative(build_ext):
         return str(Path(self.build_lib) / LIBRARIES[ext_name])
 
     def run(self) -> None:
+        if self.editable_mode:  # where a wheel's objects are, instead of a folder that is gone afterwards
+            base = self.get_finalized_command("build").build_base
+            self.build_temp = str(Path(base) / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
         super().run()
         if self.editable_mode or self.inplace:
             build_native.build()
