@@ -268,8 +268,8 @@ def test_borders_of_head_dimensions(dim: int, lengths: tuple[int, int]) -> None:
 
 ISA_SCRIPT = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
-from tests import test_cpu_backend as t, test_cpu_bad_numbers as n
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from tests import test_cpu_backend as t, test_cpu_bad_numbers as n, test_precision as p
 assert t.native.cpu_info()["isa"] == sys.argv[2], t.native.cpu_info()
 for dtype in t.DTYPES:
     t.check(t.everything(dtype))
@@ -281,6 +281,8 @@ for case in n.LEAKS:
     n.test_masked_rows_never_leak(torch.bfloat16, case, (70, 130, 40))
 for name in ("query", "key", "value"):
     n.test_bad_numbers_among_keys_that_everyone_sees(name, torch.float32)
+for lengths in ((128, 32768), (32768, 128)):
+    p.test_error_does_not_grow_with_length(lengths, "cpu", "cpu")
 """
 
 
@@ -325,11 +327,8 @@ def test_bits_do_not_depend_on_the_heads_of_a_strip(dtype: torch.dtype) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("keys", [210, 900])
-def test_bits_do_not_depend_on_the_thread_count(dtype: torch.dtype, keys: int) -> None:
-    problem = everything(dtype, 150, keys)
-    grad_out = random(2, 4, 150, 32, seed=20, dtype=dtype)
+def same_bits_for_any_number_of_threads(problem: Problem) -> None:
+    grad_out = random(*problem.query.shape[:3], problem.value.shape[3], seed=20, dtype=problem.query.dtype)
     before = torch.get_num_threads()
     results = []
     try:
@@ -343,6 +342,25 @@ def test_bits_do_not_depend_on_the_thread_count(dtype: torch.dtype, keys: int) -
         assert torch.equal(lse, results[0][1])
         for name, grad in grads.items():
             assert torch.equal(grad, results[0][2][name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [210, 900])
+def test_bits_do_not_depend_on_the_thread_count(dtype: torch.dtype, keys: int) -> None:
+    same_bits_for_any_number_of_threads(everything(dtype, 150, keys))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "window"), [((300, 736), (237, 204, 126)), ((465, 1420), (179, 286, 74)), ((466, 821), (459, 286, 318))]
+)
+def test_bits_of_a_window_do_not_depend_on_the_thread_count(
+    dtype: torch.dtype, lengths: tuple[int, int], window: tuple[int, int, int]
+) -> None:
+    """Items of other rows begin at other keys, among them at such as are no whole operand away."""
+    left, right, offset = window
+    options = {"window_left": left, "window_right": right, "query_offset": offset}
+    same_bits_for_any_number_of_threads(plain(dtype, *lengths, b=1, d=64, **options))
 
 
 def test_exponential_over_its_range() -> None:

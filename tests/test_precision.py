@@ -18,18 +18,13 @@ def _id(x: object) -> str:
     return str(x).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=_id)
-@pytest.mark.parametrize(
-    "features", [(), ("causal", "alibi"), ("rotary", "softcap"), ("table_wide", "sink")], ids="+".join
-)
-def test_twice_torchs_error(features: tuple[str, ...], dtype: torch.dtype, backend: str, device: str) -> None:
+def hold_to_twice_torchs_error(call: Call, backend: str, device: str) -> None:
     """Twice the error of torch in the same dtype plus one rounding of the result, both as root mean squares.
 
     The largest of 10^5 errors is itself a random number: two correct ways to sum differ in it by more than twice.
     It is held to four times that of torch.
     """
-    call = Call(features, LONG, dtype)
-    truth, plain, ours = call.naive(torch.float64), call.naive(dtype), call.fused(backend, device)
+    truth, plain, ours = call.naive(torch.float64), call.naive(call.dtype), call.fused(backend, device)
     for name in ("out", "lse", "query", "key", "value"):
         exact, torchs, got = (
             getattr(r, name) if name in ("out", "lse") else r.grads[name] for r in (truth, plain, ours)
@@ -40,6 +35,21 @@ def test_twice_torchs_error(features: tuple[str, ...], dtype: torch.dtype, backe
             error, torch_error = (measure((x.double() - exact)[seen]) for x in (got, torchs))
             budget = factor * torch_error + unit * measure(exact[seen])
             assert error <= budget, f"{name}: {error:.3e}, allowed {budget:.3e}, torch {torch_error:.3e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=_id)
+@pytest.mark.parametrize(
+    "features", [(), ("causal", "alibi"), ("rotary", "softcap"), ("table_wide", "sink")], ids="+".join
+)
+def test_twice_torchs_error(features: tuple[str, ...], dtype: torch.dtype, backend: str, device: str) -> None:
+    hold_to_twice_torchs_error(Call(features, LONG, dtype), backend, device)
+
+
+@pytest.mark.parametrize("lengths", [(128, 32768), (32768, 128)], ids=str)
+def test_error_does_not_grow_with_length(lengths: tuple[int, int], backend: str, device: str) -> None:
+    """Thousands of terms summed one after the other would be several times as far off as torch's, which sums blocks."""
+    shape = Shape(1, 1, 1, *lengths, head_dim=64, value_dim=64)
+    hold_to_twice_torchs_error(Call((), shape, torch.float32), backend, device)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=_id)

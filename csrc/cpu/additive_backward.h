@@ -109,7 +109,7 @@ class AdditiveBackward {
     for (i64 i = 0; i < p.query_length; ++i) {
       T* const result = row_delta.data() + index * p.query_length + i;
       *result = 0;  // a row without any visible key has no gradient, whatever came in
-      if (reinterpret_cast<const T*>(in.statistics.at(b, h, i))[1] == kInfinity<T>) continue;
+      if (reinterpret_cast<const T*>(in.statistics.at(b, h, i))[1] == T(0)) continue;
       outputs.load(i, o);
       gradients.load(i, g);
       Vec<T> sum = {};
@@ -286,10 +286,10 @@ class AdditiveBackward {
   template <bool kPlain>
   void differentiate(const Scratch& s, Interval live, const T* statistics, T delta, T factor) const {
     const Vec<T> zero = {};
-    const T largest = statistics[0], log_sum = statistics[1];
+    const T largest = statistics[0], scale = statistics[1];
     for (i64 j = live.low; j < live.high; j += kLane) {
       const Vec<T> score = load(s.score + j);
-      const Vec<T> w = exp2(exponent<kPlain>(score, largest, factor) - log_sum);
+      const Vec<T> w = exp2(exponent<kPlain>(score, largest, factor)) * scale;
       Vec<T> gradient = load(s.ds + j), kept = w;
       if (p.dropout_p > 0) {
         gradient *= load(s.dropout + j);

@@ -204,15 +204,13 @@ class AdditiveForward {
   void finish(const Scorer<T>& scorer, const Scratch& s, i64 row, i64 i) const {
     const T sum = s.sum[row];
     T scale = 0, lse = kInfinity<T>;
-    double log_sum = __builtin_inf();  // base 2; a row without keys has no weight whatever its scores
-    if (sum != 0) {
-      log_sum = __builtin_log2(static_cast<double>(sum));
-      lse = static_cast<T>(s.maximum[row] * (scorer.plain ? p.scale : 1.0) + log_sum * kLn2);
+    if (sum != 0) {  // a row without keys has no weight whatever its scores
+      lse = static_cast<T>(s.maximum[row] * (scorer.plain ? p.scale : 1.0) + __builtin_log(static_cast<double>(sum)));
       scale = 1 / sum;
     }
     T* const statistics = reinterpret_cast<T*>(o.statistics.mutable_at(scorer.b, scorer.h, i));
     statistics[0] = sum == 0 ? 0 : s.maximum[row];
-    statistics[1] = static_cast<T>(log_sum);
+    statistics[1] = scale;
     *reinterpret_cast<T*>(o.lse.mutable_at(scorer.b, scorer.h, i)) = lse;
     T* const acc = s.accumulator + row * value_width;
     for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * scale);

@@ -158,9 +158,9 @@ class Backward {
       result[i] = value;
       if (out.dsink) {
         const Acc* const statistics = reinterpret_cast<const Acc*>(in.statistics.at(b, h, i));
-        const double largest = statistics[0] * (Scorer<Acc>::is_plain(p) ? p.scale : 1.0), log_sum = statistics[1];
-        double share = __builtin_exp2((sink - largest) * kLog2E - log_sum);
-        if (log_sum == __builtin_inf()) share = sink > -__builtin_inf();  // the sink is all that such a row sees
+        const double largest = statistics[0] * (Scorer<Acc>::is_plain(p) ? p.scale : 1.0), scale = statistics[1];
+        double share = __builtin_exp(sink - largest + __builtin_log(scale));
+        if (scale == 0) share = sink > -__builtin_inf();  // the sink is all that such a row sees
         if (share != 0) dsink -= share * value;
       }
     }
@@ -495,7 +495,7 @@ class Statistics {
   Statistics(const Problem& p, const BackwardInput& input, const Parallel& parallel)
       : rows_(p.batch * p.query_heads * p.query_length),
         out_(rows_ * p.value_dim * element_size(input.out.dtype)),
-        numbers_(3 * rows_) {
+        numbers_(2 * rows_) {
     const auto view = [&](void* data, DType dtype, i64 columns) {
       View v;
       v.data = data, v.dtype = dtype;
@@ -507,7 +507,6 @@ class Statistics {
     ForwardOutput output;
     output.out = view(out_.data(), input.out.dtype, p.value_dim);
     output.statistics = statistics = view(numbers_.data(), own, 2);
-    output.lse = view(numbers_.data() + 2 * rows_, own, 1);
     Forward<Mode> kernel(p, output, parallel.threads);
     parallel.run(kernel.items(), &Forward<Mode>::run_item, &kernel);
   }

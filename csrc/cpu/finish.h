@@ -6,11 +6,12 @@
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
-// What a row is multiplied with at the end, and what its weights can be recomputed from.
+// What a row is multiplied with at the end: zero without keys, which have no weight whatever their scores.  Weights are
+// recomputed with it as well, not with its logarithm: the rounding of that is one of all weights of the row, eight
+// times as large for a thousand keys.
 template <class Acc>
 struct RowEnd {
   Acc scale = 0, lse = kInfinity<Acc>;
-  double log_sum = __builtin_inf();  // base 2; a row without keys has no weight whatever its scores
 };
 
 // The sink joins the denominator at the end, in double: a large one cannot overflow, a small one costs no rescaling.
@@ -31,7 +32,6 @@ inline RowEnd<Acc> row_end_with_sink(const Scorer<Acc>& scorer, Acc maximum, Acc
     sum += __builtin_exp(sink - top);
   }
   end.scale = static_cast<Acc>(shrink / sum);
-  if (row_sum != 0) end.log_sum = __builtin_log2(sum) + (shrink < 1 ? (sink - own) * kLog2E : 0);
   end.lse = static_cast<Acc>(top + __builtin_log(sum));
   return end;
 }
@@ -47,11 +47,7 @@ inline RowEnd<Acc> row_end(const Scorer<Acc>& scorer, Acc maximum, Acc sum, bool
   if (!logarithm) return end;
   const double top = static_cast<double>(maximum) * (scorer.plain ? p.scale : 1.0);
   // one logarithm a row, in its own precision: in short rows it is a good part of the work
-  if constexpr (sizeof(Acc) == 4)
-    end.log_sum = __builtin_log2f(sum);
-  else
-    end.log_sum = __builtin_log2(sum);
-  end.lse = static_cast<Acc>(top + end.log_sum * kLn2);
+  end.lse = static_cast<Acc>(top + (sizeof(Acc) == 4 ? __builtin_logf(sum) : __builtin_log(sum)));
   return end;
 }
 
@@ -62,8 +58,8 @@ inline void finish_row(const Scorer<Acc>& scorer, const ForwardOutput& o, i64 i,
   const i64 b = scorer.b, h = scorer.h;
   if (o.statistics) {
     Acc* const statistics = reinterpret_cast<Acc*>(o.statistics.mutable_at(b, h, i));
-    statistics[0] = end.log_sum == __builtin_inf() ? 0 : maximum;
-    statistics[1] = static_cast<Acc>(end.log_sum);
+    statistics[0] = maximum == -kInfinity<Acc> ? 0 : maximum;
+    statistics[1] = end.scale;
   }
   if (o.lse) *reinterpret_cast<Acc*>(o.lse.mutable_at(b, h, i)) = end.lse;
   char* const target = o.out.mutable_at(b, h, i);
@@ -76,7 +72,7 @@ inline void finish_row(const Scorer<Acc>& scorer, const ForwardOutput& o, i64 i,
 template <class Acc>
 inline void finish_row(const Scorer<Acc>& scorer, const ForwardOutput& o, i64 i, Acc maximum, Acc sum, Acc* accumulator,
                        i64 width) {
-  finish_row(scorer, o, i, maximum, row_end(scorer, maximum, sum, o.statistics || o.lse), accumulator, width);
+  finish_row(scorer, o, i, maximum, row_end(scorer, maximum, sum, bool(o.lse)), accumulator, width);
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -180,7 +180,8 @@ class Forward {
     const RowSource<Acc> value_rows(p.value, item.b, item.kv_head);
     const i64 low = geometry.visible(item.first).low, high = geometry.visible(item.first + item.rows - 1).high;
     for (i64 border = round_down(low, tile); border < high; border += tile) {
-      const i64 origin = larger(border, round_down(low, Mode::kPanel));  // nobody sees the tile's first keys
+      // nobody sees the tile's first keys; where a strip's columns begin must not show where its item's do
+      const i64 origin = larger(border, round_down(low, kWholeColumns<Mode>));
       const i64 keys = smaller(border + tile, high) - origin;
       const i64 padded = round_up(keys, Mode::kColumnMultiple);
       if (document_columns(p, item.b, item.first, item.rows, origin, {0, keys}).empty()) continue;
@@ -216,15 +217,17 @@ class Forward {
     const Scorer<Acc>& own = scorers[item.head_of(first_row)];
     const bool whole = one_head && own.sees_all(i0, i1, origin, {begin, end});
     Acc shared;
-    if (chunked && whole && (end - begin) % kChunk == 0 && own.shares_bias(i0, i1, origin, {begin, end}, &shared)) {
-      weigh_chunks(item, scorers, s, first_row, rows, origin, {begin, end}, padded, shared, bad_keys);
-    } else {
+    const bool in_chunks =
+        chunked && whole && (end - begin) % kChunk == 0 && own.shares_bias(i0, i1, origin, {begin, end}, &shared);
+    if constexpr (kTiles)
+      if (in_chunks) weigh_chunks(item, scorers, s, first_row, rows, origin, {begin, end}, padded, shared, bad_keys);
+    if (!in_chunks) {
       multiply_keys(s, first_row, rows, {begin, end}, s.scores + begin, score_row());
       if (bad_keys)
         fix_scores(item, scorers, s, first_row, rows, origin, {begin, smaller(end, keys)}, *bad_keys, s.scores + begin,
                    score_row());
       weigh(item, scorers, s, first_row, rows, origin, {begin, end}, whole);
-      multiply_values(s, first_row, rows, {begin, end}, padded);
+      multiply_values(s, first_row, rows, {begin, end}, origin, padded);
     }
     if (bad_values)
       fix_values(item, scorers, s, first_row, rows, origin, begin, smaller(end, keys), weights_of(s), *bad_values);
@@ -243,12 +246,16 @@ class Forward {
     }
   }
 
-  // acc += P V of some columns of a tile.
-  void multiply_values(const Scratch& s, i64 first_row, i64 rows, Interval columns, i64 padded) const {
+  // acc += P V of some columns of a tile, in stretches that end at the same keys whatever columns there are: those that
+  // no row sees must not show in the last bits.
+  void multiply_values(const Scratch& s, i64 first_row, i64 rows, Interval columns, i64 origin, i64 padded) const {
     const i64 piece = padded / Mode::kPair * Mode::kPanel;
-    gemm<Mode>(rows, round_up(p.value_dim, kLane), columns.high - columns.low, weights_of(s) + columns.low,
-               weight_row(), 1, s.values + columns.low / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * piece,
-               s.accumulator + first_row * value_width, value_width, true, tile, piece);
+    for (i64 from = columns.low, to; from < columns.high; from = to) {
+      to = kTiles ? columns.high : smaller(round_down(origin + from, kInARow) + kInARow - origin, columns.high);
+      gemm<Mode>(rows, round_up(p.value_dim, kLane), to - from, weights_of(s) + from, weight_row(), 1,
+                 s.values + from / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * piece,
+                 s.accumulator + first_row * value_width, value_width, true, tile, piece);
+    }
   }
 
   // Where weights are as wide as scores, they take their place.
@@ -281,47 +288,43 @@ class Forward {
   // their q.k.  A few columns at a time: their scores are weights before the first-level cache has lost them.
   void weigh_chunks(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows,
                     i64 origin, Interval columns, i64 padded, Acc shared, const RowSource<Acc>* bad_keys) const {
-#if defined(FASTATTN_BF16_OPERANDS)
-    if constexpr (kTiles) {
-      const Scorer<Acc>& scorer = scorers[item.head_of(first_row)];
-      const Acc scale = scorer.plain ? Acc(1) : scorer.scale, by = scorer.factor * scale;
-      alignas(64) Acc from[kStates], limit[kStates];  // what a row's exponents are from; where its reference moves
-      const auto take = [&](i64 r) {
-        from[r] = (above_nothing(s.reference[first_row + r]) - shared) / scale;
-        limit[r] = s.reference[first_row + r] + slack(scorer.factor);
-      };
-      i64 done = columns.low;  // columns before it are in the accumulators
-      for (i64 low = columns.low; low < columns.high; low += kChunk) {
-        const Interval chunk{low, low + kChunk};
-        multiply_keys(s, first_row, rows, chunk, s.scores, kChunk);
-        if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, chunk, *bad_keys, s.scores, kChunk);
-        if (low == columns.low) {
-          begin_rows(s, first_row, rows, scale, shared);
-          for (i64 r = 0; r < rows; ++r) take(r);
-        }
-        const Acc* score = s.scores;
-        Acc* sum = s.sum + first_row * kLane;
-        A* weight = s.weights + low;
-        const i64 step = weight_row(), apart = tile;
-        const auto move = [&](i64 r, Vec<Acc> top) __attribute__((noinline)) {
-          if (done < low) multiply_values(s, first_row, rows, {done, low}, padded);
-          done = low;
-          move_reference(scorer.factor, s, first_row + r, reduce_max<Acc>(top));
-          take(r);
-        };
-        for (i64 r = 0; r < rows; ++r, score += kChunk, weight += step, sum += kLane) {
-          Vec<Acc> top, weights = row_exp_operand<true, Mode>(score, 0, kChunk, from[r], by, weight, apart, &top);
-          top = top * scale + shared;
-          if (any_above<Acc>(top, limit[r])) [[unlikely]] {
-            move(r, top);
-            weights = row_exp_operand<true, Mode>(score, 0, kChunk, from[r], by, weight, apart);
-          }
-          store(sum, load(sum) + weights);
-        }
+    const Scorer<Acc>& scorer = scorers[item.head_of(first_row)];
+    const Acc scale = scorer.plain ? Acc(1) : scorer.scale, by = scorer.factor * scale;
+    alignas(64) Acc from[kStates], limit[kStates];  // what a row's exponents are from; where its reference moves
+    const auto take = [&](i64 r) {
+      from[r] = (above_nothing(s.reference[first_row + r]) - shared) / scale;
+      limit[r] = s.reference[first_row + r] + slack(scorer.factor);
+    };
+    i64 done = columns.low;  // columns before it are in the accumulators
+    for (i64 low = columns.low; low < columns.high; low += kChunk) {
+      const Interval chunk{low, low + kChunk};
+      multiply_keys(s, first_row, rows, chunk, s.scores, kChunk);
+      if (bad_keys) fix_scores(item, scorers, s, first_row, rows, origin, chunk, *bad_keys, s.scores, kChunk);
+      if (low == columns.low) {
+        begin_rows(s, first_row, rows, scale, shared);
+        for (i64 r = 0; r < rows; ++r) take(r);
       }
-      multiply_values(s, first_row, rows, {done, columns.high}, padded);
+      const Acc* score = s.scores;
+      Acc* sum = s.sum + first_row * kLane;
+      A* weight = s.weights + low;
+      const i64 step = weight_row(), apart = tile;
+      const auto move = [&](i64 r, Vec<Acc> top) __attribute__((noinline)) {
+        if (done < low) multiply_values(s, first_row, rows, {done, low}, origin, padded);
+        done = low;
+        move_reference(scorer.factor, s, first_row + r, reduce_max<Acc>(top));
+        take(r);
+      };
+      for (i64 r = 0; r < rows; ++r, score += kChunk, weight += step, sum += kLane) {
+        Vec<Acc> top, weights = row_exp_operand<true, Mode>(score, 0, kChunk, from[r], by, weight, apart, &top);
+        top = top * scale + shared;
+        if (any_above<Acc>(top, limit[r])) [[unlikely]] {
+          move(r, top);
+          weights = row_exp_operand<true, Mode>(score, 0, kChunk, from[r], by, weight, apart);
+        }
+        store(sum, load(sum) + weights);
+      }
     }
-#endif
+    multiply_values(s, first_row, rows, {done, columns.high}, origin, padded);
   }
 
   // The references of rows that have none yet: the largest of a chunk's scores, found side by side.

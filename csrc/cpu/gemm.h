@@ -93,6 +93,10 @@ FASTATTN_INLINE Vec<typename Mode::Acc> multiply_add(const typename Mode::A* a, 
     return c + *a * b;
 }
 
+// Products that are summed one after the other before the sum joins those before it: with S keys in a row the error of
+// the output would grow as S does.
+constexpr i64 kInARow = 128;
+
 template <class Mode, int kM, int kN>
 inline void micro_kernel(i64 depth, const typename Mode::A* a, i64 a_row, i64 a_depth, const typename Mode::B* b,
                          i64 b_row, typename Mode::Acc* c, i64 c_row, bool accumulate) {
@@ -102,7 +106,7 @@ inline void micro_kernel(i64 depth, const typename Mode::A* a, i64 a_row, i64 a_
 #pragma GCC unroll 16
   for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) sum[m][n] = accumulate ? load(c + m * c_row + n * lanes) : Vec<Acc>{};
+    for (int n = 0; n < kN; ++n) sum[m][n] = Vec<Acc>{};
   for (i64 k = 0; k < depth; ++k, a += a_depth, b += b_row) {
     Vec<typename Mode::B> column[kN];
 #pragma GCC unroll 8
@@ -115,14 +119,23 @@ inline void micro_kernel(i64 depth, const typename Mode::A* a, i64 a_row, i64 a_
 #pragma GCC unroll 16
   for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) store(c + m * c_row + n * lanes, sum[m][n]);
+    for (int n = 0; n < kN; ++n) {
+      Acc* const at = c + m * c_row + n * lanes;
+      store(at, accumulate ? load(at) + sum[m][n] : sum[m][n]);
+    }
 }
 
 template <class Mode, int kN, int kM = kRows>
 inline void panel_product(i64 m, i64 depth, const typename Mode::A* a, i64 a_row, i64 a_depth,
                           const typename Mode::B* b, i64 b_row, typename Mode::Acc* c, i64 c_row, bool accumulate) {
-  for (; m >= kM; m -= kM, a += kM * a_row, c += kM * c_row)
-    micro_kernel<Mode, kM, kN>(depth, a, a_row, a_depth, b, b_row, c, c_row, accumulate);
+  for (; m >= kM; m -= kM, a += kM * a_row, c += kM * c_row) {
+    i64 k = 0;
+    do {
+      micro_kernel<Mode, kM, kN>(smaller(kInARow, depth - k), a + k * a_depth, a_row, a_depth, b + k * b_row, b_row, c,
+                                 c_row, accumulate || k > 0);
+      k += kInARow;
+    } while (k < depth);
+  }
   if constexpr (kM > 1)
     if (m) panel_product<Mode, kN, kM == 6 ? 4 : kM / 2>(m, depth, a, a_row, a_depth, b, b_row, c, c_row, accumulate);
 }

@@ -29,8 +29,11 @@ FASTATTN_INLINE void amx_configure() { _tile_loadconfig(&kTileConfig); }
 template <int kM, int kPieces>
 inline void amx_block(i64 depth, const bf16* a, i64 a_row, i64 a_piece, const uint32_t* b, i64 b_row, i64 b_piece,
                       float* c, i64 c_row, bool accumulate) {
+  // Tile registers go on from what is there, so with S keys in a row the error of a sum would grow as S does.  Where
+  // the result is worth it, this product is summed by itself.
+  constexpr bool kApart = kPieces == 3;
   const i64 a_bytes = a_row * 2, b_bytes = b_row * 4, c_bytes = c_row * 4;
-  if (accumulate) {
+  if (accumulate && !kApart) {
     _tile_loadd(0, c, c_bytes);
     if constexpr (kM == 2) _tile_loadd(1, c + 16 * c_row, c_bytes);
   } else {
@@ -51,6 +54,13 @@ inline void amx_block(i64 depth, const bf16* a, i64 a_row, i64 a_piece, const ui
         }
       }
     }
+  }
+  if (accumulate && kApart) {
+    alignas(64) float product[16 * kM][16];
+    _tile_stored(0, product, 64);
+    if constexpr (kM == 2) _tile_stored(1, product + 16, 64);
+    for (int m = 0; m < 16 * kM; ++m, c += c_row) store(c, load(c) + load(product[m]));
+    return;
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (kM == 2) _tile_stored(1, c + 16 * c_row, c_bytes);

@@ -219,10 +219,10 @@ class GradientTile {
   static void differentiate(Acc* s, Acc* dp, i64 begin, i64 end, const Acc* statistics, Acc row_delta, Acc factor,
                             const Acc* factors) {
     const Vec<Acc> zero = {};
-    const Acc largest = statistics[0], log_sum = statistics[1];
+    const Acc largest = statistics[0], scale = statistics[1];
     for (i64 j = begin; j < end; j += kLane) {
       const Vec<Acc> score = load(s + j);
-      const Vec<Acc> weight = exp2<Mode::kExpDegree>(exponent<kPlain>(score, largest, factor) - log_sum);
+      const Vec<Acc> weight = exp2<Mode::kExpDegree>(exponent<kPlain>(score, largest, factor)) * scale;
       Vec<Acc> gradient = load(dp + j);
       Vec<Acc> kept = weight;
       if (factors) {
