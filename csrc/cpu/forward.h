@@ -88,6 +88,7 @@ class Forward {
     A* weights;
     B *keys, *values;
     uint8_t *query_bad, *key_bad, *value_bad;
+    uint8_t* begun;  // strips whose accumulators hold something
   };
 
   Scratch layout(Arena& arena) const {
@@ -108,6 +109,7 @@ class Forward {
     s.query_bad = arena.take<uint8_t>(rows);
     s.key_bad = arena.take<uint8_t>(tile);
     s.value_bad = arena.take<uint8_t>(tile);
+    s.begun = arena.take<uint8_t>(rows / strip_rows);
     return s;
   }
 
@@ -171,7 +173,7 @@ class Forward {
     }
     const BatchGeometry& geometry = scorers[0].geometry;
     const i64 count = item.count();
-    std::memset(s.accumulator, 0, count * value_width * sizeof(Acc));
+    std::memset(s.begun, 0, ceil_div(count, strip_rows));
     std::memset(s.sum, 0, count * kLane * sizeof(Acc));
     for (i64 r = 0; r < count; ++r) s.reference[r] = -kInfinity<Acc>;
 
@@ -193,6 +195,9 @@ class Forward {
         strip(item, scorers, s, r, smaller(strip_rows, count - r), origin, keys, padded,
               bad_keys || bad_queries ? &key_rows : nullptr, bad_values ? &value_rows : nullptr);
     }
+    for (i64 r = 0; r < count; r += strip_rows)
+      if (!s.begun[r / strip_rows])
+        std::memset(s.accumulator + r * value_width, 0, smaller(strip_rows, count - r) * value_width * sizeof(Acc));
     item.each(0, count, [&](i64 r, i64 g, i64 i) {
       finish_row(scorers[g], o, i, s.reference[r], reduce_add<Acc>(load(s.sum + r * kLane)),
                  s.accumulator + r * value_width, value_width);
@@ -250,11 +255,13 @@ class Forward {
   // no row sees must not show in the last bits.
   void multiply_values(const Scratch& s, i64 first_row, i64 rows, Interval columns, i64 origin, i64 padded) const {
     const i64 piece = padded / Mode::kPair * Mode::kPanel;
+    uint8_t& begun = s.begun[first_row / strip_rows];
     for (i64 from = columns.low, to; from < columns.high; from = to) {
       to = kTiles ? columns.high : smaller(round_down(origin + from, kInARow) + kInARow - origin, columns.high);
       gemm<Mode>(rows, round_up(p.value_dim, kLane), to - from, weights_of(s) + from, weight_row(), 1,
                  s.values + from / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * piece,
-                 s.accumulator + first_row * value_width, value_width, true, tile, piece);
+                 s.accumulator + first_row * value_width, value_width, begun, tile, piece);
+      begun = true;
     }
   }
 
