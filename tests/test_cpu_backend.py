@@ -363,6 +363,51 @@ def test_bits_of_a_window_do_not_depend_on_the_thread_count(
     same_bits_for_any_number_of_threads(plain(dtype, *lengths, b=1, d=64, **options))
 
 
+STEEP = [2.0, 0.6, 0.3, 0.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"window_right": 0, "query_offset": 1100},
+        {"query_offset": 1420, "by": 0.125},  # the nearest keys are up to 300 away
+        {"query_offset": 700, "window_left": 900, "window_right": 500, "sink": True},
+        {"query_offset": -150, "lengths": (1400, 90)},
+    ],
+    ids=["both sides", "causal", "after all keys", "window", "lengths"],
+)
+def test_keys_out_of_reach_of_a_slope(fields: dict, dtype: torch.dtype) -> None:
+    """Weights there are zero: to pass over them changes nothing, whatever is nearest and however large q and k are."""
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    fields = dict(fields)
+    fields["slopes"] = torch.tensor([STEEP], dtype=parameter) * fields.pop("by", 1.0)
+    if fields.pop("sink", False):
+        fields["sink"] = random(1, 4, seed=10, dtype=parameter)
+    if lengths := fields.pop("lengths", None):
+        fields["key_lengths"] = torch.tensor(lengths)
+    problem = plain(dtype, 300, 1400, hk=4, d=32, **fields)
+    check(problem, one_key_a_row=True)
+    far = problem.key.clone()
+    far[:, :, 1390:] *= 200  # scores of some hundreds, which no distance here makes small enough
+    problem = dataclasses.replace(problem, key=far)
+    out, lse, _ = torch.ops.fastattn.cpu_forward(*problem.arguments())
+    exact_out, exact_lse = reference.forward(widened(problem))
+    half = torch.finfo(dtype).bits == 16
+    torch.testing.assert_close(out.double(), exact_out, rtol=0, atol=0.02 if half else 2e-4)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=2e-3 if half else 1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_slope_passes_over_is_the_same_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    slopes = torch.tensor([STEEP], dtype=parameter)
+    for fields in ({}, {"window_left": 1000, "window_right": 700}):
+        problem = plain(dtype, 1500, 1700, b=1, hk=4, slopes=slopes, query_offset=100, **fields)
+        same_bits_for_any_number_of_threads(problem)
+
+
 def test_exponential_over_its_range() -> None:
     """With keys (1, 0) and values (1, 0) the output is the logistic function of q: exp with nothing to hide it."""
     x = torch.linspace(-86.0, 30.0, 20001, dtype=torch.float64)

@@ -113,3 +113,27 @@ def test_bad_numbers_among_keys_that_everyone_sees(name: str, dtype: torch.dtype
                 expected = clean
             tolerance = 0.0 if name == "query" else 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(out[~reached], expected[~reached], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bad_numbers_out_of_reach_of_a_slope(dtype: torch.dtype) -> None:
+    """Zero times infinity is NaN in the formula, however far away; what nobody sees changes no bit."""
+    slopes = torch.tensor([[4.0, 4.0]])
+    problem = plain(dtype, 300, 1500, b=1, hq=2, hk=2, d=32, slopes=slopes, key_lengths=torch.tensor([1400]))
+    nothing = torch.zeros_like(problem.query)
+    clean = native_run(problem, nothing, None)[0]
+    for name in ("key", "value"):
+        for bad in (math.nan, math.inf):
+            tensor = getattr(problem, name).clone()
+            tensor[:, 1, 1390, 7] = bad
+            out = native_run(dataclasses.replace(problem, **{name: tensor}), nothing, None)[0]
+            if name == "value":
+                assert out[:, 1, :, 7].isnan().all()
+                assert torch.equal(out[:, 1, :, :7], clean[:, 1, :, :7])
+            elif math.isnan(bad):
+                assert out[:, 1].isnan().all()
+            assert torch.equal(out[:, 0], clean[:, 0])
+            tensor = getattr(problem, name).clone()
+            tensor[:, :, 1400:] = bad
+            out = native_run(dataclasses.replace(problem, **{name: tensor}), nothing, None)[0]
+            assert torch.equal(out, clean)

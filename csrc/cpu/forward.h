@@ -9,6 +9,7 @@
 
 #include "arena.h"
 #include "decode.h"
+#include "reach.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -30,7 +31,8 @@ class Forward {
 
   Forward(const Problem& problem, const ForwardOutput& output, i64 threads) : p(problem), o(output) {
     // strips that are the same however many threads there are: the choice shows in the last bits
-    chunked = kTiles && Scorer<Acc>::may_share_bias(p) && (p.group() == 1 || p.query_length >= kSharedQueries);
+    own_strips = p.group() == 1 || p.query_length >= kSharedQueries;
+    chunked = kTiles && Scorer<Acc>::may_share_bias(p) && own_strips;
     tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), chunked ? kChunkedTile : kMaxTile);
     depth = round_up(p.head_dim, Mode::kDepthMultiple);
     width = round_up(larger(depth, i64{1}), kBlock);
@@ -58,7 +60,8 @@ class Forward {
   const Problem& p;
   const ForwardOutput& o;
   i64 tile, depth, width, value_width, strip_rows;
-  bool chunked;  // whether weigh_chunks() may be taken
+  bool own_strips;  // whether strips have rows of one head, and are the same however many threads there are
+  bool chunked;     // whether weigh_chunks() may be taken
   i64 rows_per_block = 1, row_blocks = 1, heads_per_block = 1, head_blocks = 1;
 
   // Large blocks amortise packing; small ones balance threads.
@@ -89,6 +92,8 @@ class Forward {
     B *keys, *values;
     uint8_t *query_bad, *key_bad, *value_bad;
     uint8_t* begun;  // strips whose accumulators hold something
+    Acc* norms;      // of the queries of each strip times those of the keys, at most
+    Reach<Acc> reach;
   };
 
   Scratch layout(Arena& arena) const {
@@ -110,6 +115,7 @@ class Forward {
     s.key_bad = arena.take<uint8_t>(tile);
     s.value_bad = arena.take<uint8_t>(tile);
     s.begun = arena.take<uint8_t>(rows / strip_rows);
+    s.norms = p.slopes ? arena.take<Acc>(rows / strip_rows) : nullptr;
     return s;
   }
 
@@ -159,7 +165,7 @@ class Forward {
     Arena measure(nullptr);
     layout(measure);
     Arena arena(thread_scratch(measure.used()));
-    const Scratch s = layout(arena);
+    Scratch s = layout(arena);
     FlushScope flush;
     TileScope<Mode> tiles;
 
@@ -180,6 +186,15 @@ class Forward {
     const RowSource<Acc> key_rows =
         RowSource<Acc>(p.key, item.b, item.kv_head).rotated(p.key_cos, p.key_sin, 0, p.interleaved);
     const RowSource<Acc> value_rows(p.value, item.b, item.kv_head);
+    if (own_strips) s.reach = Reach<Acc>(scorers[0]);
+    if (s.reach.ends()) {
+      // of all keys, not of those that this item sees: what a strip passes over must not depend on its item
+      const Acc keys = s.reach.key_norm(key_rows, s.temp);
+      const RowSource<Acc> queries = query_source(item, item.head, geometry);
+      for (i64 r = 0; r < count; r += strip_rows)
+        s.norms[r / strip_rows] =
+            keys * s.reach.query_norm(queries, item.query_of(r), smaller(strip_rows, count - r), s.temp);
+    }
     const i64 low = geometry.visible(item.first).low, high = geometry.visible(item.first + item.rows - 1).high;
     for (i64 border = round_down(low, tile); border < high; border += tile) {
       // nobody sees the tile's first keys; where a strip's columns begin must not show where its item's do
@@ -216,6 +231,10 @@ class Forward {
         p, item.b, i0, i1 - i0 + 1, origin,
         {larger(geometry.visible(i0).low - origin, i64{0}), smaller(geometry.visible(i1).high - origin, keys)});
     if (columns.empty()) return;
+    if (s.reach.ends() &&
+        s.reach.beyond(i0, i1, {origin + columns.low, origin + columns.high}, s.norms[first_row / strip_rows]) &&
+        !(bad_values && any_flagged(s.value_bad, columns)))
+      return;
     const i64 begin = round_down(columns.low, Mode::kColumnMultiple);
     const i64 end = smaller(round_up(columns.high, Mode::kColumnMultiple), padded);
 
@@ -236,6 +255,12 @@ class Forward {
     }
     if (bad_values)
       fix_values(item, scorers, s, first_row, rows, origin, begin, smaller(end, keys), weights_of(s), *bad_values);
+  }
+
+  static bool any_flagged(const uint8_t* bad, Interval columns) {
+    bool any = false;
+    for (i64 j = columns.low; j < columns.high; ++j) any |= bad[j] != 0;
+    return any;
   }
 
   // S = Q K^T of some columns of a tile.
