@@ -7,8 +7,8 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 
 // What a row is multiplied with at the end: zero without keys, which have no weight whatever their scores.  Weights are
-// recomputed with it as well, not with its logarithm: the rounding of that is one of all weights of the row, eight
-// times as large for a thousand keys.
+// recomputed with it as well, not with its logarithm: the rounding of that is an error of all weights of the row, and
+// grows with it.
 template <class Acc>
 struct RowEnd {
   Acc scale = 0, lse = kInfinity<Acc>;

@@ -25,7 +25,8 @@ inline T norm_bound(const RowSource<T>& source, i64 first, i64 count, T* row, Co
     largest = larger(largest, square);
     zero += square * T(0);
   }
-  return static_cast<T>(1.02 * __builtin_sqrt(largest + zero));  // rotated operands are rounded once more
+  // squares may have been flushed to zero, and rotated operands are rounded once more
+  return static_cast<T>(1.02 * __builtin_sqrt(largest + zero + width * __builtin_exp2(sizeof(T) == 4 ? -126 : -1022)));
 }
 
 template <class T>
@@ -68,7 +69,7 @@ class Reach {
  private:
   // exp of less than minus this is zero, not even a denormal number
   static constexpr double kZero = sizeof(T) == 4 ? 104 : 746;
-  static constexpr double kWorth = 512;  // keys
+  static constexpr double kWorth = 512;  // so many keys beyond it are less than their norms cost
 
   i64 nearest_key(i64 i) const {
     const i64 at = scorer_->geometry.position(i);
