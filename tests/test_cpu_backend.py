@@ -363,6 +363,13 @@ def test_bits_of_a_window_do_not_depend_on_the_thread_count(
     same_bits_for_any_number_of_threads(plain(dtype, *lengths, b=1, d=64, **options))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinks_far_above_and_below_all_scores(dtype: torch.dtype) -> None:
+    """Above by more than the exponents of float32 have room for, it is all that a row sees, and has lse's gradient."""
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    check(plain(dtype, 70, 150, sink=torch.tensor([[300.0, 95.0, 60.0, -300.0]], dtype=parameter)))
+
+
 STEEP = [2.0, 0.6, 0.3, 0.0]
 
 
