@@ -367,7 +367,12 @@ def test_bits_of_a_window_do_not_depend_on_the_thread_count(
 def test_sinks_far_above_and_below_all_scores(dtype: torch.dtype) -> None:
     """Above by more than the exponents of float32 have room for, it is all that a row sees, and has lse's gradient."""
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
-    check(plain(dtype, 70, 150, sink=torch.tensor([[300.0, 95.0, 60.0, -300.0]], dtype=parameter)))
+    problem = plain(dtype, 70, 150, sink=torch.tensor([[300.0, 95.0, 60.0, -300.0]], dtype=parameter))
+    check(problem)
+    # scores whose exponentials overflow, and have no weight nevertheless
+    problem = dataclasses.replace(problem, scale=40.0, sink=torch.full((1, 4), 1e5, dtype=parameter))
+    for grad in native_run(problem, random(2, 4, 70, 32, seed=20, dtype=dtype), None)[2].values():
+        assert (grad == 0).all()
 
 
 STEEP = [2.0, 0.6, 0.3, 0.0]
