@@ -5,6 +5,7 @@
 #pragma once
 
 #include "additive_scores.h"
+#include "finish.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -86,7 +87,8 @@ class AdditiveForward {
       for (i64 r = 0; r < rows; r += kStrip)
         strip(scorer, s, first, r, smaller(kStrip, rows - r), origin, count, bad_values ? &values : nullptr);
     }
-    for (i64 r = 0; r < rows; ++r) finish(scorer, s, r, first + r);
+    for (i64 r = 0; r < rows; ++r)
+      finish_row(scorer, o, first + r, s.maximum[r], s.sum[r], s.accumulator + r * value_width, value_width);
   }
 
   // Rows of numbers, zeros where a row is not finite: then it is flagged, and the answer is true.
@@ -199,22 +201,6 @@ class AdditiveForward {
         for (i64 d = 0; d < p.value_dim; ++d) acc[d] += s.scores[r * tile + j] * s.temp[d];
       }
     }
-  }
-
-  void finish(const Scorer<T>& scorer, const Scratch& s, i64 row, i64 i) const {
-    const T sum = s.sum[row];
-    T scale = 0, lse = kInfinity<T>;
-    if (sum != 0) {  // a row without keys has no weight whatever its scores
-      lse = static_cast<T>(s.maximum[row] * (scorer.plain ? p.scale : 1.0) + __builtin_log(static_cast<double>(sum)));
-      scale = 1 / sum;
-    }
-    T* const statistics = reinterpret_cast<T*>(o.statistics.mutable_at(scorer.b, scorer.h, i));
-    statistics[0] = sum == 0 ? 0 : s.maximum[row];
-    statistics[1] = scale;
-    *reinterpret_cast<T*>(o.lse.mutable_at(scorer.b, scorer.h, i)) = lse;
-    T* const acc = s.accumulator + row * value_width;
-    for (i64 d = 0; d < value_width; d += kLane) store(acc + d, load(acc + d) * scale);
-    store_row(o.out.dtype, acc, p.value_dim, o.out.mutable_at(scorer.b, scorer.h, i));
   }
 };
 
