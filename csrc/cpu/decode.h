@@ -58,6 +58,11 @@ class Decode {
   // Rows are fetched so many bytes before they are read: a Xeon with AMX decodes from memory up to 1.7 times as fast
   // for it, a Zen 4 a fifth more slowly (README.md).
   static constexpr i64 kAheadBytes = kTileRegisters ? 8192 : 0;
+#if defined(FASTATTN_BF16_OPERANDS)
+  using Dots = std::conditional_t<sizeof(Acc) == 4, BFloat16Mode, PlainMode<Acc>>;
+#else
+  using Dots = PlainMode<Acc>;
+#endif
   // Sums of columns in registers; a few rows take more columns of a value at once.
   static constexpr int kSums = kVectorRegisters / 2, kVectors = kSums / kRowBlock;
 
@@ -70,6 +75,7 @@ class Decode {
   struct Scratch {
     Acc *query, *scores, *temp, *tile, *accumulator;
     Acc *maximum, *sum;
+    typename Dots::A* operands;  // the queries again, where keys meet them by dot products
   };
 
   Scratch layout(Arena& arena) const {
@@ -81,7 +87,13 @@ class Decode {
     s.accumulator = arena.take<Acc>(rows * value_width);
     s.maximum = arena.take<Acc>(rows);
     s.sum = arena.take<Acc>(rows);
+    s.operands = takes_dots() ? arena.take<typename Dots::A>(rows * width) : nullptr;
     return s;
+  }
+
+  // Whether products of queries and keys that lie there as operands are exact: they need no conversion then.
+  bool takes_dots() const {
+    return Dots::kPair == 2 && p.query.dtype == DType::kBFloat16 && !p.query_cos && width % (2 * kLane) == 0;
   }
 
   // Of one row and chunk: the accumulator, then maximum and sum.
@@ -161,6 +173,7 @@ class Decode {
           .rotated(p.query_cos, p.query_sin, scorer.geometry.offset, p.interleaved)
           .load(r % p.query_length, s.query + r * width);
     }
+    if (s.operands) to_operand<Dots>(s.query, rows * width, s.operands, 0);
   }
 
   // Rows of keys or values in whole vectors of T, `stride` apart: in place, or kTile of them as numbers in the buffer.
@@ -215,38 +228,50 @@ class Decode {
     for (i64 j = keys.low; j < keys.high; j += kTile) {
       const i64 count = smaller(kTile, keys.high - j);
       with_rows(source, origin + j, count, width, s.tile, [&](auto k) __attribute__((always_inline)) {
-        in_blocks([&](auto block, i64 r) __attribute__((always_inline)) { scores_of<block.value>(k, count, r, j, s); });
+        in_blocks([&](auto block, i64 r) __attribute__((always_inline)) {
+          if constexpr (std::is_same_v<decltype(k), Rows<BFloat16>> && Dots::kPair == 2)
+            if (s.operands) return scores_of<block.value, Dots>(k, s.operands, count, r, j, s);
+          scores_of<block.value, PlainMode<Acc>>(k, s.query, count, r, j, s);
+        });
       });
     }
   }
 
-  template <int kRows, class T>
-  FASTATTN_INLINE void scores_of(Rows<T> k, i64 count, i64 r, i64 first, const Scratch& s) const {
+  template <int kRows, class Mode, class T>
+  FASTATTN_INLINE void scores_of(Rows<T> k, const typename Mode::A* queries, i64 count, i64 r, i64 first,
+                                 const Scratch& s) const {
+    using B = typename Mode::B;
     constexpr int kKeys = static_cast<int>(kLane) / kRows;
-    const Acc* const query = s.query + r * width;
+    constexpr i64 kStep = kLane * Mode::kPair;
+    const typename Mode::A* const query = queries + r * width;
     for (i64 j = 0; j < count; j += kKeys) {
       const T* key[kKeys];
 #pragma GCC unroll 16
       for (int n = 0; n < kKeys; ++n) key[n] = k.data + smaller(j + n, count - 1) * k.stride;
       Vec<Acc> sum[kLane] = {};
       const auto add = [&](int begin, int end, i64 d) __attribute__((always_inline)) {
-        Vec<Acc> q[kRows];
+        Vec<B> q[kRows];
 #pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) q[m] = load(query + m * width + d);
+        for (int m = 0; m < kRows; ++m) q[m] = load(reinterpret_cast<const B*>(query + m * width + d));
 #pragma GCC unroll 16
         for (int n = begin; n < end; ++n) {
-          const Vec<Acc> x = load_numbers(key[n] + d);
+          Vec<B> x;
+          if constexpr (Mode::kPair == 2)
+            x = load(reinterpret_cast<const B*>(key[n] + d));
+          else
+            x = load_numbers(key[n] + d);
           k.fetch(key[n] + d);
 #pragma GCC unroll 4
-          for (int m = 0; m < kRows; ++m) sum[m * kKeys + n] += x * q[m];
+          for (int m = 0; m < kRows; ++m)
+            sum[m * kKeys + n] = multiply_add_lanes<Mode>(x, q[m], sum[m * kKeys + n]);
         }
       };
       if constexpr (kAheadBytes > 0) {
-        for (i64 d = 0; d < width; d += kLane) add(0, kKeys, d);
+        for (i64 d = 0; d < width; d += kStep) add(0, kKeys, d);
       } else {  // key by key: memory in its own order, which the hardware's prefetcher follows
 #pragma GCC unroll 16
         for (int n = 0; n < kKeys; ++n)
-          for (i64 d = 0; d < width; d += kLane) add(n, n + 1, d);
+          for (i64 d = 0; d < width; d += kStep) add(n, n + 1, d);
       }
       Acc sums[kLane];
       store(sums, add_lanes<Acc>(sum));
@@ -299,15 +324,23 @@ class Decode {
   FASTATTN_INLINE void columns_of(Rows<T> v, i64 count, i64 r, i64 first, i64 d, const Scratch& s) const {
     const Acc* const weights = s.scores + r * chunk + first;
     Acc* const acc = s.accumulator + r * value_width + d;
+    // two vectors of bfloat16 at a time: their even columns and their odd ones
+    constexpr bool kSplit = std::is_same_v<T, BFloat16> && kColumns % 2 == 0;
     Vec<Acc> sum[kRows][kColumns];
     for (int m = 0; m < kRows; ++m)
       for (int n = 0; n < kColumns; ++n) sum[m][n] = load(acc + m * value_width + n * kLane);
+    if constexpr (kSplit)
+      for (int m = 0; m < kRows; ++m)
+        for (int n = 0; n < kColumns; n += 2) deinterleave<Acc>(sum[m][n], sum[m][n + 1]);
     const T* value = v.data + d;
     for (i64 j = 0; j < count; ++j, value += v.stride) {
       Vec<Acc> x[kColumns];
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) {
-        x[n] = load_numbers(value + n * kLane);
+        if constexpr (!kSplit)
+          x[n] = load_numbers(value + n * kLane);
+        else if (n % 2 == 0)
+          load_even_and_odd(value + n * kLane, x[n], x[n + 1]);
         v.fetch(value + n * kLane);
       }
       if (kAheadBytes == 0 && d == 0)  // the columns of the passes to come, while memory is being read in order
@@ -320,8 +353,14 @@ class Decode {
         for (int n = 0; n < kColumns; ++n) sum[m][n] += x[n] * weight;
       }
     }
-    for (int m = 0; m < kRows; ++m)
-      for (int n = 0; n < kColumns; ++n) store(acc + m * value_width + n * kLane, sum[m][n]);
+    for (int m = 0; m < kRows; ++m) {
+      Acc* const to = acc + m * value_width;
+      if constexpr (kSplit)
+        for (int n = 0; n < kColumns; n += 2)
+          interleave<Acc>(sum[m][n], sum[m][n + 1], to + n * kLane, to + (n + 1) * kLane);
+      else
+        for (int n = 0; n < kColumns; ++n) store(to + n * kLane, sum[m][n]);
+    }
   }
 
   // The accumulators again, pair by pair, where one came out NaN or infinite: a weight of 0 times a hidden value that

@@ -158,6 +158,20 @@ FASTATTN_INLINE void interleave(Vec<T> a, Vec<T> b, T* first, T* second) {
   interleave_lanes<T>(a, b, first, second, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
+// The reverse: what is in even places of a and b, one after the other, to a; what is in odd ones to b.
+template <class T, int... kLane>
+FASTATTN_INLINE void deinterleave_lanes(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
+  using Index = Vec<std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  const Index even = {(2 * kLane)...}, odd = {(2 * kLane + 1)...};
+  const Vec<T> first = a, second = b;
+  a = (Vec<T>)__builtin_shuffle(first, second, even);
+  b = (Vec<T>)__builtin_shuffle(first, second, odd);
+}
+template <class T>
+FASTATTN_INLINE void deinterleave(Vec<T>& a, Vec<T>& b) {
+  deinterleave_lanes<T>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
 // The product of the low halves of each 64-bit element, in full.
 FASTATTN_INLINE Vec<uint64_t> multiply_low_halves(Vec<uint64_t> a, Vec<uint64_t> b) {
 #if defined(__AVX512F__)
@@ -208,17 +222,18 @@ FASTATTN_INLINE void transpose(Vec<T>* rows) {
   if constexpr (kStage > 1) transpose<T, kStage / 2>(rows);
 }
 
-// Lane k of the result joins the lanes of rows[k]: the transpose's stages, each joining what it swaps.
+// Lane k of the result joins the lanes of rows[k], which may change places: where the transpose shuffles twice, this
+// leaves one half of each where it is.
 template <class T, int kStage, class Join, int... kLane>
 FASTATTN_INLINE void join_stage(Vec<T>* rows, Join join, std::integer_sequence<int, kLane...>) {
   using Index = Vec<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
   constexpr int n = kLanes<T>;
-  const Index low = {((kLane & kStage) ? n + kLane - kStage : kLane)...};
-  const Index high = {((kLane & kStage) ? n + kLane : kLane + kStage)...};
+  const Index stay = {((kLane & kStage) ? n + kLane : kLane)...};
+  const Index move = {((kLane & kStage) ? n + kLane - kStage : kLane + kStage)...};
 #pragma GCC unroll 16
   for (int i = 0; i < kStage; ++i)
     rows[i] =
-        join(__builtin_shuffle(rows[i], rows[i + kStage], low), __builtin_shuffle(rows[i], rows[i + kStage], high));
+        join(__builtin_shuffle(rows[i], rows[i + kStage], stay), __builtin_shuffle(rows[i], rows[i + kStage], move));
 }
 
 template <class T, int kStage = kLanes<T> / 2, class Join>
