@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastattn
-from fastattn.nn import MultiheadAttention
+from fastattn.nn import MultiheadAttention, core
 
 N, L, E, H = 3, 5, 8, 2
 TORCH = torch.nn.MultiheadAttention
@@ -425,3 +425,29 @@ def test_modules_are_freed() -> None:
     del module
     assert gone[0]() is None
     assert gone[1]() is None
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_projections_are_freed_before_the_output_projection(
+    need_weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result takes their memory: an inference call holds four tensors of the output's size at most, not five."""
+    module, x = MultiheadAttention(E, H).eval(), torch.randn(L, N, E)
+    made: list[weakref.ref[Tensor]] = []
+
+    def watched(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            made.extend(map(weakref.ref, (result,) if isinstance(result, Tensor) else result))
+            return result
+
+        return call
+
+    for name in ("project", "split_heads"):
+        monkeypatch.setattr(core, name, watched(getattr(core, name)))
+    alive: list[int] = []
+    module.out_proj.register_forward_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in made)))
+    with torch.no_grad():
+        module(x, x, x, need_weights=need_weights)
+    assert len(made) == 6
+    assert alive == [0]

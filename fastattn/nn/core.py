@@ -67,10 +67,8 @@ def multi_head_attention(
     first: int = 0
     offset: int | None = extra_keys  # in front, so shifting the queries by their number shows them to every query
     if isinstance(cache, KVCache):
-        q, k, v = (
-            split_heads(x, n, **layout)
-            for x, n in zip(project(module, query, key, value), (heads, kv_heads, kv_heads), strict=True)
-        )
+        projected = project(module, query, key, value)
+        q, k, v = (split_heads(x, n, **layout) for x, n in zip(projected, (heads, kv_heads, kv_heads), strict=True))
         padding = _cached_padding(attn_mask, key_padding_mask, batched)
         k, v, first, padding = cache.append(k, v, padding)
         objects: dict[str, Any] = {"mask": _hide(cache.mask(), padding), "bias": None}
@@ -80,6 +78,7 @@ def multi_head_attention(
             projected = project(module, query, key, value)
             q, k, v = (split_heads(x, n, **layout) for x, n in zip(projected, (heads, kv_heads, kv_heads), strict=True))
         else:
+            projected = None
             q, k, v = _project_memory(module, query, key, value, layout, cache)
         if extra_keys:
             k, v = prepend_extra_keys(module, k, v)
@@ -106,6 +105,8 @@ def multi_head_attention(
         weights = weights.squeeze(0)
     for watcher in seen:
         record(watcher, module, problem, extra_keys)
+    # Unless autograd keeps them, the output projection can have their memory.
+    del q, k, v, projected, problem
     # Called, not read: hooks, parametrizations and replacements of the output projection take part.
     return module.out_proj(join_heads(out, **layout)), weights
 
