@@ -189,7 +189,7 @@ class Forward {
     if (own_strips) s.reach = Reach<Acc>(scorers[0]);
     if (s.reach.ends()) {
       // of all keys, not of those that this item sees: what a strip passes over must not depend on its item
-      const Acc keys = s.reach.key_norm(key_rows, s.temp);
+      const Acc keys = s.reach.key_norm(key_rows, value_rows, s.temp);
       const RowSource<Acc> queries = query_source(item, item.head, geometry);
       for (i64 r = 0; r < count; r += strip_rows)
         s.norms[r / strip_rows] =
@@ -202,13 +202,20 @@ class Forward {
       const i64 keys = smaller(border + tile, high) - origin;
       const i64 padded = round_up(keys, Mode::kColumnMultiple);
       if (document_columns(p, item.b, item.first, item.rows, origin, {0, keys}).empty()) continue;
-      const bool bad_keys =
-          pack_transposed<Mode>(key_rows, origin, keys, padded, depth, width, s.staging, s.keys, s.key_bad);
-      const bool bad_values =
-          pack_depth<Mode>(value_rows, origin, keys, padded, value_width, s.staging, s.values, s.value_bad);
-      for (i64 r = 0; r < count; r += strip_rows)
-        strip(item, scorers, s, r, smaller(strip_rows, count - r), origin, keys, padded,
-              bad_keys || bad_queries ? &key_rows : nullptr, bad_values ? &value_rows : nullptr);
+      bool packed = false, bad_keys = false, bad_values = false;
+      for (i64 r = 0; r < count; r += strip_rows) {
+        const i64 rows = smaller(strip_rows, count - r);
+        const Interval columns = strip_columns(item, s, r, rows, origin, keys);
+        if (columns.empty()) continue;
+        if (!packed) {
+          bad_keys = pack_transposed<Mode>(key_rows, origin, keys, padded, depth, width, s.staging, s.keys, s.key_bad);
+          bad_values =
+              pack_depth<Mode>(value_rows, origin, keys, padded, value_width, s.staging, s.values, s.value_bad);
+          packed = true;
+        }
+        strip(item, scorers, s, r, rows, origin, keys, padded, columns, bad_keys || bad_queries ? &key_rows : nullptr,
+              bad_values ? &value_rows : nullptr);
+      }
     }
     for (i64 r = 0; r < count; r += strip_rows)
       if (!s.begun[r / strip_rows])
@@ -219,22 +226,33 @@ class Forward {
     });
   }
 
-  // One strip of rows against one packed tile.  Non-null sources say that the tile has flagged rows.
-  void strip(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
-             i64 keys, i64 padded, const RowSource<Acc>* bad_keys, const RowSource<Acc>* bad_values) const {
-    // The columns any row of the strip sees, in whole vectors.
-    const BatchGeometry& geometry = scorers[0].geometry;
-    const bool one_head = item.head_of(first_row) == item.head_of(first_row + rows - 1);
-    const i64 i0 = one_head ? item.query_of(first_row) : item.first;
-    const i64 i1 = one_head ? item.query_of(first_row + rows - 1) : item.first + item.rows - 1;
+  // The first and the last query of a strip, or of the item where it has rows of several heads.
+  Interval strip_queries(const Block& item, i64 first_row, i64 rows) const {
+    if (item.head_of(first_row) != item.head_of(first_row + rows - 1)) return {item.first, item.first + item.rows - 1};
+    return {item.query_of(first_row), item.query_of(first_row + rows - 1)};
+  }
+
+  // The columns of a tile that any row of the strip sees and that count.
+  Interval strip_columns(const Block& item, const Scratch& s, i64 first_row, i64 rows, i64 origin, i64 keys) const {
+    const BatchGeometry& geometry = s.scorers[0].geometry;
+    const Interval queries = strip_queries(item, first_row, rows);
+    const i64 i0 = queries.low, i1 = queries.high;
     const Interval columns = document_columns(
         p, item.b, i0, i1 - i0 + 1, origin,
         {larger(geometry.visible(i0).low - origin, i64{0}), smaller(geometry.visible(i1).high - origin, keys)});
-    if (columns.empty()) return;
-    if (s.reach.ends() &&
-        s.reach.beyond(i0, i1, {origin + columns.low, origin + columns.high}, s.norms[first_row / strip_rows]) &&
-        !(bad_values && any_flagged(s.value_bad, columns)))
-      return;
+    if (columns.empty() || !s.reach.ends()) return columns;
+    const Interval near =
+        s.reach.clip(i0, i1, {origin + columns.low, origin + columns.high}, s.norms[first_row / strip_rows]);
+    return {near.low - origin, near.high - origin};
+  }
+
+  // One strip of rows against some columns of a packed tile.  Non-null sources say that the tile has flagged rows.
+  void strip(const Block& item, const Scorer<Acc>* scorers, const Scratch& s, i64 first_row, i64 rows, i64 origin,
+             i64 keys, i64 padded, Interval columns, const RowSource<Acc>* bad_keys,
+             const RowSource<Acc>* bad_values) const {
+    const bool one_head = item.head_of(first_row) == item.head_of(first_row + rows - 1);
+    const Interval queries = strip_queries(item, first_row, rows);
+    const i64 i0 = queries.low, i1 = queries.high;
     const i64 begin = round_down(columns.low, Mode::kColumnMultiple);
     const i64 end = smaller(round_up(columns.high, Mode::kColumnMultiple), padded);
 
@@ -255,12 +273,6 @@ class Forward {
     }
     if (bad_values)
       fix_values(item, scorers, s, first_row, rows, origin, begin, smaller(end, keys), weights_of(s), *bad_values);
-  }
-
-  static bool any_flagged(const uint8_t* bad, Interval columns) {
-    bool any = false;
-    for (i64 j = columns.low; j < columns.high; ++j) any |= bad[j] != 0;
-    return any;
   }
 
   // S = Q K^T of some columns of a tile.

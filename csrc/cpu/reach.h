@@ -46,24 +46,30 @@ class Reach {
   bool ends() const { return ends_; }
 
   // At least the norms of the keys that anybody sees, and of queries [first, first + count) that see any: what lies
-  // in the others must not show.
-  T key_norm(const RowSource<T>& keys, T* row) const {
+  // in the others must not show.  NaN with a value that is not finite, which is multiplied by its zero.
+  T key_norm(const RowSource<T>& keys, const RowSource<T>& values, T* row) const {
     const BatchGeometry& geometry = scorer_->geometry;
     const i64 low = geometry.visible(0).low, high = geometry.visible(scorer_->problem->query_length - 1).high;
+    for (i64 j = low; j < high; ++j) {
+      values.load(j, row);
+      if (!all_finite(row, values.columns)) return static_cast<T>(__builtin_nan(""));
+    }
     return norm_bound(keys, low, high - low, row, [](i64) { return true; });
   }
   T query_norm(const RowSource<T>& queries, i64 first, i64 count, T* row) const {
     return norm_bound(queries, first, count, row, [&](i64 i) { return !scorer_->geometry.visible(i).empty(); });
   }
 
-  // Whether all of keys [low, high) are out of reach for queries i0 to i1, whose norms times the keys' are at most
-  // `norms`.
-  bool beyond(i64 i0, i64 i1, Interval keys, T norms) const {
+  // What is left of keys [low, high) without those at either end that are out of reach for all queries i0 to i1, whose
+  // norms times the keys' are at most `norms`.
+  Interval clip(i64 i0, i64 i1, Interval keys, T norms) const {
     const BatchGeometry& geometry = scorer_->geometry;
-    const i64 first = geometry.position(i0), last = geometry.position(i1);
-    const i64 distance = larger(i64{0}, larger(keys.low - last, first - (keys.high - 1)));
     const i64 nearest = larger(nearest_key(i0), nearest_key(i1));  // of those between it is no farther
-    return slope_ * static_cast<double>(distance - nearest) > kZero + 2 * scorer_->scale * static_cast<double>(norms);
+    const double limit = (kZero + 2 * scorer_->scale * static_cast<double>(norms)) / slope_;
+    if (!(limit < 0x1p50) || nearest > i64{1} << 50) return keys;  // also where a norm is not finite
+    const i64 distance = nearest + static_cast<i64>(limit) + 1;
+    return {larger(keys.low, geometry.position(i0) - distance),
+            smaller(keys.high, geometry.position(i1) + distance + 1)};
   }
 
  private:
