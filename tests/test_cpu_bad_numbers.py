@@ -137,3 +137,33 @@ def test_bad_numbers_out_of_reach_of_a_slope(dtype: torch.dtype) -> None:
             tensor[:, :, 1400:] = bad
             out = native_run(dataclasses.replace(problem, **{name: tensor}), nothing, None)[0]
             assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_lse", [False, True], ids=["output", "lse"])
+def test_bad_gradients_out_of_reach_of_a_slope(of_lse: bool, dtype: torch.dtype) -> None:
+    """Zero times what is not finite, backward: a row's reaches every key it sees and no other row."""
+    slopes = torch.tensor([[4.0, 4.0]])
+    problem = plain(dtype, 300, 1500, b=1, hq=2, hk=2, d=32, slopes=slopes, key_lengths=torch.tensor([1400]))
+    grad_out, grad_lse = random(1, 2, 300, 32, seed=40, dtype=dtype), random(1, 2, 300, seed=41)
+    clean = native_run(problem, grad_out, grad_lse)[2]
+    others = torch.arange(300) != 100
+    for bad in (math.nan, math.inf):
+        if of_lse:
+            spoiled = grad_lse.clone()
+            spoiled[:, 1, 100] = bad
+            grads = native_run(problem, grad_out, spoiled)[2]
+            assert torch.equal(grads["value"], clean["value"])
+        else:
+            spoiled = grad_out.clone()
+            spoiled[:, 1, 100, 7] = bad
+            grads = native_run(problem, spoiled, grad_lse)[2]
+            assert not grads["value"][:, 1, :1400, 7].isfinite().any()
+            torch.testing.assert_close(grads["value"][:, 1, :, :7], clean["value"][:, 1, :, :7])
+        assert not grads["key"][:, 1, :1400].isfinite().any()
+        assert (grads["key"][:, 1, 1400:] == 0).all()
+        assert not grads["query"][:, 1, 100].isfinite().any()
+        assert torch.equal(grads["query"][:, 1, others], clean["query"][:, 1, others])
+        assert grads["slopes"].isfinite().tolist() == [[True, False]]
+        for name in ("query", "key", "value"):
+            assert torch.equal(grads[name][:, 0], clean[name][:, 0]), name

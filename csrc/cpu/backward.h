@@ -50,6 +50,7 @@ class Backward {
     if (out.dslopes) partial_slopes = Buffer<double>(chunks * p.batch * p.query_heads);
     if (out.dtable) partial_table = Buffer<double>(chunks * p.batch * p.query_heads * p.table.size[2]);
     if (out.dsink) partial_sink = Buffer<double>(p.batch * p.query_heads);
+    if (p.slopes) near_norms = Buffer<Acc>(p.batch * p.query_heads * query_tiles());
   }
 
   void run(const Parallel& parallel) {
@@ -85,6 +86,7 @@ class Backward {
   Tile engine;
   i64 chunks = 1, chunk_keys = 1, dq_rows = 1, dq_width = 1;
   bool products = false;
+  Buffer<Acc> near_norms;    // (B * Hq, tiles of queries): Tile::Near
   Buffer<Acc> partial_dq;    // (B * Hq, chunks, dq_rows, dq_width)
   Buffer<Acc> partial_rows;  // (chunks - 1, B * Hq, Sq, C): the first chunk's are the gradient itself
   Buffer<double> partial_slopes, partial_table, partial_sink;  // (B * Hq, chunks, ...)
@@ -94,6 +96,32 @@ class Backward {
     const i64* n = p.dense_bias.size;
     return out.ddense_bias && n[0] == p.batch && n[1] == p.query_heads && n[2] == p.query_length &&
            n[3] == p.key_length;
+  }
+
+  i64 query_tiles() const { return ceil_div(p.query_length, kRows); }
+
+  // The keys within reach of one head's slope.  The gradient of the weights, which may be of any size, counts
+  // everywhere.
+  typename Tile::Near near(const Scorer<Acc>& scorer) {
+    const Reach<Acc> reach(scorer);
+    if (!reach.ends() || in.grad_weights.view) return {};
+    return {reach, near_norms.data() + (scorer.b * p.query_heads + scorer.h) * query_tiles()};
+  }
+
+  // Not finite where a zero weight would meet a number that is not, so that nothing is passed over.
+  void find_norms(const Scorer<Acc>& scorer, const Reach<Acc>& reach, Acc* norms, Acc* row) const {
+    const i64 b = scorer.b, h = scorer.h, kv_head = h / p.group();
+    const Acc keys = reach.key_norm(engine.key_source(b, kv_head), engine.value_source(b, kv_head), row);
+    const RowSource<Acc> queries = engine.query_source(b, h, scorer.geometry), gradients = engine.grad_source(b, h);
+    for (i64 first = 0; first < p.query_length; first += kRows, ++norms) {
+      const i64 rows = smaller(kRows, p.query_length - first);
+      *norms = keys * reach.query_norm(queries, first, rows, row);
+      for (i64 i = first; i < first + rows; ++i) {
+        gradients.load(i, row);
+        const Acc delta = row_delta.data()[(b * p.query_heads + h) * p.query_length + i];
+        if (!all_finite(row, p.value_dim) || !all_finite(&delta, 1)) *norms = static_cast<Acc>(__builtin_nan(""));
+      }
+    }
   }
 
   i64 row_columns() const { return out.drow_table ? p.row_table.size[3] : 0; }
@@ -127,7 +155,7 @@ class Backward {
     const i64 b = index / p.query_heads, h = index % p.query_heads;
     FlushScope flush;
     Arena measure(nullptr);
-    const i64 width = round_up(larger(p.value_dim, i64{1}), kLane);
+    const i64 width = round_up(larger(larger(p.head_dim, p.value_dim), i64{1}), kLane);
     const auto layout = [&](Arena& arena, Acc** x, Acc** y) {
       *x = arena.take<Acc>(width), *y = arena.take<Acc>(width);
     };
@@ -165,6 +193,9 @@ class Backward {
       }
     }
     if (out.dsink) partial_sink.data()[index] = dsink;
+    const Scorer<Acc> scorer(p, b, h);
+    if (const typename Tile::Near found = near(scorer); found.norms)
+      find_norms(scorer, found.reach, near_norms.data() + index * query_tiles(), o);
   }
 
   struct Scratch {
@@ -253,11 +284,12 @@ class Backward {
     Acc* const dcol =
         out.dcol_table ? reinterpret_cast<Acc*>(out.dcol_table.mutable_at(keys.b, keys.kv_head)) : nullptr;
     const Scorer<Acc> scorer(p, keys.b, h);
+    const typename Tile::Near within = near(scorer);
     ParameterSums sums;
     if (out.dtable) std::memset(s.table, 0, p.table.size[2] * sizeof(Acc));
     for (i64 first = 0; first < p.query_length; first += kRows) {
       typename Tile::Span q;
-      if (!engine.span(scorer.geometry, keys, first, smaller(kRows, p.query_length - first), &q)) continue;
+      if (!engine.span(scorer, within, keys, first, smaller(kRows, p.query_length - first), &q)) continue;
       engine.pack_queries(s.tile, scorer, &q);
       const auto row = [&](i64 i, const Acc* ds) {
         const Interval seen = scorer.clip(i, keys.origin, q.begin, q.end);
@@ -273,7 +305,7 @@ class Backward {
       Acc* const dq_rows = dq ? dq + first * dq_width : nullptr;
       RowRanges ranges;
       engine.compute(
-          s.tile, scorer, keys, q, row, [&](i64 r, i64 count) { pair_rows(s, q, r, count); },
+          s.tile, scorer, within, keys, q, row, [&](i64 r, i64 count) { pair_rows(s, q, r, count); },
           [&](const typename Tile::Span& part) {
             ranges.add(part, q);
             if (dq) add_query_gradient(s, keys, q, part, dq_rows);
@@ -333,7 +365,7 @@ class Backward {
 #endif
   }
 
-  // dQ += dS K of a strip.
+  // dQ += dS K of a strip, in stretches that end at the same keys whatever columns there are.
   void add_query_gradient(const Scratch& s, const typename Tile::Keys& keys, const typename Tile::Span& q,
                           const typename Tile::Span& part, Acc* dq) const {
     if (part.begin == part.end) return;
@@ -343,9 +375,12 @@ class Backward {
       ds = s.ds_rows;
     else
       ds = s.tile.products + first * ds_stride();
-    gemm<Mode>(part.rows, round_up(p.head_dim, kLane), part.end - part.begin, ds + part.begin, kPieces * ds_stride(), 1,
-               s.key_rows + part.begin / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * key_piece,
-               dq + first * dq_width, dq_width, true, ds_stride(), key_piece);
+    for (i64 from = part.begin, to; from < part.end; from = to) {
+      to = Tile::kTiles ? part.end : smaller(round_down(from, kInARow) + kInARow, part.end);
+      gemm<Mode>(part.rows, round_up(p.head_dim, kLane), to - from, ds + from, kPieces * ds_stride(), 1,
+                 s.key_rows + from / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * key_piece,
+                 dq + first * dq_width, dq_width, true, ds_stride(), key_piece);
+    }
   }
 
   // dV^T += dO^T P and dK^T += Q^T dS, panels with the same rows together.

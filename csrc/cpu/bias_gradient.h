@@ -82,7 +82,7 @@ class BiasGradient {
           const Scorer<Acc> scorer(p, batch, head);
           for (i64 i = first; i < first + rows; i += Tile::kRows) {
             typename Tile::Span q;
-            if (!engine.span(scorer.geometry, keys, i, smaller(Tile::kRows, first + rows - i), &q)) continue;
+            if (!engine.span(scorer, {}, keys, i, smaller(Tile::kRows, first + rows - i), &q)) continue;
             engine.pack_queries(s.tile, scorer, &q);
             const auto add = [&](i64 row, const Acc* ds) {
               Acc* const sum = s.sum + (own_rows ? row - first : 0) * sum_row;
@@ -95,7 +95,7 @@ class BiasGradient {
                 sum[0] += total;
               }
             };
-            engine.compute(s.tile, scorer, keys, q, add, [](i64, i64) {}, [](const typename Tile::Span&) {});
+            engine.compute(s.tile, scorer, {}, keys, q, add, [](i64, i64) {}, [](const typename Tile::Span&) {});
           }
         }
       }

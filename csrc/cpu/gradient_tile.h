@@ -6,7 +6,7 @@
 #pragma once
 
 #include "arena.h"
-#include "scores.h"
+#include "reach.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -97,12 +97,23 @@ class GradientTile {
     return k;
   }
 
+  // What a slope puts out of reach (reach.h) has no weight and no gradient.
+  struct Near {
+    Reach<Acc> reach;
+    const Acc* norms = nullptr;  // of each tile of queries times those of the keys, if anything may be out of reach
+  };
+
   // False when no query of the tile sees any of the keys.
-  bool span(const BatchGeometry& geometry, const Keys& keys, i64 first, i64 rows, Span* out) const {
-    const Interval columns =
-        document_columns(p, keys.b, first, rows, keys.origin,
-                         {larger(geometry.visible(first).low - keys.origin, i64{0}),
-                          smaller(geometry.visible(first + rows - 1).high - keys.origin, keys.count)});
+  bool span(const Scorer<Acc>& scorer, const Near& near, const Keys& keys, i64 first, i64 rows, Span* out) const {
+    const BatchGeometry& geometry = scorer.geometry;
+    Interval columns = document_columns(p, keys.b, first, rows, keys.origin,
+                                        {larger(geometry.visible(first).low - keys.origin, i64{0}),
+                                         smaller(geometry.visible(first + rows - 1).high - keys.origin, keys.count)});
+    if (!columns.empty() && near.norms) {
+      const Interval seen{keys.origin + columns.low, keys.origin + columns.high};
+      const Interval left = near.reach.clip(first, first + rows - 1, seen, near.norms[first / kRows]);
+      columns = {left.low - keys.origin, left.high - keys.origin};
+    }
     if (columns.empty()) return false;
     *out = Span{first, rows, round_down(columns.low, kWholeColumns<Mode>),
                 smaller(round_up(columns.high, Mode::kColumnMultiple), keys.padded)};
@@ -122,14 +133,14 @@ class GradientTile {
   // strip(span) for every strip.  Strip by strip: scores and products of one stay near until they are weights and dS,
   // and a strip has its own columns, fewer than the tile's under a causal mask.
   template <class RowFunction, class TwoRowsFunction, class StripFunction>
-  void compute(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, const Span& q, RowFunction row,
-               TwoRowsFunction two_rows, StripFunction strip) const {
+  void compute(const Scratch& s, const Scorer<Acc>& scorer, const Near& near, const Keys& keys, const Span& q,
+               RowFunction row, TwoRowsFunction two_rows, StripFunction strip) const {
     for (i64 first = 0; first < q.rows; first += kStrip) {
       const i64 rows = smaller(kStrip, q.rows - first);
       Acc* const scores = s.scores + first * stride();
       Acc* const products = s.products + first * stride();
       Span part;
-      if (!span(scorer.geometry, keys, q.first + first, rows, &part)) part = Span{q.first + first, rows, q.end, q.end};
+      if (!span(scorer, near, keys, q.first + first, rows, &part)) part = Span{q.first + first, rows, q.end, q.end};
       for (Acc* const out : {scores, products})
         for (i64 r = 0; r < rows; ++r) {
           if (q.begin < part.begin) std::memset(out + r * stride() + q.begin, 0, (part.begin - q.begin) * sizeof(Acc));
