@@ -26,6 +26,8 @@ class Forward {
   static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 512;
   static constexpr i64 kStrip = kTiles ? 32 : 12, kShortStrip = kTiles ? 32 : 16;
   static constexpr i64 kWholeStrips = kTiles ? 64 : 48;
+  // A strip's columns are multiples of it.
+  static constexpr i64 kColumns = !kTiles && Mode::kPair == 2 ? kLanes<Acc> : Mode::kColumnMultiple;
   // Keys that weigh_chunks() takes at a time, and of a tile that it meets: the weights in pieces of more are too many.
   static constexpr i64 kChunk = Mode::kPieces == 1 ? 64 : 32, kChunkedTile = Mode::kPieces == 1 ? 256 : 128;
 
@@ -253,8 +255,7 @@ class Forward {
     const bool one_head = item.head_of(first_row) == item.head_of(first_row + rows - 1);
     const Interval queries = strip_queries(item, first_row, rows);
     const i64 i0 = queries.low, i1 = queries.high;
-    const i64 begin = round_down(columns.low, Mode::kColumnMultiple);
-    const i64 end = smaller(round_up(columns.high, Mode::kColumnMultiple), padded);
+    const i64 begin = round_down(columns.low, kColumns), end = smaller(round_up(columns.high, kColumns), padded);
 
     const Scorer<Acc>& own = scorers[item.head_of(first_row)];
     const bool whole = one_head && own.sees_all(i0, i1, origin, {begin, end});
