@@ -375,8 +375,9 @@ class Backward {
       ds = s.ds_rows;
     else
       ds = s.tile.products + first * ds_stride();
+    constexpr i64 kStretch = kInARow<Mode> * Mode::kPair;
     for (i64 from = part.begin, to; from < part.end; from = to) {
-      to = Tile::kTiles ? part.end : smaller(round_down(from, kInARow) + kInARow, part.end);
+      to = Tile::kTiles ? part.end : smaller(round_down(from, kStretch) + kStretch, part.end);
       gemm<Mode>(part.rows, round_up(p.head_dim, kLane), to - from, ds + from, kPieces * ds_stride(), 1,
                  s.key_rows + from / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * key_piece,
                  dq + first * dq_width, dq_width, true, ds_stride(), key_piece);

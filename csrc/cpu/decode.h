@@ -262,8 +262,7 @@ class Decode {
             x = load_numbers(key[n] + d);
           k.fetch(key[n] + d);
 #pragma GCC unroll 4
-          for (int m = 0; m < kRows; ++m)
-            sum[m * kKeys + n] = multiply_add_lanes<Mode>(x, q[m], sum[m * kKeys + n]);
+          for (int m = 0; m < kRows; ++m) sum[m * kKeys + n] = multiply_add_lanes<Mode>(x, q[m], sum[m * kKeys + n]);
         }
       };
       if constexpr (kAheadBytes > 0) {

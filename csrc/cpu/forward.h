@@ -292,10 +292,11 @@ class Forward {
   // acc += P V of some columns of a tile, in stretches that end at the same keys whatever columns there are: those that
   // no row sees must not show in the last bits.
   void multiply_values(const Scratch& s, i64 first_row, i64 rows, Interval columns, i64 origin, i64 padded) const {
+    constexpr i64 kStretch = kInARow<Mode> * Mode::kPair;
     const i64 piece = padded / Mode::kPair * Mode::kPanel;
     uint8_t& begun = s.begun[first_row / strip_rows];
     for (i64 from = columns.low, to; from < columns.high; from = to) {
-      to = kTiles ? columns.high : smaller(round_down(origin + from, kInARow) + kInARow - origin, columns.high);
+      to = kTiles ? columns.high : smaller(round_down(origin + from, kStretch) + kStretch - origin, columns.high);
       gemm<Mode>(rows, round_up(p.value_dim, kLane), to - from, weights_of(s) + from, weight_row(), 1,
                  s.values + from / Mode::kPair * Mode::kPanel, Mode::kPanel, kPieces * piece,
                  s.accumulator + first_row * value_width, value_width, begun, tile, piece);

@@ -93,9 +93,10 @@ FASTATTN_INLINE Vec<typename Mode::Acc> multiply_add(const typename Mode::A* a, 
     return c + *a * b;
 }
 
-// Products that are summed one after the other before the sum joins those before it: with S keys in a row the error of
-// the output would grow as S does.
-constexpr i64 kInARow = 128;
+// Steps of depth that are summed one after the other before the sum joins those before it: with S keys in a row the
+// error of the output would grow as S does.  What is rounded to bfloat16 does not show as much.
+template <class Mode>
+constexpr i64 kInARow = Mode::kPair == 1 ? 128 : 256;
 
 template <class Mode, int kM, int kN>
 inline void micro_kernel(i64 depth, const typename Mode::A* a, i64 a_row, i64 a_depth, const typename Mode::B* b,
@@ -131,9 +132,9 @@ inline void panel_product(i64 m, i64 depth, const typename Mode::A* a, i64 a_row
   for (; m >= kM; m -= kM, a += kM * a_row, c += kM * c_row) {
     i64 k = 0;
     do {
-      micro_kernel<Mode, kM, kN>(smaller(kInARow, depth - k), a + k * a_depth, a_row, a_depth, b + k * b_row, b_row, c,
-                                 c_row, accumulate || k > 0);
-      k += kInARow;
+      micro_kernel<Mode, kM, kN>(smaller(kInARow<Mode>, depth - k), a + k * a_depth, a_row, a_depth, b + k * b_row,
+                                 b_row, c, c_row, accumulate || k > 0);
+      k += kInARow<Mode>;
     } while (k < depth);
   }
   if constexpr (kM > 1)
