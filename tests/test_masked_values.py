@@ -205,6 +205,25 @@ def test_minus_infinity_equals_a_bool_mask(backend: str, device: str) -> None:
     assert dbias.isfinite().all()
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_what_minus_infinity_hides_does_not_leak(heads: int, backend: str, device: str) -> None:
+    """A dense bias hides keys, and rows from all keys, in tiles that no mask touches."""
+    torch.manual_seed(8)
+    q, k, v, grad_out = (torch.randn(2, 3, S, 8) for _ in range(4))
+    keys, rows = (torch.arange(S) >= 17) & (torch.arange(S) < 29), torch.arange(S) == 5
+    bias = torch.randn(2, heads, S, S).masked_fill(keys | rows[:, None], -math.inf)
+    clean = _grads(backend, [q, k, v, bias], None, grad_out)
+    for bad in BAD:
+        k[:, :, keys, 0::3], v[:, :, keys, 1::3], q[:, :, rows], grad_out[:, :, rows] = bad, bad, bad, bad
+        spoiled = _grads(backend, [q, k, v, bias], None, grad_out)
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "dbias"), clean, spoiled, strict=True):
+            assert a.isfinite().all() or name == "lse"
+            assert torch.equal(a, b), f"{name} changed with {bad} in what is hidden"
+        for x in (spoiled[3], spoiled[4]):
+            assert (x[:, :, keys] == 0).all()
+        assert (spoiled[2][:, :, rows] == 0).all()
+
+
 @pytest.mark.parametrize("size", [1e2, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("features", [(), ("causal", "sink"), ("dense_full",)], ids="+".join)

@@ -308,6 +308,9 @@ def _key_tiles(
         else:
             b_k = tl.load(at_k) if BD == D else tl.load(at_k, mask=(o_d < D)[:, None], other=0.0)
             b_v = tl.load(at_v) if BDV == DV else tl.load(at_v, mask=(o_dv < DV)[:, None], other=0.0)
+            if bias.dense is not None:
+                b_k = finite_or_zero(b_k)
+                b_v = finite_or_zero(b_v)
         # [BM, BN]
         product = tl.dot(b_q, b_k, input_precision=PRECISION)
         dw = tl.dot(b_do, b_v, input_precision=PRECISION)

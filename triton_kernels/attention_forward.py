@@ -68,16 +68,18 @@ def _tiles(
         acc = acc * alpha[:, None]
         if GENERAL:
             b_v = tl.load(at_v, mask=(j < numbers.key_length)[:, None] & (o_dv < DV)[None, :], other=0.0)
-            # A masked key must not reach the row through 0 * NaN; a row that does see a bad value becomes NaN.
+        elif BDV == DV:
+            b_v = tl.load(at_v)
+        else:
+            b_v = tl.load(at_v, mask=(o_dv < DV)[None, :], other=0.0)
+        if GENERAL or bias.dense is not None:
+            # A masked key must not reach the row through 0 * NaN; a row that does see a bad value becomes NaN.  A dense
+            # bias masks in every tile, where it is -inf.
             bad = tl.max((tl.abs(b_v.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, axis=1)
             if tl.max(bad, axis=0) > 0:
                 b_v = tl.where((bad == 0)[:, None], b_v, tl.zeros_like(b_v))
                 sees = tl.max(tl.where((s != NEG_INF) & (bad > 0)[None, :], 1, 0), axis=1)
                 acc = tl.where((sees > 0)[:, None], float("nan"), acc)
-        elif BDV == DV:
-            b_v = tl.load(at_v)
-        else:
-            b_v = tl.load(at_v, mask=(o_dv < DV)[None, :], other=0.0)
         acc = tl.dot(w.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
     return acc, l_i, m_i
 

@@ -31,6 +31,11 @@ def test_masked_keys_do_not_leak_beside(features: str) -> None:
     cpu.test_masked_keys_do_not_leak("key_lengths+causal", features, torch.float16, "triton", "cpu")
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_what_minus_infinity_hides_does_not_leak(heads: int) -> None:
+    cpu.test_what_minus_infinity_hides_does_not_leak(heads, "triton", "cpu")
+
+
 @pytest.mark.parametrize("kind", cpu.EMPTY_ROWS)
 def test_wholly_masked_rows(kind: str) -> None:
     cpu.test_wholly_masked_rows(kind, torch.float32, "triton", "cpu")
