@@ -423,6 +423,30 @@ def test_not_a_number_stays_where_it_may_be_seen(where: str, query_length: int) 
         assert grad[0, 0][seen].isnan().any()
 
 
+@pytest.mark.parametrize("query_length", [3, 150])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_minus_infinity_hides_does_not_leak(bad: float, query_length: int) -> None:
+    """A dense bias hides keys 60 to 139, and row 1 from all keys, in tiles that no mask touches."""
+    torch.manual_seed(0)
+    query, grad = (torch.randn(1, 2, query_length, 32, dtype=HALF) for _ in range(2))
+    key, value = (torch.randn(1, 2, 150, 32, dtype=HALF) for _ in range(2))
+    hidden = (torch.arange(150) >= 60) & (torch.arange(150) < 140)
+    bias = torch.randn(1, 2, query_length, 150, dtype=HALF).masked_fill(hidden, -float("inf"))
+    bias[:, :, 1] = -float("inf")
+
+    def run() -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, bias)]
+        out = fastattn.attention(*leaves[:3], bias=fastattn.DenseBias(leaves[3]), backend="cuda")
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+    clean = run()
+    key[:, :, hidden, 5], value[:, :, hidden, 7] = bad, bad
+    query[:, :, 1], grad[:, :, 1] = bad, bad
+    for name, a, b in zip(("out", "dquery", "dkey", "dvalue", "dbias"), clean, run(), strict=True):
+        assert a.isfinite().all(), name
+        assert torch.equal(a, b), name
+
+
 def test_gradients_are_bit_identical() -> None:
     call = Call(("causal", "table", "alibi", "dense_full", "sink", "deberta"), SHAPE, HALF)
     first, second = call.fused("cuda"), call.fused("cuda")

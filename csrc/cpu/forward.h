@@ -26,7 +26,7 @@ class Forward {
   static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 512;
   static constexpr i64 kStrip = kTiles ? 32 : 12, kShortStrip = kTiles ? 32 : 16;
   static constexpr i64 kWholeStrips = kTiles ? 64 : 48;
-  // A strip's columns are multiples of it.
+  // Where a strip's columns begin and end.
   static constexpr i64 kColumns = !kTiles && Mode::kPair == 2 ? kLanes<Acc> : Mode::kColumnMultiple;
   // Keys that weigh_chunks() takes at a time, and of a tile that it meets: the weights in pieces of more are too many.
   static constexpr i64 kChunk = Mode::kPieces == 1 ? 64 : 32, kChunkedTile = Mode::kPieces == 1 ? 256 : 128;
