@@ -1,4 +1,4 @@
-# make demo | test | aot | sanitize | lint | format | wheel | sdist | bench | report | gpu | clean
+# make demo | test | aot | sanitize | emulate | lint | format | wheel | sdist | bench | report | gpu | clean
 # variables: PYTHON, TORCH, TRITON, PIP_ARGS, PYTEST_ARGS; of wheel: CUDA, ARCHS
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE_SOURCES := setup.py $(wildcard build_*.py) $(shell find csrc -type f 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test aot sanitize lint format wheel sdist bench report gpu install clean
+.PHONY: demo test aot sanitize emulate lint format wheel sdist bench report gpu install clean
 
 demo: install
 	$(PY) -m fastattn demo
@@ -44,6 +44,17 @@ sanitize: install
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		FASTATTN_CPU_LIBRARY=$(CURDIR)/$(SANITIZE)/fastattn/lib/libfastattn_cpu.so \
 		$(PY) -m pytest $(PYTEST_ARGS) $(SANITIZED)
+
+# The CPU kernels for tile registers (AMX) on a processor that has none but AVX-512 with bf16: a header does what the
+# instructions do, in a build of its own.
+EMULATE := build/emulate
+EMULATED ?= tests/test_cpu_backend.py tests/test_cpu_bad_numbers.py tests/test_cpu_decode.py tests/test_cpu_weights.py \
+	tests/test_precision.py
+emulate: install
+	FASTATTN_CXXFLAGS="-DFASTATTN_EMULATE_AMX" \
+		$(PY) setup.py -q build_ext --build-lib $(EMULATE) --build-temp $(EMULATE)/objects
+	FASTATTN_CPU_LIBRARY=$(CURDIR)/$(EMULATE)/fastattn/lib/libfastattn_cpu.so FASTATTN_CPU_ISA=amx \
+		$(PY) -m pytest $(PYTEST_ARGS) $(EMULATED)
 
 lint: install
 	$(PY) -m ruff check .

@@ -58,8 +58,10 @@ class Decode {
   // Rows are fetched so many bytes before they are read: a Xeon with AMX decodes from memory up to 1.7 times as fast
   // for it, a Zen 4 a fifth more slowly (README.md).
   static constexpr i64 kAheadBytes = kTileRegisters ? 8192 : 0;
+  // bfloat16 by dot products where they are as fast as multiply-adds; processors with tile registers take four times as
+  // long for one.
 #if defined(FASTATTN_BF16_OPERANDS)
-  using Dots = std::conditional_t<sizeof(Acc) == 4, BFloat16Mode, PlainMode<Acc>>;
+  using Dots = std::conditional_t<sizeof(Acc) == 4 && !kTileRegisters, BFloat16Mode, PlainMode<Acc>>;
 #else
   using Dots = PlainMode<Acc>;
 #endif

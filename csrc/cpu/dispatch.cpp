@@ -49,7 +49,9 @@ bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf1
 
 // Tile registers are off until a process asks the kernel for them; the answer holds for all its threads.
 bool has_amx() {
-#if defined(__linux__)
+#if defined(FASTATTN_EMULATE_AMX)
+  return has_avx512bf16();
+#elif defined(__linux__)
   unsigned eax = 7, ebx, ecx = 0, edx;
   __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
   const bool bf16 = edx >> 22 & 1, tile = edx >> 24 & 1;

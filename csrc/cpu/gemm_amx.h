@@ -10,6 +10,10 @@
 #include "convert.h"
 #include "vec.h"
 
+#if defined(FASTATTN_EMULATE_AMX)
+#include "amx_emulated.h"
+#endif
+
 namespace fastattn::cpu::FASTATTN_ISA {
 
 struct alignas(64) TileConfig {
