@@ -114,8 +114,8 @@ def assert_within_budget(name: str, got: Tensor, exact: Tensor, peer: Tensor, u:
     size = exact.abs().nan_to_num(posinf=0.0)
     error = torch.where(exact.isinf() & (got.double() == exact), 0.0, (got.double() - exact).abs())
     budget = 2 * torch.where(peer.double() == exact, 0.0, (peer.double() - exact).abs()).max()
-    if got.dtype == torch.float64:  # the oracle is no more exact than the kernels
-        budget = 100 * u * (1 + size.max())
+    if got.dtype == torch.float64:  # the oracle is no more exact than the kernels, with scores of up to some hundreds
+        budget = 200 * u * (1 + size.max())
     allowed = budget + 2 * u * size + 8 * u * size.mean() + cancelled
     assert (error <= allowed).all(), f"{name}: error {error.max():.3g}, budget {budget:.3g}"
 

@@ -229,8 +229,8 @@ inline Straight straight(const RowSource<typename Mode::Acc>& source) {
   constexpr bool split = Mode::kPieces > 1;
   using A = std::conditional_t<split, float, typename Mode::A>;
   constexpr DType own = sizeof(A) == 2 ? DType::kBFloat16 : sizeof(A) == 4 ? DType::kFloat32 : DType::kFloat64;
-  if (source.column_stride != 1 || source.cosine || source.columns % (kLanes<typename Mode::B> * Mode::kPair))
-    return Straight::kNo;
+  const bool whole_vectors = source.columns > 0 && source.columns % (kLanes<typename Mode::B> * Mode::kPair) == 0;
+  if (source.column_stride != 1 || source.cosine || !whole_vectors) return Straight::kNo;
   if (source.dtype == own) return Straight::kOwn;
 #if defined(__F16C__)
   if (sizeof(A) == 4 && source.dtype == DType::kFloat16) return Straight::kHalf;
