@@ -108,20 +108,12 @@ class Backward {
     return {reach, near_norms.data() + (scorer.b * p.query_heads + scorer.h) * query_tiles()};
   }
 
-  // Not finite where a zero weight would meet a number that is not, so that nothing is passed over.
   void find_norms(const Scorer<Acc>& scorer, const Reach<Acc>& reach, Acc* norms, Acc* row) const {
     const i64 b = scorer.b, h = scorer.h, kv_head = h / p.group();
     const Acc keys = reach.key_norm(engine.key_source(b, kv_head), engine.value_source(b, kv_head), row);
-    const RowSource<Acc> queries = engine.query_source(b, h, scorer.geometry), gradients = engine.grad_source(b, h);
-    for (i64 first = 0; first < p.query_length; first += kRows, ++norms) {
-      const i64 rows = smaller(kRows, p.query_length - first);
-      *norms = keys * reach.query_norm(queries, first, rows, row);
-      for (i64 i = first; i < first + rows; ++i) {
-        gradients.load(i, row);
-        const Acc delta = row_delta.data()[(b * p.query_heads + h) * p.query_length + i];
-        if (!all_finite(row, p.value_dim) || !all_finite(&delta, 1)) *norms = static_cast<Acc>(__builtin_nan(""));
-      }
-    }
+    const RowSource<Acc> queries = engine.query_source(b, h, scorer.geometry);
+    for (i64 first = 0; first < p.query_length; first += kRows)
+      *norms++ = keys * reach.query_norm(queries, first, smaller(kRows, p.query_length - first), row);
   }
 
   i64 row_columns() const { return out.drow_table ? p.row_table.size[3] : 0; }
@@ -155,7 +147,7 @@ class Backward {
     const i64 b = index / p.query_heads, h = index % p.query_heads;
     FlushScope flush;
     Arena measure(nullptr);
-    const i64 width = round_up(larger(larger(p.head_dim, p.value_dim), i64{1}), kLane);
+    const i64 dim = larger(larger(p.head_dim, p.value_dim), i64{1}), width = round_up(dim, kLane);
     const auto layout = [&](Arena& arena, Acc** x, Acc** y) {
       *x = arena.take<Acc>(width), *y = arena.take<Acc>(width);
     };
@@ -163,6 +155,10 @@ class Backward {
     layout(measure, &o, &g);
     Arena arena(thread_scratch(measure.used()));
     layout(arena, &o, &g);
+    const Scorer<Acc> scorer(p, b, h);
+    const typename Tile::Near within = near(scorer);
+    Acc* const norms = within.norms ? near_norms.data() + index * query_tiles() : nullptr;
+    if (norms) find_norms(scorer, within.reach, norms, o);
     std::memset(o, 0, width * sizeof(Acc));
     std::memset(g, 0, width * sizeof(Acc));
     const RowSource<Acc> outputs(in.out, b, h), gradients(in.grad_out, b, h);
@@ -184,6 +180,9 @@ class Backward {
       }
       if (in.grad_lse) value -= *reinterpret_cast<const Acc*>(in.grad_lse.at(b, h, i));
       result[i] = value;
+      // where a zero weight would meet a number that is not finite, nothing is passed over
+      if (norms && !(all_finite(g, p.value_dim) && all_finite(&value, 1)))
+        norms[i / kRows] = static_cast<Acc>(__builtin_nan(""));
       if (out.dsink) {
         const Acc* const statistics = reinterpret_cast<const Acc*>(in.statistics.at(b, h, i));
         const double largest = statistics[0] * (Scorer<Acc>::is_plain(p) ? p.scale : 1.0), scale = statistics[1];
@@ -193,9 +192,6 @@ class Backward {
       }
     }
     if (out.dsink) partial_sink.data()[index] = dsink;
-    const Scorer<Acc> scorer(p, b, h);
-    if (const typename Tile::Near found = near(scorer); found.norms)
-      find_norms(scorer, found.reach, near_norms.data() + index * query_tiles(), o);
   }
 
   struct Scratch {

@@ -63,22 +63,19 @@ def multi_head_attention(
     position = own if position is None else position
     _check_extra_keys(extra_keys, position, cache)
 
-    heads, kv_heads = module.num_heads, key_heads(module)
+    heads = module.num_heads
     first: int = 0
     offset: int | None = extra_keys  # in front, so shifting the queries by their number shows them to every query
     if isinstance(cache, KVCache):
-        projected = project(module, query, key, value)
-        q, k, v = (split_heads(x, n, **layout) for x, n in zip(projected, (heads, kv_heads, kv_heads), strict=True))
+        q, k, v = _project_heads(module, query, key, value, layout)
         padding = _cached_padding(attn_mask, key_padding_mask, batched)
         k, v, first, padding = cache.append(k, v, padding)
         objects: dict[str, Any] = {"mask": _hide(cache.mask(), padding), "bias": None}
         offset = None  # the last query is the last key
     else:
         if cache is None:
-            projected = project(module, query, key, value)
-            q, k, v = (split_heads(x, n, **layout) for x, n in zip(projected, (heads, kv_heads, kv_heads), strict=True))
+            q, k, v = _project_heads(module, query, key, value, layout)
         else:
-            projected = None
             q, k, v = _project_memory(module, query, key, value, layout, cache)
         if extra_keys:
             k, v = prepend_extra_keys(module, k, v)
@@ -106,7 +103,7 @@ def multi_head_attention(
     for watcher in seen:
         record(watcher, module, problem, extra_keys)
     # Unless autograd keeps them, the output projection can have their memory.
-    del q, k, v, projected, problem
+    del q, k, v, problem
     # Called, not read: hooks, parametrizations and replacements of the output projection take part.
     return module.out_proj(join_heads(out, **layout)), weights
 
@@ -115,6 +112,18 @@ def _check_extra_keys(extra_keys: int, position: object, cache: object) -> None:
     for name, x in (("position", position), ("cache", cache)):
         if extra_keys and x is not None:
             fail(ValueError, name, "None with add_bias_kv or add_zero_attn, whose keys have no position", describe(x))
+
+
+def _project_heads(
+    module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, layout: dict[str, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = project(module, query, key, value)
+    kv_heads = key_heads(module)
+    return (
+        split_heads(q, module.num_heads, **layout),
+        split_heads(k, kv_heads, **layout),
+        split_heads(v, kv_heads, **layout),
+    )
 
 
 def _project_memory(
