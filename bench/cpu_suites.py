@@ -71,10 +71,12 @@ def sparse(device: str, quick: bool) -> Suite:
         Case("cpu-sparse", "documents", _shape(length), F32, FORWARD),
         Case("cpu-sparse", "lengths", _shape(length // 4, batch=batch), F32, FORWARD),
         Case("cpu-sparse", "window", _shape(length), BF16, FORWARD),
+        *(Case("cpu-sparse", "left-padding", _shape(length // 4, batch=batch), dtype) for dtype in (F32, BF16)),
     ]
     if not quick:
         cases.insert(1, Case("cpu-sparse", "window", _shape(length // 4), F32, FORWARD))
-    return Suite("cpu-sparse", "windows, documents, lengths", tuple(cases), (OURS, WITHOUT, "sdpa"), memory=False)
+    peers = (OURS, WITHOUT, "sdpa")
+    return Suite("cpu-sparse", "windows, documents, lengths, padding", tuple(cases), peers, memory=False)
 
 
 def bias(device: str, quick: bool) -> Suite:

@@ -128,7 +128,7 @@ CPU_GOALS: tuple[Goal, ...] = (
     Goal("causal forward, bfloat16", "speedup", 2.7, suites=("cpu-causal",), dtypes=BF16),
     Goal("causal against our own without it, S ≥ 2048", "share", most=0.56, suites=("cpu-causal",), against=WITHOUT,
          shortest=2048),
-    Goal("window, documents, lengths: time by visible area", "time per visible pair", most=PROPORTIONAL,
+    Goal("windows, documents, lengths, padding: time by visible area", "time per visible pair", most=PROPORTIONAL,
          suites=("cpu-sparse",), against=WITHOUT),
     Goal("window of 256 at S = 8192 against SDPA's dense mask", "speedup", 5.0, suites=("cpu-sparse",),
          cases=("window",), shortest=8192),

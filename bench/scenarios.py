@@ -90,6 +90,13 @@ def _lengths(shape: Shape, generator: torch.Generator) -> Extras:
     return {"lengths": lengths}
 
 
+def _left_padding(shape: Shape, generator: torch.Generator) -> Extras:
+    """What a language model gives its attention for prompts of several lengths, padded in front."""
+    padding = shape.key_length - _lengths(shape, generator)["lengths"]
+    seen = torch.arange(shape.key_length) >= padding[:, None, None, None]
+    return {"mask": seen & (distances(shape, seen.device) <= 0)}
+
+
 def _prefix(shape: Shape, generator: torch.Generator) -> Extras:
     return {"prefix": torch.randint(0, shape.key_length // 2 + 1, (shape.batch,), generator=generator)}
 
@@ -156,6 +163,17 @@ def _build() -> dict[str, Scenario]:
         visible=lambda shape, t: 0.5,
         causal=True,
     )
+    bool_mask = Scenario(
+        name="bool-mask",
+        title="arbitrary boolean mask, one for all heads",
+        draw=lambda shape, generator: {
+            "mask": torch.rand(shape.batch, 1, shape.query_length, shape.key_length, generator=generator) < 0.8
+        },
+        arguments=lambda shape, t: {"mask": fastattn.BoolMask(t["mask"])},
+        dense_mask=lambda shape, t: t["mask"],
+        mask_mod=lambda shape, t: lambda b, h, i, j: t["mask"][b, 0, i, j],
+        empty_rows=True,
+    )
     eight = torch.float8_e4m3fn
     scenarios = [
         Scenario(name="plain", title="no mask, no bias"),
@@ -188,16 +206,13 @@ def _build() -> dict[str, Scenario]:
         ),
         _document_scenario("documents", "packed documents", _documents),
         _document_scenario("lonely-documents", "queries that see no key", _lonely_documents),
-        Scenario(
-            name="bool-mask",
-            title="arbitrary boolean mask, one for all heads",
-            draw=lambda shape, generator: {
-                "mask": torch.rand(shape.batch, 1, shape.query_length, shape.key_length, generator=generator) < 0.8
-            },
-            arguments=lambda shape, t: {"mask": fastattn.BoolMask(t["mask"])},
-            dense_mask=lambda shape, t: t["mask"],
-            mask_mod=lambda shape, t: lambda b, h, i, j: t["mask"][b, 0, i, j],
-            empty_rows=True,
+        bool_mask,
+        replace(
+            bool_mask,
+            name="left-padding",
+            title="causal mask and padding in front as one boolean mask",
+            draw=_left_padding,
+            visible=lambda shape, t: t["mask"].double().mean().item(),
         ),
         replace(
             causal,

@@ -97,7 +97,7 @@ def _add(draft: Draft, name: str, tensor: Tensor) -> None:
 
 
 class DenseBias(Bias):
-    """An arbitrary additive bias, such as a pair bias or a float attention mask; -inf masks.
+    """An arbitrary additive bias, such as a pair bias or a float attention mask; -inf masks, as in `BoolMask`.
 
     Args:
         tensor: floating, broadcastable to (B, Hq, Sq, Sk); read with stride 0 where it broadcasts, never expanded.

@@ -245,6 +245,9 @@ def _pair_ids(query_a: Tensor, key_a: Tensor, query_b: Tensor, key_b: Tensor) ->
 class BoolMask(Mask):
     """An arbitrary mask.  True = may attend (as in `torch.nn.functional.scaled_dot_product_attention`).
 
+    The CPU kernels pass over the keys before and after all that a few neighbouring queries see; on a GPU every pair
+    is computed.
+
     Args:
         tensor: bool, broadcastable to (B, Hq, Sq, Sk); read with stride 0 where it broadcasts, never expanded.
 

@@ -185,6 +185,16 @@ _bool_mask("bool_keys", "batch", "1", "1", "key_length")
 _bool_mask("bool_queries", "1", "heads", "query_length", "1")
 
 
+@_feature
+def bool_bands(scene: Scene) -> Feature:
+    """Each query of each head sees keys in a row of its own, some none."""
+    s = scene.shape
+    first = scene.randint(0, s.key_length + 1, s.heads, s.query_length, 1)
+    count = scene.randint(-2, s.key_length // 2 + 1, s.heads, s.query_length, 1)
+    seen = (scene.column >= first) & (scene.column < first + count)
+    return _masked(seen, fastattn.BoolMask(seen))
+
+
 def _dense_bias(name: str, *size: str, scale: float = 1.0) -> None:
     def make(scene: Scene) -> Feature:
         tensor = scene.randn(*[1 if axis == "1" else getattr(scene.shape, axis) for axis in size]) * scale

@@ -251,19 +251,21 @@ def _allowance(call: Call, name: str, truth: Result, exact: Tensor, stored: torc
 
     One rounding of the result to the dtype it is stored in, and the roundings of a few float32 (float64) operations
     on each of the terms it is a sum of: a score s carries |s| roundings into its weight.  A gradient of a half
-    precision call may also see the output and the weights rounded once to that dtype.  Weights below
-    the smallest normal number may be flushed to 0.
+    precision call may also see the output and the weights rounded once to that dtype; its lse, scores of rotated
+    queries and keys that were rounded to it.  Weights below the smallest normal number may be flushed to 0.
     """
     wide = call.scene.parameter_dtype
     unit = 8 * torch.finfo(wide).eps * (1 + truth.top)
     if call.dtype in HALF and name not in ("out", "lse"):
         unit += torch.finfo(call.dtype).eps / 2
+    rotated = name == "lse" and call.dtype in HALF and any(feature.rotate for feature in call.features)
+    operands = torch.finfo(call.dtype).eps / 2 * truth.top if rotated else 0.0
     mass = truth.mass[name]
     # Activations: one number for the tensor.  Parameters: every entry is held to its own mass.
     bound = _largest(mass) if name in ("out", "lse", "query", "key", "value") else mass.reshape(exact.shape)
     # 1e4 terms of up to the flushed size in the arithmetic's own dtype, and half a step of the stored dtype near 0
     flushed = 1e4 * torch.finfo(wide).tiny + torch.finfo(stored).smallest_normal * torch.finfo(stored).eps
-    return torch.finfo(stored).eps / 2 * exact.abs() + unit * bound + flushed
+    return torch.finfo(stored).eps / 2 * exact.abs() + unit * bound + operands + flushed
 
 
 def check(call: Call, backend: str | None, device: str = "cpu") -> None:

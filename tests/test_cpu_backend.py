@@ -153,7 +153,8 @@ def check(problem: Problem, one_key_a_row: bool = False) -> None:
     assert_within_budget("lse", lse, exact_lse, peer_lse, 4 * operand_rounding(problem))
     cancelled = 0.0
     if one_key_a_row:
-        mass = (grad_out.abs() @ problem.value.abs().mT).max()
+        value = problem.value.abs().repeat_interleave(problem.num_heads // problem.num_kv_heads, dim=1)
+        mass = (grad_out.abs() @ value.mT).max()
         largest = max(problem.query.abs().max(), problem.key.abs().max())
         cancelled = 4 * u * problem.scale * float(mass * largest)
     check_gradients(problem, grads, exact, peer, 2 * rounding + recomputed, cancelled)
@@ -552,6 +553,62 @@ def test_padding_is_a_mask_like_any_other(dtype: torch.dtype, queries: int) -> N
         assert torch.equal(grad, expected[name]), name
     exact, _ = reference.forward(widened(problem))
     torch.testing.assert_close(out.double(), exact, atol=3e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+
+
+def bands(problem: Problem, left: int, right: int) -> Tensor:
+    """(Sq, Sk): what a window of keys lets each query see, written out."""
+    rows, keys = torch.arange(problem.query_length), torch.arange(problem.key_length)
+    distance = keys - (rows[:, None] + problem.query_offset)
+    return (distance >= -left) & (distance <= right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns", "full"])
+@pytest.mark.parametrize("queries", [2, 300], ids=["decode", "tiles"])
+def test_a_window_written_out_is_the_window(queries: int, layout: str, dtype: torch.dtype) -> None:
+    """Bit for bit: what a dense mask hides before and after all that some queries see is passed over."""
+    problem = plain(dtype, queries, 1100, d=40, query_offset=640 if queries > 2 else 900)
+    left, right = 333, 70
+    dense = bands(problem, left, right)
+    if layout == "columns":
+        dense = dense.t().contiguous().t()
+    elif layout == "full":
+        dense = dense.expand(2, 4, queries, 1100).contiguous()
+    written_out = dataclasses.replace(
+        problem, dense_mask=dense.expand(2, 4, -1, -1) if layout == "full" else dense[None, None]
+    )
+    window = dataclasses.replace(problem, window_left=left, window_right=right)
+    grad_out = random(2, 4, queries, 40, seed=20, dtype=dtype)
+    out, lse, grads = native_run(written_out, grad_out, None)
+    expected_out, expected_lse, expected = native_run(window, grad_out, None)
+    assert torch.equal(out, expected_out)
+    assert torch.equal(lse, expected_lse)
+    for name, grad in grads.items():
+        assert torch.equal(grad, expected[name]), name
+    same_bits_for_any_number_of_threads(written_out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["mask", *(f"bias {str(t)[6:]}" for t in DTYPES)])
+@pytest.mark.parametrize(
+    ("heads", "queries"), [((4, 2), 150), ((8, 1), 20), ((4, 1), 1)], ids=["tiles", "shared", "one"]
+)
+def test_edges_of_dense_masks(heads: tuple[int, int], queries: int, kind: str, dtype: torch.dtype) -> None:
+    """Every query of every head has keys of its own that it sees, some one alone or none; strips see their union."""
+    hq, hk = heads
+    problem = plain(dtype, queries, 1100, hq=hq, hk=hk, softcap=15.0)
+    edges = torch.randint(0, 1101, (2, 2, hq, queries, 1), generator=torch.Generator().manual_seed(7))
+    edges[..., ::7, :] = edges[:1, ..., ::7, :]  # nothing
+    edges[1, ..., 1::7, :] = edges[0, ..., 1::7, :] + 1  # one key, or none after the last
+    keys = torch.arange(1100)
+    seen = (keys >= edges.amin(0)) & (keys < edges.amax(0))
+    if kind == "mask":
+        check(dataclasses.replace(problem, dense_mask=seen), one_key_a_row=True)
+    else:
+        stored = getattr(torch, kind[5:])
+        bias = random(2, hq, queries, 1100, seed=8, dtype=stored).masked_fill(~seen, -math.inf)
+        problem = dataclasses.replace(problem, dense_bias=bias)
+        check(problem, one_key_a_row=True)
 
 
 def test_only_the_gradients_asked_for() -> None:

@@ -232,8 +232,7 @@ class AdditiveBackward {
     std::memset(s.dw, 0, panels.padded_dim * kLane * sizeof(T));
     i64 summed = 0;
     for (i64 i = 0; i < p.query_length; ++i) {
-      if (scorer.clip(i, origin, 0, count).empty()) continue;
-      if (document_columns(p, b, i, 1, origin, {0, count}).empty()) continue;
+      if (visible_columns(p, scorer.geometry, {b, h, 1, i, 1}, origin, count).empty()) continue;
       s.query.load_row(panels, queries, i, true);
       additive_scores<true>(panels, s.query, s.weight, s.panel, s.score, s.kept);
       const Interval live = scorer.apply(i, origin, 0, kWidth, s.score, s.temp, static_cast<T*>(nullptr));

@@ -109,9 +109,7 @@ class AdditiveForward {
   void strip(const Scorer<T>& scorer, Scratch& s, i64 first, i64 r0, i64 rows, i64 origin, i64 count,
              const RowSource<T>* bad_values) const {
     const i64 i0 = first + r0;
-    const Interval columns = document_columns(p, scorer.b, i0, rows, origin,
-                                              {larger(scorer.geometry.visible(i0).low - origin, i64{0}),
-                                               smaller(scorer.geometry.visible(i0 + rows - 1).high - origin, count)});
+    const Interval columns = visible_columns(p, scorer.geometry, {scorer.b, scorer.h, 1, i0, rows}, origin, count);
     if (columns.empty()) return;
     const i64 begin = round_down(columns.low, kWidth), end = round_up(columns.high, kWidth);
     const RowSource<T> queries(p.query, scorer.b, scorer.h);

@@ -117,8 +117,8 @@ class Decode {
     for (i64 g = 0; g < p.group(); ++g) scorers[g] = Scorer<Acc>(p, b, kv_head * p.group() + g);
     const BatchGeometry& geometry = scorers[0].geometry;
     const i64 origin = index * chunk;
-    const Interval seen{larger(geometry.visible(0).low - origin, i64{0}),
-                        smaller(geometry.visible(p.query_length - 1).high - origin, chunk)};
+    const QueryRows all{b, kv_head * p.group(), p.group(), 0, p.query_length};
+    const Interval seen = visible_columns(p, geometry, all, origin, smaller(chunk, p.key_length - origin));
 
     for (i64 r = 0; r < rows; ++r) s.maximum[r] = -kInfinity<Acc>, s.sum[r] = 0;
     std::memset(s.accumulator, 0, rows * value_width * sizeof(Acc));

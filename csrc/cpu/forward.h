@@ -238,10 +238,9 @@ class Forward {
   Interval strip_columns(const Block& item, const Scratch& s, i64 first_row, i64 rows, i64 origin, i64 keys) const {
     const BatchGeometry& geometry = s.scorers[0].geometry;
     const Interval queries = strip_queries(item, first_row, rows);
-    const i64 i0 = queries.low, i1 = queries.high;
-    const Interval columns = document_columns(
-        p, item.b, i0, i1 - i0 + 1, origin,
-        {larger(geometry.visible(i0).low - origin, i64{0}), smaller(geometry.visible(i1).high - origin, keys)});
+    const i64 i0 = queries.low, i1 = queries.high, g = item.head_of(first_row);
+    const QueryRows these{item.b, item.head + g, item.head_of(first_row + rows - 1) - g + 1, i0, i1 - i0 + 1};
+    const Interval columns = visible_columns(p, geometry, these, origin, keys);
     if (columns.empty() || !s.reach.ends()) return columns;
     const Interval near =
         s.reach.clip(i0, i1, {origin + columns.low, origin + columns.high}, s.norms[first_row / strip_rows]);

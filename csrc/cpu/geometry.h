@@ -1,4 +1,5 @@
-// Which keys a query sees: intervals by arithmetic, and the exact answer for a single pair.
+// Which keys a query sees: intervals by arithmetic, what ids and dense masks leave of them at either end, and the exact
+// answer for a single pair.
 #pragma once
 
 #include "convert.h"
@@ -26,10 +27,6 @@ struct BatchGeometry {
     right = smaller(p.window_right, kFar);
     keys = p.key_lengths ? clamp(integer(p.key_lengths), 0, p.key_length) : p.key_length;
     prefix = p.prefix_lengths ? clamp(integer(p.prefix_lengths), 0, p.key_length) : -1;
-    // A mask of keys alone is padding more often than not: nobody sees its end.
-    const View& mask = p.dense_mask;
-    if (mask && mask.size[1] == 1 && mask.size[2] == 1)
-      while (keys > 0 && !*mask.at(b, 0, 0, keys - 1)) --keys;
   }
 
   i64 position(i64 i) const { return i + offset; }
@@ -64,6 +61,82 @@ inline Interval document_columns(const Problem& p, i64 b, i64 first, i64 rows, i
   while (columns.low < columns.high && outside(columns.low)) ++columns.low;
   while (columns.low < columns.high && outside(columns.high - 1)) --columns.high;
   return columns;
+}
+
+// Consecutive queries of consecutive heads.
+struct QueryRows {
+  i64 b, head, heads, first, count;
+};
+
+// `found`, within `columns`, and what lies between the first and the last of these that a row of a dense mask or bias
+// does not hide.
+template <class Bits>
+inline Interval extend(Interval found, Interval columns, const Bits* row, i64 stride, Bits hidden) {
+  constexpr i64 kBlock = 64;
+  const auto hides = [&](i64 j) { return row[j * stride] == hidden; };
+  const auto hides_block = [&](i64 j) {
+    Bits differs = 0;
+    for (i64 k = 0; k < kBlock; ++k) differs |= row[j + k] ^ hidden;
+    return differs == 0;
+  };
+  i64 low = columns.low, high = columns.high;
+  if (stride == 1) {
+    while (low + kBlock <= found.low && hides_block(low)) low += kBlock;
+    while (high - kBlock >= found.high && hides_block(high - kBlock)) high -= kBlock;
+  }
+  while (low < found.low && hides(low)) ++low;
+  while (high > found.high && hides(high - 1)) --high;
+  return {low, high};
+}
+
+// What a dense mask or bias leaves of the columns of the tile at `origin`: nothing before or after it is seen.
+template <class Bits>
+inline Interval left_by(const View& dense, Bits hidden, const QueryRows& rows, i64 origin, Interval columns) {
+  Interval found{columns.high, columns.low};
+  for (i64 h = rows.head; h < (dense.stride[1] ? rows.head + rows.heads : rows.head + 1); ++h)
+    for (i64 i = rows.first; i < (dense.stride[2] ? rows.first + rows.count : rows.first + 1); ++i)
+      found = extend(found, columns, reinterpret_cast<const Bits*>(dense.at(rows.b, h, i, origin)), dense.stride[3],
+                     hidden);
+  return found;
+}
+
+// Whether a dense mask lets all of the rows see all of the columns.
+inline bool hides_nothing(const View& mask, const QueryRows& rows, i64 origin, Interval columns) {
+  const i64 stride = mask.stride[3], count = stride ? columns.high - columns.low : 1;
+  for (i64 h = rows.head; h < (mask.stride[1] ? rows.head + rows.heads : rows.head + 1); ++h)
+    for (i64 i = rows.first; i < (mask.stride[2] ? rows.first + rows.count : rows.first + 1); ++i) {
+      const uint8_t* const row = reinterpret_cast<const uint8_t*>(mask.at(rows.b, h, i, origin + columns.low));
+      uint8_t hidden = 0;
+      if (stride == 1)
+        for (i64 j = 0; j < count; ++j) hidden |= row[j] ? uint8_t{0} : uint8_t{255};
+      else
+        for (i64 j = 0; j < count && !hidden; ++j) hidden = !row[j * stride];
+      if (hidden) return false;
+    }
+  return true;
+}
+
+// The columns of the tile at `origin`, of `count` keys, that any of the rows sees: no mask lets any of them see one
+// before or after.
+inline Interval visible_columns(const Problem& p, const BatchGeometry& geometry, const QueryRows& rows, i64 origin,
+                                i64 count) {
+  Interval columns = document_columns(p, rows.b, rows.first, rows.count, origin,
+                                      {larger(geometry.visible(rows.first).low - origin, i64{0}),
+                                       smaller(geometry.visible(rows.first + rows.count - 1).high - origin, count)});
+  if (p.dense_mask && !columns.empty()) columns = left_by(p.dense_mask, uint8_t{0}, rows, origin, columns);
+  if (!p.dense_bias || columns.empty()) return columns;
+  switch (p.dense_bias.dtype) {  // minus infinity
+    case DType::kFloat32:
+      return left_by(p.dense_bias, uint32_t{0xff800000}, rows, origin, columns);
+    case DType::kFloat64:
+      return left_by(p.dense_bias, uint64_t{0xfff0000000000000}, rows, origin, columns);
+    case DType::kBFloat16:
+      return left_by(p.dense_bias, uint16_t{0xff80}, rows, origin, columns);
+    case DType::kFloat16:
+      return left_by(p.dense_bias, uint16_t{0xfc00}, rows, origin, columns);
+    default:
+      return columns;
+  }
 }
 
 // Every mask at once, for the rare pairs that are handled one by one (non-finite inputs).

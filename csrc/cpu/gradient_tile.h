@@ -105,10 +105,7 @@ class GradientTile {
 
   // False when no query of the tile sees any of the keys.
   bool span(const Scorer<Acc>& scorer, const Near& near, const Keys& keys, i64 first, i64 rows, Span* out) const {
-    const BatchGeometry& geometry = scorer.geometry;
-    Interval columns = document_columns(p, keys.b, first, rows, keys.origin,
-                                        {larger(geometry.visible(first).low - keys.origin, i64{0}),
-                                         smaller(geometry.visible(first + rows - 1).high - keys.origin, keys.count)});
+    Interval columns = visible_columns(p, scorer.geometry, {keys.b, scorer.h, 1, first, rows}, keys.origin, keys.count);
     if (!columns.empty() && near.norms) {
       const Interval seen{keys.origin + columns.low, keys.origin + columns.high};
       const Interval left = near.reach.clip(first, first + rows - 1, seen, near.norms[first / kRows]);
@@ -161,9 +158,11 @@ class GradientTile {
       multiply(s.grad_out, value_depth, s.values, products);
       if (keys.bad_keys || keys.bad_values || q.bad_queries || q.bad_grads) fix_products(s, scorer, keys, q, part);
       if (in.grad_weights.view) add_weight_gradient(s, scorer, keys, part, products);
+      const bool whole = scorer.sees_all(part.first, part.first + rows - 1, keys.origin, {part.begin, part.end});
       for (i64 r = first; r < first + rows; ++r) {
         Acc* const product = s.products + r * stride();
-        const Interval live = differentiate_row(s, scorer, keys, q.first + r, part, s.scores + r * stride(), product);
+        const Interval live =
+            differentiate_row(s, scorer, keys, q.first + r, part, whole, s.scores + r * stride(), product);
         row(q.first + r, product);
         if (scorer.cap != 0)
           for (i64 j = live.low; j < live.high; j += kLane)
@@ -203,9 +202,13 @@ class GradientTile {
  private:
   // Returns the columns that the row sees, in whole vectors; weights and dS are zero in the rest of the strip's.
   Interval differentiate_row(const Scratch& s, const Scorer<Acc>& scorer, const Keys& keys, i64 i, const Span& part,
-                             Acc* score, Acc* product) const {
-    const Interval live =
-        scorer.apply(i, keys.origin, part.begin, part.end, score, s.temp, scorer.cap != 0 ? s.cap_gradient : nullptr);
+                             bool whole, Acc* score, Acc* product) const {
+    Acc* const cap_gradient = scorer.cap != 0 ? s.cap_gradient : nullptr;
+    Interval live{part.begin, part.end};
+    if (whole)
+      scorer.score_whole(i, keys.origin, live, score, s.temp, cap_gradient);
+    else
+      live = scorer.apply(i, keys.origin, part.begin, part.end, score, s.temp, cap_gradient);
     for (Acc* const out : {score, product}) {
       if (part.begin < live.low) std::memset(out + part.begin, 0, (live.low - part.begin) * sizeof(Acc));
       if (live.high < part.end) std::memset(out + live.high, 0, (part.end - live.high) * sizeof(Acc));

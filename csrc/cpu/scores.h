@@ -78,10 +78,12 @@ struct Scorer {
     return {low, larger(low, smaller(range.high - origin, end))};
   }
 
-  // Whether queries i0 to i1 see all of the columns.
+  // Whether queries i0 to i1 see all of the columns; not asked of ids and dense biases.
   bool sees_all(i64 i0, i64 i1, i64 origin, Interval columns) const {
-    return !masked_by_element && geometry.visible(i1).low <= origin + columns.low &&
-           geometry.visible(i0).high >= origin + columns.high;
+    if (problem->query_ids || problem->dense_bias || geometry.visible(i1).low > origin + columns.low ||
+        geometry.visible(i0).high < origin + columns.high)
+      return false;
+    return !problem->dense_mask || hides_nothing(problem->dense_mask, {b, h, 1, i0, i1 - i0 + 1}, origin, columns);
   }
 
   // Turns q.k in s[begin, end) into masked scores and returns the part that holds any, in whole vectors: what lies
@@ -129,8 +131,13 @@ struct Scorer {
         add_slope(i, origin, {begin, end}, s, keep);
       return top;
     }
-    if (!plain) transform(i, origin, {begin, end}, {begin, end}, s, temp, nullptr);
+    score_whole(i, origin, {begin, end}, s, temp, nullptr);
     return row_max_lanes(s, begin, end);
+  }
+
+  // apply() where row i sees all of the columns.
+  FASTATTN_INLINE void score_whole(i64 i, i64 origin, Interval columns, T* s, T* temp, T* cap_gradient) const {
+    if (!plain || problem->slopes) add_all(i, origin, columns, columns, s, temp, cap_gradient);
   }
 
   // Whether what is added to q.k of queries i0 to i1, which see all of the columns, is one number, if anything.
@@ -142,6 +149,13 @@ struct Scorer {
   }
 
   void transform(i64 i, i64 origin, Interval seen, Interval live, T* s, T* temp, T* cap_gradient) const {
+    add_all(i, origin, seen, live, s, temp, cap_gradient);
+    if (problem->query_ids) hide_other_documents(i, origin, seen, s);
+    if (problem->dense_mask) hide_masked(i, origin, seen, s);
+  }
+
+  // Scale, softcap and biases.
+  void add_all(i64 i, i64 origin, Interval seen, Interval live, T* s, T* temp, T* cap_gradient) const {
     const auto keep = [=](i64 j, Vec<T> score) { store(s + j, score); };
     if (plain) {
       if (problem->slopes) add_slope(i, origin, live, s, keep);
@@ -158,8 +172,6 @@ struct Scorer {
         for (i64 j = live.low; j < live.high; j += kLanes<T>) store(s + j, load(s + j) * by);
       if (problem->slopes) add_slope(i, origin, live, s, keep);
     }
-    if (problem->query_ids) hide_other_documents(i, origin, seen, s);
-    if (problem->dense_mask) hide_masked(i, origin, seen, s);
   }
 
   void soften(i64 begin, i64 end, T* s, T* cap_gradient) const {

@@ -210,8 +210,7 @@ class WeightsForward {
   void strip(const Scorer<Acc>& scorer, const Scratch& s, const Operands& x, i64 first, i64 r, i64 rows,
              bool bad_scores) const {
     const i64 i0 = first + r;
-    const Interval columns = document_columns(
-        p, scorer.b, i0, rows, 0, {scorer.geometry.visible(i0).low, scorer.geometry.visible(i0 + rows - 1).high});
+    const Interval columns = visible_columns(p, scorer.geometry, {scorer.b, scorer.h, 1, i0, rows}, 0, p.key_length);
     const i64 values = round_up(p.value_dim, kLane);
     i64 begin = 0, end = 0;
     if (!columns.empty()) {
