@@ -58,21 +58,19 @@ def scaled_dot_product_attention(
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    usual = attn_mask is None and _is_usual(query, key, value, enable_gqa)
-    if not usual:
+    usual = _is_usual(query, key, value, attn_mask, enable_gqa)
+    if not usual or attn_mask is not None:
         _check_ranks_and_mask(query, key, value, attn_mask, is_causal)
     if dropout_p < 0.0 or dropout_p > 1.0:
         raise RuntimeError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
-    if usual:
-        return attention(
-            query, key, value, mask=_CAUSAL if is_causal else None, scale=scale, dropout_p=dropout_p, query_offset=0
-        )
-    squeeze_heads = max(query.dim(), key.dim(), value.dim()) == 2
-    query, key, value, lead = _flatten_all(query, key, value, attn_mask, enable_gqa)
+    lead, squeeze_heads = query.shape[:1], False
+    if not usual:
+        squeeze_heads = max(query.dim(), key.dim(), value.dim()) == 2
+        query, key, value, lead = _flatten_all(query, key, value, attn_mask, enable_gqa)
+        attn_mask = None if attn_mask is None else _flatten_mask(attn_mask, lead)
     mask, bias = _CAUSAL if is_causal else None, None
     if attn_mask is not None:
-        attn_mask = _flatten_mask(attn_mask, lead)
         if attn_mask.dtype == torch.bool:
             mask = BoolMask(attn_mask)
         else:
@@ -83,13 +81,14 @@ def scaled_dot_product_attention(
     return out.squeeze(0) if squeeze_heads else out
 
 
-def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """Whether the operands are (B, H, S, E) as they come, with nothing to broadcast."""
+def _is_usual(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> bool:
+    """Whether the operands are (B, H, S, E) as they come, with nothing to broadcast but the mask."""
     shape, key_shape, value_shape = query.shape, key.shape, value.shape
     return (
         len(shape) == len(key_shape) == len(value_shape) == 4
         and shape[0] == key_shape[0] == value_shape[0]
         and (enable_gqa or shape[1] == key_shape[1] == value_shape[1])
+        and (attn_mask is None or attn_mask.dim() < 4 or (attn_mask.dim() == 4 and attn_mask.shape[0] in (1, shape[0])))
     )
 
 

@@ -93,6 +93,16 @@ def test_mask_shapes(shape: tuple[int, ...]) -> None:
     _compare(q, k, v, _randn(*wide))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 5, 7), (2, 3, 1, 7), (4, 2, 1, 5, 7)], ids=str)
+def test_a_mask_with_leading_dimensions_of_its_own(shape: tuple[int, ...]) -> None:
+    """Where torch's formula raises, they broadcast like the others'."""
+    operands = _randn(1, 3, 5, 4), _randn(1, 3, 7, 4), _randn(1, 3, 7, 4)
+    for mask in (torch.rand(shape) < 0.7, _randn(*shape)):
+        got = fastattn.scaled_dot_product_attention(*operands, mask)
+        want = F.scaled_dot_product_attention(*(x.expand(*shape[:-3], -1, -1, -1) for x in operands), mask)
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize(("length", "keys"), [(1, 1), (5, 5), (3, 9), (9, 3), (1, 8), (8, 1)])
 def test_causal_is_top_left(length: int, keys: int) -> None:
     _compare(_randn(2, 3, length, 4), _randn(2, 3, keys, 4), _randn(2, 3, keys, 4), is_causal=True)
@@ -186,9 +196,11 @@ def test_memory_layout_follows_the_query() -> None:
 
 ERRORS: dict[str, tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]] = {
     "mask and is_causal": ((_randn(2, 5, 4),) * 3, {"attn_mask": _randn(5, 5), "is_causal": True}),
+    "mask and is_causal, four dimensions": ((_randn(2, 3, 5, 4),) * 3, {"attn_mask": _randn(5, 5), "is_causal": True}),
     "one dimension": ((_randn(4), _randn(4), _randn(4)), {}),
     "integer mask": ((_randn(2, 5, 4),) * 3, {"attn_mask": torch.ones(5, 5, dtype=torch.int64)}),
     "half mask of a double query": ((_randn(2, 5, 4),) * 3, {"attn_mask": torch.ones(5, 5).half()}),
+    "half mask of a double query, four dimensions": ((_randn(2, 3, 5, 4),) * 3, {"attn_mask": torch.ones(5, 5).half()}),
     "mixed dtypes": ((_randn(2, 5, 4), _randn(2, 5, 4).float(), _randn(2, 5, 4)), {}),
     "head dimensions": ((_randn(2, 3, 5, 4), _randn(2, 3, 5, 6), _randn(2, 3, 5, 4)), {}),
     "key and value lengths": ((_randn(2, 3, 5, 4), _randn(2, 3, 5, 4), _randn(2, 3, 6, 4)), {}),
