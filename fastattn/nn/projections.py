@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.validation import as_dtype
+
 if TYPE_CHECKING:
     from fastattn.nn.multihead_attention import MultiheadAttention
 
@@ -36,13 +38,13 @@ def project(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
     if module._qkv_same_embed_dim:
         weight = _packed_weight(module)
         if query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).split(rows, dim=-1)
+            q, k, v = F.linear(query, weight, bias).split_with_sizes(rows, -1)
             return q, k, v
         if key is value:
             parts = (rows[0], rows[1] + rows[2])
             query_weight, memory_weight = weight.split(parts)
             query_bias, memory_bias = (None, None) if bias is None else bias.split(parts)
-            k, v = F.linear(key, memory_weight, memory_bias).split(rows[1:], dim=-1)
+            k, v = F.linear(key, memory_weight, memory_bias).split_with_sizes(rows[1:], -1)
             return F.linear(query, query_weight, query_bias), k, v
         weights = weight.split(rows)
     else:
@@ -74,12 +76,12 @@ def _packed_weight(module: MultiheadAttention) -> Tensor:
 def _bias(module: MultiheadAttention, query: Tensor) -> Tensor | None:
     bias = module.in_proj_bias
     # models that keep biases in another precision work in torch too
-    return None if bias is None else bias.to(query.dtype)
+    return None if bias is None else as_dtype(bias, query.dtype)
 
 
 def split_heads(x: Tensor, num_heads: int, *, batched: bool, batch_first: bool) -> Tensor:
     """A projected (N, L, E), (L, N, E) or (L, E) tensor as (N, H, L, D): a view."""
-    heads = x.unflatten(-1, (num_heads, x.shape[-1] // num_heads))
+    heads = x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
     if not batched:
         return heads.unsqueeze(0).transpose(1, 2)
     return heads.transpose(1, 2) if batch_first else heads.permute(1, 2, 0, 3)
