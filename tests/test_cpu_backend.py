@@ -388,8 +388,9 @@ STEEP = [2.0, 0.6, 0.3, 0.0]
         {"query_offset": 1420, "by": 0.125},  # the nearest keys are up to 300 away
         {"query_offset": 700, "window_left": 900, "window_right": 500, "sink": True},
         {"query_offset": -150, "lengths": (1400, 90)},
+        {"hidden": 900, "by": 0.125},
     ],
-    ids=["both sides", "causal", "after all keys", "window", "lengths"],
+    ids=["both sides", "causal", "after all keys", "window", "lengths", "mask"],
 )
 def test_keys_out_of_reach_of_a_slope(fields: dict, dtype: torch.dtype) -> None:
     """Weights there are zero: to pass over them changes nothing, whatever is nearest and however large q and k are."""
@@ -400,6 +401,8 @@ def test_keys_out_of_reach_of_a_slope(fields: dict, dtype: torch.dtype) -> None:
         fields["sink"] = random(1, 4, seed=10, dtype=parameter)
     if lengths := fields.pop("lengths", None):
         fields["key_lengths"] = torch.tensor(lengths)
+    if hidden := fields.pop("hidden", None):
+        fields["dense_mask"] = (torch.arange(1400) >= hidden)[None, None, None]
     problem = plain(dtype, 300, 1400, hk=4, d=32, **fields)
     check(problem, one_key_a_row=True)
     far = problem.key.clone()
@@ -589,7 +592,7 @@ def test_a_window_written_out_is_the_window(queries: int, layout: str, dtype: to
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["mask", *(f"bias {str(t)[6:]}" for t in DTYPES)])
+@pytest.mark.parametrize("kind", ["mask", "mask with a hole", *(f"bias {str(t)[6:]}" for t in DTYPES)])
 @pytest.mark.parametrize(
     ("heads", "queries"), [((4, 2), 150), ((8, 1), 20), ((4, 1), 1)], ids=["tiles", "shared", "one"]
 )
@@ -602,7 +605,10 @@ def test_edges_of_dense_masks(heads: tuple[int, int], queries: int, kind: str, d
     edges[1, ..., 1::7, :] = edges[0, ..., 1::7, :] + 1  # one key, or none after the last
     keys = torch.arange(1100)
     seen = (keys >= edges.amin(0)) & (keys < edges.amax(0))
-    if kind == "mask":
+    if kind.startswith("mask"):
+        if kind != "mask":  # not all rows are intervals any more
+            row = seen.view(-1, 1100)[seen.sum(-1).argmax()]
+            row[row.nonzero()[1:2]] = False
         check(dataclasses.replace(problem, dense_mask=seen), one_key_a_row=True)
     else:
         stored = getattr(torch, kind[5:])

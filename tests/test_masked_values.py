@@ -28,6 +28,7 @@ def _masks() -> dict[str, tuple[fastattn.Mask, Tensor]]:
         "key_lengths+causal": (fastattn.KeyLengths(torch.tensor([23, 23])) & fastattn.Causal(), keys >= 23),
         "documents": (fastattn.Documents(torch.ones(S, dtype=torch.int64), ids), middle),
         "bool": (fastattn.BoolMask(dense), middle),
+        "bool_rows": (fastattn.BoolMask((keys < 23) & (keys >= keys[:, None] - 9)), keys >= 23),
         "bool_keys": (fastattn.BoolMask(~middle), middle),
         "bool+window": (fastattn.BoolMask(~middle) & fastattn.SlidingWindow(30, 5), middle),
     }

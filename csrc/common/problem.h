@@ -63,6 +63,8 @@ struct Problem {
   View key_lengths, prefix_lengths;         // (B|1,)
   View query_ids, key_ids;                  // (B|1, S)
   View dense_mask;                          // (B|1, Hq|1, Sq|1, Sk|1)
+  View row_intervals;                       // (B|1, Hq|1, Sq|1, 2): the keys of each query, [first, last + 1); never
+                                            // from a caller: the CPU kernels make it of a dense mask that is no more
   View slopes;                              // (B|1, Hq)
   View table;                               // (B|1, Hq, T)
   i64 table_left = 0;

@@ -100,6 +100,24 @@ inline Interval left_by(const View& dense, Bits hidden, const QueryRows& rows, i
   return found;
 }
 
+// What a mask of intervals lets a query see.
+inline Interval own_interval(const Problem& p, i64 b, i64 h, i64 i) {
+  const i64* const keys = reinterpret_cast<const i64*>(p.row_intervals.at(b, h, i));
+  return {keys[0], keys[1]};
+}
+
+// The columns from the first to the last that the intervals of the rows hold.
+inline Interval joint_interval(const Problem& p, const QueryRows& rows, i64 origin, Interval columns) {
+  const View& own = p.row_intervals;
+  i64 low = columns.high, high = columns.low;
+  for (i64 h = rows.head; h < (own.stride[1] ? rows.head + rows.heads : rows.head + 1); ++h)
+    for (i64 i = rows.first; i < (own.stride[2] ? rows.first + rows.count : rows.first + 1); ++i) {
+      const Interval keys = own_interval(p, rows.b, h, i);
+      low = smaller(low, keys.low - origin), high = larger(high, keys.high - origin);
+    }
+  return {larger(low, columns.low), smaller(high, columns.high)};
+}
+
 // Whether a dense mask lets all of the rows see all of the columns.
 inline bool hides_nothing(const View& mask, const QueryRows& rows, i64 origin, Interval columns) {
   const i64 stride = mask.stride[3], count = stride ? columns.high - columns.low : 1;
@@ -120,9 +138,10 @@ inline bool hides_nothing(const View& mask, const QueryRows& rows, i64 origin, I
 // before or after.
 inline Interval visible_columns(const Problem& p, const BatchGeometry& geometry, const QueryRows& rows, i64 origin,
                                 i64 count) {
-  Interval columns = document_columns(p, rows.b, rows.first, rows.count, origin,
-                                      {larger(geometry.visible(rows.first).low - origin, i64{0}),
-                                       smaller(geometry.visible(rows.first + rows.count - 1).high - origin, count)});
+  Interval columns{larger(geometry.visible(rows.first).low - origin, i64{0}),
+                   smaller(geometry.visible(rows.first + rows.count - 1).high - origin, count)};
+  if (p.row_intervals && !columns.empty()) columns = joint_interval(p, rows, origin, columns);
+  columns = document_columns(p, rows.b, rows.first, rows.count, origin, columns);
   if (p.dense_mask && !columns.empty()) columns = left_by(p.dense_mask, uint8_t{0}, rows, origin, columns);
   if (!p.dense_bias || columns.empty()) return columns;
   switch (p.dense_bias.dtype) {  // minus infinity
@@ -143,6 +162,10 @@ inline Interval visible_columns(const Problem& p, const BatchGeometry& geometry,
 inline bool pair_visible(const Problem& p, const BatchGeometry& geometry, i64 b, i64 h, i64 i, i64 j) {
   const Interval range = geometry.visible(i);
   if (j < range.low || j >= range.high) return false;
+  if (p.row_intervals) {
+    const Interval own = own_interval(p, b, h, i);
+    if (j < own.low || j >= own.high) return false;
+  }
   if (p.query_ids &&
       *reinterpret_cast<const i64*>(p.query_ids.at(b, i)) != *reinterpret_cast<const i64*>(p.key_ids.at(b, j)))
     return false;

@@ -9,6 +9,7 @@
 #include "masked_softmax.h"
 #include "roofline.h"
 #include "rotary.h"
+#include "row_intervals.h"
 #include "weights_forward.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
@@ -46,21 +47,28 @@ static auto with_mode(const Problem& p, Call call) {
 }
 
 static void run_forward(const Problem& problem, const ForwardOutput& output, const Parallel& parallel) {
-  with_mode(problem, [&]<class Mode>(Mode) { forward<Mode>(problem, output, parallel); });
+  const RowIntervals masked(problem, parallel);
+  with_mode(problem, [&]<class Mode>(Mode) { forward<Mode>(masked.problem(), output, parallel); });
 }
 
 static void run_weights_forward(const Problem& problem, const ForwardOutput& output, const WeightsOutput& weights,
                                 const Parallel& parallel) {
-  with_mode(problem, [&]<class Mode>(Mode) { weights_forward<Mode>(problem, output, weights, parallel); });
+  const RowIntervals masked(problem, parallel);
+  with_mode(problem, [&]<class Mode>(Mode) { weights_forward<Mode>(masked.problem(), output, weights, parallel); });
 }
 
 static ForwardPlan run_plan(const Problem& problem, i64 threads) {
-  return with_mode(problem, [&]<class Mode>(Mode) { return forward_plan<Mode>(problem, threads); });
+  const auto one_by_one = [](i64 count, void (*item)(void*, i64), void* context) {
+    for (i64 i = 0; i < count; ++i) item(context, i);
+  };
+  const RowIntervals masked(problem, {1, one_by_one});
+  return with_mode(problem, [&]<class Mode>(Mode) { return forward_plan<Mode>(masked.problem(), threads); });
 }
 
 static void run_backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
                          const Parallel& parallel) {
-  with_mode(problem, [&]<class Mode>(Mode) { backward<Mode>(problem, input, output, parallel); });
+  const RowIntervals masked(problem, parallel);
+  with_mode(problem, [&]<class Mode>(Mode) { backward<Mode>(masked.problem(), input, output, parallel); });
 }
 
 static void run_softmax_forward(const Problem& problem, const SoftmaxForward& views, const Parallel& parallel) {

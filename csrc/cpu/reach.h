@@ -35,7 +35,7 @@ class Reach {
   Reach() = default;
   explicit Reach(const Scorer<T>& scorer) : scorer_(&scorer) {
     const Problem& p = *scorer.problem;
-    if (!p.slopes || p.query_length == 0 || !scorer.plain || scorer.masked_by_element) return;
+    if (!p.slopes || p.query_length == 0 || !scorer.plain || scorer.masked_by_element || p.row_intervals) return;
     slope_ = static_cast<double>(scorer.slope) * scorer.scale;
     const double first = scorer.geometry.position(0), last = scorer.geometry.position(p.query_length - 1);
     const double farthest = larger(last, static_cast<double>(p.key_length) - first);

@@ -73,7 +73,11 @@ struct Scorer {
 
   // Columns [begin, end) of the tile whose first column is key `origin`, clipped to those row i may see.
   Interval clip(i64 i, i64 origin, i64 begin, i64 end) const {
-    const Interval range = geometry.visible(i);
+    Interval range = geometry.visible(i);
+    if (problem->row_intervals) {
+      const Interval own = own_interval(*problem, b, h, i);
+      range = {larger(range.low, own.low), smaller(range.high, own.high)};
+    }
     const i64 low = smaller(larger(range.low - origin, begin), end);
     return {low, larger(low, smaller(range.high - origin, end))};
   }
@@ -83,6 +87,11 @@ struct Scorer {
     if (problem->query_ids || problem->dense_bias || geometry.visible(i1).low > origin + columns.low ||
         geometry.visible(i0).high < origin + columns.high)
       return false;
+    if (problem->row_intervals)
+      for (i64 i = i0; i <= i1; ++i) {
+        const Interval own = own_interval(*problem, b, h, i);
+        if (own.low > origin + columns.low || own.high < origin + columns.high) return false;
+      }
     return !problem->dense_mask || hides_nothing(problem->dense_mask, {b, h, 1, i0, i1 - i0 + 1}, origin, columns);
   }
 
