@@ -388,7 +388,7 @@ STEEP = [2.0, 0.6, 0.3, 0.0]
         {"query_offset": 1420, "by": 0.125},  # the nearest keys are up to 300 away
         {"query_offset": 700, "window_left": 900, "window_right": 500, "sink": True},
         {"query_offset": -150, "lengths": (1400, 90)},
-        {"hidden": 900, "by": 0.125},
+        {"hidden": 600, "by": 0.125},
     ],
     ids=["both sides", "causal", "after all keys", "window", "lengths", "mask"],
 )
