@@ -66,6 +66,15 @@ inline Interval document_columns(const Problem& p, i64 b, i64 first, i64 rows, i
 // Consecutive queries of consecutive heads.
 struct QueryRows {
   i64 b, head, heads, first, count;
+
+  // Whether holds(head, query) for all of them, as far as `view` tells them apart.
+  template <class Holds>
+  FASTATTN_INLINE bool all(const View& view, Holds holds) const {
+    for (i64 h = head; h < (view.stride[1] ? head + heads : head + 1); ++h)
+      for (i64 i = first; i < (view.stride[2] ? first + count : first + 1); ++i)
+        if (!holds(h, i)) return false;
+    return true;
+  }
 };
 
 // `found`, within `columns`, and what lies between the first and the last of these that a row of a dense mask or bias
@@ -93,10 +102,11 @@ inline Interval extend(Interval found, Interval columns, const Bits* row, i64 st
 template <class Bits>
 inline Interval left_by(const View& dense, Bits hidden, const QueryRows& rows, i64 origin, Interval columns) {
   Interval found{columns.high, columns.low};
-  for (i64 h = rows.head; h < (dense.stride[1] ? rows.head + rows.heads : rows.head + 1); ++h)
-    for (i64 i = rows.first; i < (dense.stride[2] ? rows.first + rows.count : rows.first + 1); ++i)
-      found = extend(found, columns, reinterpret_cast<const Bits*>(dense.at(rows.b, h, i, origin)), dense.stride[3],
-                     hidden);
+  rows.all(dense, [&](i64 h, i64 i) {
+    const Bits* const row = reinterpret_cast<const Bits*>(dense.at(rows.b, h, i, origin));
+    found = extend(found, columns, row, dense.stride[3], hidden);
+    return true;
+  });
   return found;
 }
 
@@ -108,30 +118,27 @@ inline Interval own_interval(const Problem& p, i64 b, i64 h, i64 i) {
 
 // The columns from the first to the last that the intervals of the rows hold.
 inline Interval joint_interval(const Problem& p, const QueryRows& rows, i64 origin, Interval columns) {
-  const View& own = p.row_intervals;
   i64 low = columns.high, high = columns.low;
-  for (i64 h = rows.head; h < (own.stride[1] ? rows.head + rows.heads : rows.head + 1); ++h)
-    for (i64 i = rows.first; i < (own.stride[2] ? rows.first + rows.count : rows.first + 1); ++i) {
-      const Interval keys = own_interval(p, rows.b, h, i);
-      low = smaller(low, keys.low - origin), high = larger(high, keys.high - origin);
-    }
+  rows.all(p.row_intervals, [&](i64 h, i64 i) {
+    const Interval keys = own_interval(p, rows.b, h, i);
+    low = smaller(low, keys.low - origin), high = larger(high, keys.high - origin);
+    return true;
+  });
   return {larger(low, columns.low), smaller(high, columns.high)};
 }
 
 // Whether a dense mask lets all of the rows see all of the columns.
 inline bool hides_nothing(const View& mask, const QueryRows& rows, i64 origin, Interval columns) {
   const i64 stride = mask.stride[3], count = stride ? columns.high - columns.low : 1;
-  for (i64 h = rows.head; h < (mask.stride[1] ? rows.head + rows.heads : rows.head + 1); ++h)
-    for (i64 i = rows.first; i < (mask.stride[2] ? rows.first + rows.count : rows.first + 1); ++i) {
-      const uint8_t* const row = reinterpret_cast<const uint8_t*>(mask.at(rows.b, h, i, origin + columns.low));
-      uint8_t hidden = 0;
-      if (stride == 1)
-        for (i64 j = 0; j < count; ++j) hidden |= row[j] ? uint8_t{0} : uint8_t{255};
-      else
-        for (i64 j = 0; j < count && !hidden; ++j) hidden = !row[j * stride];
-      if (hidden) return false;
-    }
-  return true;
+  return rows.all(mask, [&](i64 h, i64 i) {
+    const uint8_t* const row = reinterpret_cast<const uint8_t*>(mask.at(rows.b, h, i, origin + columns.low));
+    uint8_t hidden = 0;
+    if (stride == 1)
+      for (i64 j = 0; j < count; ++j) hidden |= row[j] ? uint8_t{0} : uint8_t{255};
+    else
+      for (i64 j = 0; j < count && !hidden; ++j) hidden = !row[j * stride];
+    return !hidden;
+  });
 }
 
 // The columns of the tile at `origin`, of `count` keys, that any of the rows sees: no mask lets any of them see one

@@ -87,12 +87,13 @@ struct Scorer {
     if (problem->query_ids || problem->dense_bias || geometry.visible(i1).low > origin + columns.low ||
         geometry.visible(i0).high < origin + columns.high)
       return false;
+    const QueryRows rows{b, h, 1, i0, i1 - i0 + 1};
     if (problem->row_intervals)
-      for (i64 i = i0; i <= i1; ++i) {
+      return rows.all(problem->row_intervals, [&](i64, i64 i) {
         const Interval own = own_interval(*problem, b, h, i);
-        if (own.low > origin + columns.low || own.high < origin + columns.high) return false;
-      }
-    return !problem->dense_mask || hides_nothing(problem->dense_mask, {b, h, 1, i0, i1 - i0 + 1}, origin, columns);
+        return own.low <= origin + columns.low && own.high >= origin + columns.high;
+      });
+    return !problem->dense_mask || hides_nothing(problem->dense_mask, rows, origin, columns);
   }
 
   // Turns q.k in s[begin, end) into masked scores and returns the part that holds any, in whole vectors: what lies
