@@ -613,8 +613,7 @@ def test_edges_of_dense_masks(heads: tuple[int, int], queries: int, kind: str, d
     else:
         stored = getattr(torch, kind[5:])
         bias = random(2, hq, queries, 1100, seed=8, dtype=stored).masked_fill(~seen, -math.inf)
-        problem = dataclasses.replace(problem, dense_bias=bias)
-        check(problem, one_key_a_row=True)
+        check(dataclasses.replace(problem, dense_bias=bias), one_key_a_row=True)
 
 
 def test_only_the_gradients_asked_for() -> None:

@@ -72,8 +72,9 @@ static void run_backward(const Problem& problem, const BackwardInput& input, con
 }
 
 static void run_softmax_forward(const Problem& problem, const SoftmaxForward& views, const Parallel& parallel) {
-  if (problem.query.dtype == DType::kFloat64) return softmax_forward<double>(problem, views, parallel);
-  softmax_forward<float>(problem, views, parallel);
+  const RowIntervals masked(problem, parallel);
+  if (problem.query.dtype == DType::kFloat64) return softmax_forward<double>(masked.problem(), views, parallel);
+  softmax_forward<float>(masked.problem(), views, parallel);
 }
 
 static void run_softmax_backward(const Problem& problem, const SoftmaxBackward& views, const Parallel& parallel) {

@@ -65,7 +65,7 @@ class SoftmaxRows {
   }
 
   void row(const Scorer<T>& scorer, i64 i, const Scratch& s) const {
-    const Interval seen = visible_columns(p, scorer.geometry, {scorer.b, scorer.h, 1, i, 1}, 0, p.key_length);
+    const Interval seen = scorer.clip(i, 0, 0, p.key_length);
     if (!seen.empty()) {
       const Interval live = masked_scores(scorer, i, seen, s);
       const T top = row_max(s.row, live.low, live.high);
@@ -84,11 +84,10 @@ class SoftmaxRows {
               out.mutable_at(scorer.b, scorer.h, i));
   }
 
-  // The scores of row i, in units of the scorer's, -inf where masked; before and after `seen` everything is.
+  // The scores of row i, in units of the scorer's, -inf where masked.
   Interval masked_scores(const Scorer<T>& scorer, i64 i, Interval seen, const Scratch& s) const {
     load_row(in.dtype, in.at(scorer.b, scorer.h, i, seen.low), in.stride[3], seen.high - seen.low, s.row + seen.low);
-    return scorer.apply(i, 0, round_down(seen.low, kLanes<T>), round_up(seen.high, kLanes<T>), s.row, s.temp,
-                        static_cast<T*>(nullptr));
+    return scorer.apply(i, 0, 0, round_up(p.key_length, kLanes<T>), s.row, s.temp, static_cast<T*>(nullptr));
   }
 
   // A row whose weights are no numbers (it sees NaN or +inf) or that is masked throughout: NaN where visible, 0 else.
@@ -182,7 +181,7 @@ class SoftmaxGradients {
     if (table) std::memset(table, 0, v.dtable.size[2] * sizeof(double));
     if (bias) std::memset(bias, 0, bias_columns * sizeof(double));
     for (i64 i = first; i < last; ++i) {
-      const Interval seen = visible_columns(p, scorer.geometry, {b, h, 1, i, 1}, 0, p.key_length);
+      const Interval seen = scorer.geometry.visible(i);
       score_gradient(scorer, i, seen, s);
       if (v.ddense_bias && own_rows && !sums_bias())
         write_row(v.ddense_bias.dtype, s.out, seen, p.key_length, v.ddense_bias.mutable_at(b, h, i));
