@@ -87,8 +87,7 @@ def test_encoder_runs_our_kernel_in_every_mode(
         assert len(calls) == 2
         expected = original(x, src_key_padding_mask=mask)
         assert len(calls) == 2
-    real = torch.ones(N, L, dtype=torch.bool) if mask is None else ~mask
-    torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_without_the_surgery_the_fused_path_bypasses_a_module_but_says_so(calls: list[str]) -> None:
@@ -126,7 +125,8 @@ def test_every_layer_of_a_transformer(calls: list[str]) -> None:
     original = copy.deepcopy(model)
     report = replace_attention(model)
     assert len(report.replaced) == 2 + 3 * 2
-    assert report.fused_paths == ("encoder", "encoder.layers.0", "encoder.layers.1")
+    assert report.fused_paths == ("encoder.layers.0", "encoder.layers.1")
+    assert report.stacks == ("encoder.layers.0", "encoder.layers.1", "encoder")
     source, target = torch.randn(N, L, E), torch.randn(N, L + 1, E)
     masks = {
         "tgt_mask": torch.nn.Transformer.generate_square_subsequent_mask(L + 1),
@@ -425,9 +425,57 @@ def test_report_reads_well() -> None:
         "  replaced block.other.0",
         f"  left     sub: is a {__name__}.Renamed, a subclass of torch.nn.MultiheadAttention that may compute "
         "something else; select it with filter if it does not",
-        "  fused inference path off: encoder",
+        "  with it  encoder.layers.0",
+        "  with it  encoder",
         "  fused inference path off: encoder.layers.0",
     ]
     assert "nothing to replace" in str(replace_attention(torch.nn.Linear(2, 2)))
     layer = make_layer()
-    assert "fused inference path off: the model itself" in str(replace_attention(layer))
+    assert "with it  the model itself" in str(report := replace_attention(layer))
+    assert "fused inference path off: the model itself" in str(report)
+
+
+class _Layer(torch.nn.TransformerEncoderLayer):
+    pass
+
+
+class _Encoder(torch.nn.TransformerEncoder):
+    pass
+
+
+@pytest.mark.parametrize("kinds", [(_Layer, torch.nn.TransformerEncoder), (torch.nn.TransformerEncoderLayer, _Encoder)])
+def test_subclasses_of_layers_and_encoders_stay_what_they_are(kinds: Any, calls: list[str]) -> None:
+    """Their forward may be their own: only the path that bypasses attention is off."""
+    layer, encoder = kinds
+    model = encoder(layer(E, H, 16, batch_first=True, dropout=0.0), 2).eval()
+    original = copy.deepcopy(model)
+    report = replace_attention(model)
+    assert type(model) is encoder
+    assert report.stacks == (() if layer is _Layer else ("layers.0", "layers.1"))
+    assert report.fused_paths == ("", "layers.0", "layers.1")
+    x = torch.randn(N, L, E)
+    with torch.no_grad():
+        got, expected = (m(x, src_key_padding_mask=right_padding()) for m in (model, original))
+    real = ~right_padding()
+    torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-4)
+    assert len(calls) == 2
+    restore_attention(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
+
+
+def test_a_parametrized_layer_changes_and_comes_back() -> None:
+    class Half(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    model = make_encoder().eval()
+    parametrize.register_parametrization(model.layers[0].linear1, "weight", Half())
+    model.layers[1].linear3 = torch.nn.Linear(2, 2)
+    parametrize.register_parametrization(model.layers[1].linear3, "weight", Half())
+    x = torch.randn(N, L, E)
+    expected = model(x)
+    classes = [type(m) for m in model.modules()]
+    assert replace_attention(model).stacks == ("layers.0", "layers.1", "")
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    restore_attention(model)
+    assert [type(m) for m in model.modules()] == classes

@@ -562,3 +562,25 @@ class _Gives(torch.nn.Module):
 def test_bad_input(call: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+class _Holder(torch.nn.Module):
+    """A user's model, which a symbolic trace looks into as far as torch's modules."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        name = "src" if "Encoder" in type(self.module).__name__ else "tgt"
+        memory = () if name == "src" else (x,)
+        return self.module(x, *memory, **{f"{name}_key_padding_mask": padding})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "transformer"])
+def test_symbolic_traces_keep_layers_and_stacks_whole(kind: str) -> None:
+    model = _Holder(pair(kind)[1]).eval()
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["module"]
+    x, padding = torch.randn(N, S, WIDTH, dtype=torch.float64), torch.arange(S) >= torch.tensor([S, 4, 2])[:, None]
+    torch.testing.assert_close(traced(x, padding), model(x, padding))

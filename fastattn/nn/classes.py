@@ -1,13 +1,14 @@
-"""Giving an attention module another class while its state stays what it is."""
+"""A module of ours in the place of one of torch: its class changed while its state stays, and a leaf of fx's traces."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 Attention = TypeVar("Attention", bound=torch.nn.MultiheadAttention)
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 # What a class body gets from `type` itself and cannot be given.
 _IMPLICIT = frozenset({"__dict__", "__weakref__"})
@@ -19,7 +20,7 @@ def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     return type(module).__bases__[0] if is_parametrized(module) else type(module)
 
 
-def class_like(module: torch.nn.Module, base: type[Attention]) -> type[Attention]:
+def class_like(module: torch.nn.Module, base: type[Module]) -> type[Module]:
     """`base`, or for a parametrized module a class over `base` with the module's parametrized properties."""
     if not is_parametrized(module):
         return base
@@ -48,3 +49,10 @@ def share_state(module: torch.nn.MultiheadAttention, base: type[Attention]) -> A
     for name in _STRUCTURE:
         twin.__dict__[name] = module.__dict__[name].copy()
     return twin
+
+
+def as_leaf(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The call as one node of a symbolic trace, like that of a torch module; the first argument is its proxy."""
+    tracer = arguments[0].tracer
+    given = {name: x for name, x in named.items() if x is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, given)

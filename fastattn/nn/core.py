@@ -13,7 +13,7 @@ from fastattn.masks import BoolMask, Causal, Mask
 from fastattn.nn.cache import KVCache, MemoryCache
 from fastattn.nn.inputs import check_mask_dtype, check_mask_shapes, check_ranks, check_sizes
 from fastattn.nn.masks import CallMasks, hint_replaces_mask, lower_masks
-from fastattn.nn.position import Encoding, Encodings, encode, own_position
+from fastattn.nn.position import Encoding, Encodings, encode, encode_packed, own_position
 from fastattn.nn.projections import (
     count_extra_keys,
     join_heads,
@@ -30,6 +30,7 @@ from fastattn.validation import describe, fail
 
 if TYPE_CHECKING:
     from fastattn.nn.multihead_attention import MultiheadAttention
+    from fastattn.nn.padding import Packed
 
 
 def multi_head_attention(
@@ -45,6 +46,7 @@ def multi_head_attention(
     is_causal: bool,
     position: Encodings | None = None,
     cache: KVCache | MemoryCache | None = None,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`MultiheadAttention.forward` on dense tensors; it documents arguments, results and errors."""
     check_mask_dtype("key_padding_mask", key_padding_mask)
@@ -89,7 +91,11 @@ def multi_head_attention(
             query_dtype=query.dtype,
         )
         objects = _objects(masks)
-    encoding = encode(position, k.shape[2], first)  # type: ignore[arg-type]
+    if packed is None:
+        encoding = encode(position, k.shape[2], first)  # type: ignore[arg-type]
+    else:
+        encoding = encode_packed(position, packed)  # type: ignore[arg-type]
+        objects["mask"] = packed.mask if objects["mask"] is None else objects["mask"] & packed.mask
     dropout_p = _check_dropout(module.dropout) if module.training else 0.0
     call = {**objects, "dropout_p": dropout_p, "query_offset": offset}
     seen = watchers(module)

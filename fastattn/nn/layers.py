@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.nn.cache import LayerCache
+from fastattn.nn.classes import as_leaf
 from fastattn.nn.multihead_attention import MultiheadAttention
 from fastattn.nn.position import Encodings, Position, make_position
+
+if TYPE_CHECKING:
+    from fastattn.nn.padding import Packed
 
 __all__ = ["TransformerDecoderLayer", "TransformerEncoderLayer"]
 
@@ -41,6 +46,22 @@ def _attention(
     )
 
 
+def _activate(activation: Callable[[Tensor], Tensor], linear: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """The activation of what `linear` has given, in place where nobody else has it.
+
+    Its gradient needs the result alone.  The memory of a second hidden layer, fresh from the system, takes
+    longer to get than the activation to compute.
+    """
+    alone = (
+        activation is F.relu
+        and type(linear) is torch.nn.Linear
+        and type(hidden) is Tensor
+        and not (linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks)
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+    return F.relu(hidden, inplace=True) if alone else activation(hidden)
+
+
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` with attention by fastattn: same arguments, state dict and results.
 
@@ -53,8 +74,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     Where it differs from torch, on purpose:
 
-    * torch's fused inference path, which never calls ``self_attn``, is off (``activation_relu_or_gelu`` is 0); nested
-      tensors, which only that path takes, are refused.
+    * torch's fused inference path, which never calls ``self_attn``, is not taken; nested tensors, which only that path
+      takes, are refused.
     * bool masks stay bool.  ``is_causal=True`` without a mask is a causal mask; a wholly masked query attends to
       nothing.  For both see `fastattn.nn.MultiheadAttention`.
 
@@ -97,6 +118,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         *,
         position: Encodings | None = None,
         cache: LayerCache | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
         """The layer's output, shaped as `src`.
 
@@ -108,15 +130,19 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             position: an encoding for this call, from the stack.
             cache: decode: attention is causal over the cached tokens and `src`, which is the next ones; `src_mask`
                 must be None and the padding mask covers the new tokens.
+            packed: from a stack that does without padding: `src` is the tokens of its batch in a row.
 
         Raises:
             AssertionError, RuntimeError, ValueError, TypeError: as `fastattn.nn.MultiheadAttention`.
         """
+        if isinstance(src, torch.fx.Proxy):
+            call = (src, src_mask, src_key_padding_mask, is_causal)
+            return as_leaf(self, call, {"position": position, "cache": cache, "packed": packed})
 
         def attend(x: Tensor) -> Tensor:
             out, _ = self.self_attn(
                 x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, need_weights=False,
-                is_causal=is_causal, position=position, cache=None if cache is None else cache.self_attn,
+                is_causal=is_causal, position=position, cache=None if cache is None else cache.self_attn, packed=packed,
             )  # fmt: skip
             return self.dropout1(out)
 
@@ -126,6 +152,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return x + self._ff_block(self.norm2(x))
         x = self.norm1(x + attend(x))
         return self.norm2(x + self._ff_block(x))
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        hidden = _activate(self.activation, self.linear1, self.linear1(x))
+        return self.dropout2(self.linear2(self.dropout(hidden)))
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -196,6 +226,12 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         Raises:
             AssertionError, RuntimeError, ValueError, TypeError: as `fastattn.nn.MultiheadAttention`.
         """
+        if isinstance(tgt, torch.fx.Proxy):
+            call = (
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
+                memory_is_causal,
+            )  # fmt: skip
+            return as_leaf(self, call, {"position": position, "cache": cache})
 
         def attend(x: Tensor) -> Tensor:
             out, _ = self.self_attn(

@@ -71,7 +71,7 @@ def lower_masks(
         padding = key_padding_mask.view(sizes.batch, 1, 1, sizes.key_length)
         if padding.dtype != torch.bool:
             check_mask_precision(padding, query_dtype)
-            padding = _as_bool(padding)
+            padding = as_bool(padding)
         if padding.dtype != torch.bool:
             bias = padding if bias is None else bias + padding
         elif mask is None:
@@ -87,13 +87,13 @@ def lower_masks(
     return CallMasks(causal, mask, bias)
 
 
-def _as_bool(padding: Tensor) -> Tensor:
+def as_bool(padding: Tensor) -> Tensor:
     """A float padding mask of nothing but 0 and -inf as the bool mask it came from, where looking costs no sync.
 
     nn.TransformerEncoder makes such floats out of every bool mask; as bools they leave the bias slot free, and a
     kernel can skip the padding.
     """
-    if padding.requires_grad or not is_readable(padding):
+    if padding.dtype == torch.bool or padding.requires_grad or not is_readable(padding):
         return padding
     hidden = padding == NEG_INF
     return hidden if torch.equal(hidden, padding != 0) else padding

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastattn.nn.cache import KVCache, MemoryCache
-from fastattn.nn.classes import share_state
+from fastattn.nn.classes import as_leaf, share_state
 from fastattn.nn.core import multi_head_attention
 from fastattn.nn.position import Encodings, Position, make_position
 from fastattn.validation import check_index, fail
+
+if TYPE_CHECKING:
+    from fastattn.nn.padding import Packed
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -130,6 +134,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         *,
         position: Encodings | None = None,
         cache: KVCache | MemoryCache | None = None,
+        packed: Packed | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of queries over keys and values.
 
@@ -150,6 +155,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             cache: a `KVCache`: self-attention over the tokens it holds and the new ones, causal, whatever `is_causal`
                 says; `attn_mask` must be None, `key_padding_mask` is bool and covers the new tokens.  A `MemoryCache`:
                 attention over a memory that is projected at the first call only.
+            packed: from a `TransformerEncoder` that does without padding: query, key and value are the tokens of its
+                batch, one sequence after the other, and each attends to its own.
 
         Returns:
             Output in the query's layout, and the weights (N, L, S), or (N, H, L, S) without averaging, without N for
@@ -161,10 +168,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             NotImplementedError: on second or forward-mode derivatives, when they are asked for.
         """
         if isinstance(query, torch.fx.Proxy):
-            # Like torch's module, a leaf of a symbolic trace.
             call = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            named = {name: x for name, x in (("position", position), ("cache", cache)) if x is not None}
-            return query.tracer.create_proxy("call_module", query.tracer.path_of_module(self), call, named)  # type: ignore[return-value]
+            return as_leaf(self, call, {"position": position, "cache": cache, "packed": packed})
         if _is_foreign(query, key, value):
             if position is not None or cache is not None or self.num_kv_heads or hasattr(self, "position"):
                 fail(
@@ -188,6 +193,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             is_causal=is_causal,
             position=position,
             cache=cache,
+            packed=packed,
         )
 
     def merge_masks(

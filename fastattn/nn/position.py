@@ -13,6 +13,7 @@ from fastattn.functional import attention, lower
 from fastattn.nn.absolute import LearnedEmbedding, SinusoidalEmbedding
 from fastattn.nn.content import ShawAttention
 from fastattn.nn.image import CosineAttention
+from fastattn.nn.relative import KERPLE, ALiBi, ClippedBias, T5Bias
 from fastattn.nn.rotary import RotaryEmbedding
 from fastattn.positional.decomposed import Decomposed
 from fastattn.positional.fire import FIRE
@@ -24,6 +25,7 @@ from fastattn.validation import describe, fail
 
 if TYPE_CHECKING:
     from fastattn.nn.multihead_attention import MultiheadAttention
+    from fastattn.nn.padding import Packed
 
 OneEncoding: TypeAlias = nn.Module | Bias | Rotary
 Encodings: TypeAlias = OneEncoding | Sequence[OneEncoding]
@@ -165,6 +167,42 @@ def _rotary_from(rotary: Rotary, first: int) -> Rotary:
         trailing=rotary.trailing,
         key_cos=rotary.key_cos[:, first:],
         key_sin=rotary.key_sin[:, first:],
+    )
+
+
+_BY_DISTANCE = (ALiBi, ClippedBias, KERPLE, ShawAttention, T5Bias)
+_BY_TABLE = (RotaryEmbedding, Rotary, CosineAttention)  # told of each token's position, or without one
+
+
+def can_pack(position: nn.Module | Bias | Rotary | None, *, gaps: bool) -> bool:
+    """Whether tokens of several sequences in a row can have this encoding (`encode_packed`).
+
+    With `gaps`, tokens that stand next to each other need not have done so in their sequence.
+    """
+    kinds = _BY_TABLE if gaps else (*_BY_TABLE, *_BY_DISTANCE)
+    return all(isinstance(part, kinds) for part in parts_of(position))
+
+
+def encode_packed(position: nn.Module | Bias | Rotary | None, packed: Packed) -> Encoding:
+    """The encoding of a call whose tokens are those of a batch, sequence after sequence, each from position 0."""
+    encoding = encode(position, packed.length)
+    if encoding.rotary is None:
+        return encoding
+
+    def rows(table: Tensor) -> Tensor:
+        return table[packed.sequences if table.shape[0] > 1 else 0, packed.positions][None]
+
+    rotary = encoding.rotary
+    own = rotary.key_cos is rotary.cos
+    return encoding._replace(
+        rotary=Rotary(
+            rows(rotary.cos),
+            rows(rotary.sin),
+            rotary.interleaved,
+            trailing=rotary.trailing,
+            key_cos=None if own else rows(rotary.key_cos),
+            key_sin=None if own else rows(rotary.key_sin),
+        )
     )
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn.nn.classes import class_like, plain_class
+from fastattn.nn.layers import TransformerEncoderLayer
 from fastattn.nn.multihead_attention import MultiheadAttention
+from fastattn.nn.transformer import TransformerEncoder
 
 # Remembered on the changed modules themselves, so that copies and pickles of the model can be restored too.
 _ORIGINAL_CLASS = "_fastattn_original_class"
@@ -29,12 +31,14 @@ class ReplacementReport:
         replaced: path of every replaced module; a module used in several places has several paths.
         left: for each attention module that was not replaced, the reason.
         aliases: for each path of `replaced` that is a further use of a module, the path of its first.
+        stacks: paths of the encoder layers and encoders of torch that are fastattn's too.
         fused_paths: paths of the layers and encoders whose fused inference path, which bypasses ``self_attn``, is off.
     """
 
     replaced: tuple[str, ...] = ()
     left: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    stacks: tuple[str, ...] = ()
     fused_paths: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -45,6 +49,7 @@ class ReplacementReport:
             same = f" (the same module as {self.aliases[path]})" if path in self.aliases else ""
             lines.append(f"  replaced {path}{same}")
         lines += [f"  left     {path}: {reason}" for path, reason in self.left.items()]
+        lines += [f"  with it  {path or 'the model itself'}" for path in self.stacks]
         lines += [f"  fused inference path off: {path or 'the model itself'}" for path in self.fused_paths]
         return "\n".join(lines)
 
@@ -63,10 +68,12 @@ def replace_attention(
     of torch.ao.nn.quantizable, for one).
 
     `torch.nn.TransformerEncoderLayer` and `torch.nn.TransformerEncoder` have inference paths that never call
-    ``self_attn`` but hand its weights to a fused operator, or turn padded batches into nested tensors.  Where they
-    hold a fastattn module these paths are switched off (``activation_relu_or_gelu = 0``, ``use_nested_tensor =
-    False``); call this on the whole model so that the encoder is seen.  With its nested path off an encoder computes
-    padded positions instead of leaving them 0.
+    ``self_attn`` but hand its weights to a fused operator, or turn padded batches into nested tensors.  Call this on
+    the whole model so that they are seen: torch's own become `fastattn.nn.TransformerEncoderLayer` and
+    `fastattn.nn.TransformerEncoder` in the same way, which leave padding out in inference where torch does.  In others
+    that hold a fastattn module, subclasses and copies of libraries, these paths are switched off
+    (``activation_relu_or_gelu = 0``, ``use_nested_tensor = False``), and such an encoder computes padded positions
+    instead of leaving them 0.
 
     Args:
         model: any module that contains attention modules.
@@ -122,13 +129,19 @@ def replace_attention(
         )
 
     for module in selected:
-        setattr(module, _ORIGINAL_CLASS, plain_class(module))
-        module.__class__ = class_like(module, MultiheadAttention)
+        _change_class(module, MultiheadAttention)
+    stacks = []
+    for is_own, cls in ((_is_own_layer, TransformerEncoderLayer), (_is_own_encoder, TransformerEncoder)):
+        for path, module in model.named_modules():
+            if is_own(module):
+                _change_class(module, cls)
+                stacks.append(path)
     fused_paths = [path for path, module in model.named_modules() if _switch_off_fused_paths(module)]
     return ReplacementReport(
         replaced=tuple(path for module in selected for path in paths[module]),
         left=left,
         aliases={path: paths[module][0] for module in selected for path in paths[module][1:]},
+        stacks=tuple(stacks),
         fused_paths=tuple(fused_paths),
     )
 
@@ -148,13 +161,42 @@ def restore_attention(model: torch.nn.Module) -> tuple[str, ...]:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     restored = []
     for path, module in model.named_modules():
-        if isinstance(module, MultiheadAttention) and _ORIGINAL_CLASS in vars(module):
+        if _ORIGINAL_CLASS in vars(module):
+            if isinstance(module, MultiheadAttention):
+                restored.append(path)
             module.__class__ = class_like(module, vars(module)[_ORIGINAL_CLASS])
             delattr(module, _ORIGINAL_CLASS)
-            restored.append(path)
         for name, value in vars(module).pop(_SAVED_SWITCHES, {}).items():
             setattr(module, name, value)
     return tuple(restored)
+
+
+def _change_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+    setattr(module, _ORIGINAL_CLASS, plain_class(module))
+    module.__class__ = class_like(module, cls)
+
+
+def _holds_attention(layer: torch.nn.Module) -> bool:
+    return isinstance(getattr(layer, "self_attn", None), MultiheadAttention)
+
+
+def _is_own_layer(module: torch.nn.Module) -> bool:
+    """torch's own encoder layer, no subclass, around a fastattn module."""
+    return (
+        plain_class(module) is torch.nn.TransformerEncoderLayer
+        and "forward" not in vars(module)
+        and _holds_attention(module)
+    )
+
+
+def _is_own_encoder(module: torch.nn.Module) -> bool:
+    """torch's own encoder, no subclass, whose layers are all fastattn's."""
+    return (
+        plain_class(module) is torch.nn.TransformerEncoder
+        and "forward" not in vars(module)
+        and len(module.layers) > 0  # type: ignore[arg-type]
+        and all(plain_class(layer) is TransformerEncoderLayer for layer in module.layers)  # type: ignore[union-attr]
+    )
 
 
 def _is_attention(module: torch.nn.Module) -> bool:
@@ -207,12 +249,11 @@ def _switch_off_fused_paths(module: torch.nn.Module) -> bool:
     By attribute, not by class: libraries carry copies of torch's layers that read the same switches.
     """
     switches: dict[str, object] = {}
-    if isinstance(getattr(module, "self_attn", None), MultiheadAttention):
+    if _holds_attention(module):
         switches["activation_relu_or_gelu"] = 0
     layers = getattr(module, "layers", None)
-    if isinstance(layers, torch.nn.Module) and any(
-        isinstance(getattr(layer, "self_attn", None), MultiheadAttention) for layer in layers.children()
-    ):
+    foreign = isinstance(layers, torch.nn.Module) and not isinstance(module, TransformerEncoder)
+    if foreign and any(map(_holds_attention, layers.children())):
         switches["use_nested_tensor"] = False
     active = {name: off for name, off in switches.items() if getattr(module, name, False)}
     for name, off in active.items():

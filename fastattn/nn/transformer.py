@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from fastattn.nn.cache import DecodingCache, KVCache, LayerCache, MemoryCache
+from fastattn.nn.classes import as_leaf
 from fastattn.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer
 from fastattn.nn.multihead_attention import MultiheadAttention
+from fastattn.nn.padding import packed_batch, torch_nests
 from fastattn.nn.position import Position, copy_position, make_position, own_position
 from fastattn.nn.projections import key_heads
 from fastattn.nn.sharing import layer_groups
@@ -43,16 +45,21 @@ class _Stack(nn.Module):
                 fail(ValueError, "position", f"None with a {name} that has its own", type(position).__name__)
             self.position = make_position(position, attention.head_dim)
 
+    def _groups(self) -> Sequence[int]:
+        """`layer_groups`, which an encoder that was made by torch and replaced does not have."""
+        return vars(self).get("layer_groups", range(len(self.layers)))
+
     def _uses(self, cache: DecodingCache | None) -> list[tuple[nn.Module, dict[str, Any]]]:
         """Every use of a layer, with what the stack adds to its arguments."""
-        places = len(self.layer_groups)
+        groups = self._groups()
+        places = len(groups)
         if cache is not None and len(cache) != places:
             fail(ValueError, "cache", f"one for {places} layers, from make_cache", f"{cache!r}")
         position = getattr(self, "position", None)
         caches = [None] * places if cache is None else cache.layers
         return [
             (self.layers[group], {"position": position, "cache": own})
-            for group, own in zip(self.layer_groups, caches, strict=True)
+            for group, own in zip(groups, caches, strict=True)
         ]
 
     def make_cache(
@@ -68,7 +75,7 @@ class _Stack(nn.Module):
                     out = decoder(embed(token, offset=cache.length), memory, cache=cache)
         """
         layers = []
-        for group in self.layer_groups:
+        for group in self._groups():
             layer = self.layers[group]
             attention: MultiheadAttention = layer.self_attn  # type: ignore[assignment]
             weight = attention.out_proj.weight
@@ -87,18 +94,30 @@ class TransformerEncoder(_Stack, torch.nn.TransformerEncoder):
         encoder_layer: the layer, cloned; all clones start with its parameters, as in torch.
         num_layers: L.
         norm: after the last layer.
-        enable_nested_tensor, mask_check: torch's, without effect: padded positions are computed.
+        enable_nested_tensor: whether padded positions are left out in inference where torch makes nested tensors, and
+            their output is 0 (before `norm`): batched inputs in eval mode without gradients, a padding mask alone,
+            post-norm layers with batch_first, biases, ReLU or GELU, and an even number of heads.
+        mask_check: whether that takes padding on the right only, as in torch; False: wherever it lies.
         position: one encoding that all layers share, `position` of this module, as T5 shares its bias; one for each
             layer belongs to `encoder_layer`.  See `fastattn.nn.MultiheadAttention`.
         share_layers: groups of layers that are one module: a number of groups (1: ALBERT), or the group of each
             layer; see `layer_groups`.  `layers` holds one module per group, so every shared tensor has one entry in
             the state dict, and its gradients from all uses add up.
+        skip_padding: True leaves padded positions out in training too, with any of these layers, wherever the padding
+            lies: all tokens go through the layers as one sequence, each attends to its own, and what a layer's hooks
+            see is that sequence.  The output at padded positions is 0 (before `norm`), and so are their gradients.
+            None is torch's rule above, False never.  Padding is computed all the same with a mask or a cache, in
+            compiled graphs, under functorch's transforms, while a CUDA graph is captured, with encodings that know
+            absolute positions, and where a part of a layer is none of torch's own.
 
     Attributes:
         layer_groups: for each of the L uses, the index in `layers`.
+        skip_padding: may be changed at any time, on an encoder changed by `fastattn.replace_attention` too.
 
     Where it differs from torch: see `TransformerEncoderLayer`.
     """
+
+    skip_padding: bool | None = None
 
     def __init__(
         self,
@@ -110,12 +129,17 @@ class TransformerEncoder(_Stack, torch.nn.TransformerEncoder):
         *,
         position: Position | None = None,
         share_layers: int | Sequence[int] | None = None,
+        skip_padding: bool | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self._build(TransformerEncoderLayer, "encoder_layer", encoder_layer, num_layers, share_layers, position)
         self.num_layers, self.norm = num_layers, norm
         self.enable_nested_tensor, self.mask_check = enable_nested_tensor, mask_check
-        self.use_nested_tensor = False
+        self.use_nested_tensor = enable_nested_tensor and torch_nests(encoder_layer)
+        if skip_padding is not None:
+            if not isinstance(skip_padding, bool):
+                fail(TypeError, "skip_padding", "a bool or None", describe(skip_padding))
+            self.skip_padding = skip_padding
 
     def forward(
         self,
@@ -133,12 +157,20 @@ class TransformerEncoder(_Stack, torch.nn.TransformerEncoder):
             is_causal: the mask is causal, or without a mask: attention is.  None: look at the mask.
             cache: decode with a causal stack; see `make_cache`.
         """
+        if isinstance(src, torch.fx.Proxy):
+            return as_leaf(self, (src, mask, src_key_padding_mask, is_causal), {"cache": cache})
         if cache is None and self.layers:
             length = _get_seq_len(src, self.layers[0].self_attn.batch_first)
             is_causal = _detect_is_causal_mask(mask, is_causal, length)
-        x = src
+        packed = None if cache is not None else packed_batch(self, src, mask, src_key_padding_mask)
+        x = src if packed is None else packed.pack(src)
         for layer, extra in self._uses(cache):
-            x = layer(x, mask, src_key_padding_mask, bool(is_causal), **extra)
+            if packed is None:
+                x = layer(x, mask, src_key_padding_mask, bool(is_causal), **extra)
+            else:
+                x = layer(x, None, None, bool(is_causal), packed=packed, **extra)
+        if packed is not None:
+            x = packed.unpack(x, src.shape)
         return x if self.norm is None else self.norm(x)
 
 
@@ -186,6 +218,12 @@ class TransformerDecoder(_Stack, torch.nn.TransformerDecoder):
             tgt_is_causal: the mask is causal, or without a mask: attention is.  None: look at the mask.
             cache: decode: `tgt` is the next tokens; see `make_cache`.
         """
+        if isinstance(tgt, torch.fx.Proxy):
+            call = (
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
+                memory_is_causal,
+            )  # fmt: skip
+            return as_leaf(self, call, {"cache": cache})
         if cache is None and self.layers:
             length = _get_seq_len(tgt, self.layers[0].self_attn.batch_first)
             tgt_is_causal = _detect_is_causal_mask(tgt_mask, tgt_is_causal, length)
