@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fastattn.bench.modules import ATTENTION_SCENARIOS, ENCODER_SCENARIOS
 from fastattn.bench.scenario import Case, Shape
 from fastattn.bench.suite import Suite
 
@@ -118,12 +119,21 @@ def decode(device: str, quick: bool) -> Suite:
 
 
 def module(device: str, quick: bool) -> Suite:
-    """nn.MultiheadAttention and its replacement: inference is in eval mode, training in train mode."""
+    """nn.MultiheadAttention and its replacement, nn.TransformerEncoder before and after `replace_attention`.
+
+    Inference is in eval mode, training in train mode.
+    """
     sizes = [(128, F32)] if quick else [(128, F32), (512, F32), (2048, F32), (512, BF16)]
     cases = [
         Case("cpu-module", name, _shape(length, batch=max(1, 2048 // length)), dtype)
-        for name in ("self", "padding", "weights", "padding-weights")
+        for name in ATTENTION_SCENARIOS
         for length, dtype in sizes
+    ]
+    cases += [
+        Case("cpu-module", name, _shape(length, batch=max(1, 2048 // length)), dtype)
+        for name in ENCODER_SCENARIOS
+        for length, dtype in sizes
+        if length < 2048
     ]
     return Suite("cpu-module", "modules", tuple(cases), ("fastattn-mha", "nn-mha"), baseline="nn-mha", memory=False)
 

@@ -382,8 +382,8 @@ PEERS: dict[str, Peer] = {
         Peer("flash-attn-3", "flash-attn 3", functools.partial(_flash_attn, generation=3)),
         Peer("flash-attn-4", "flash-attn 4", functools.partial(_flash_attn, generation=4)),
         Peer("xformers", "xformers", _xformers),
-        Peer("fastattn-mha", "fastattn.nn.MultiheadAttention", _module_only),
-        Peer("nn-mha", "torch.nn.MultiheadAttention", _module_only),
+        Peer("fastattn-mha", "fastattn's module in its place", _module_only),
+        Peer("nn-mha", "torch.nn's module", _module_only),
         Peer("liger", "Liger's rotary embedding, on copies: it turns its operands in place", _rotary_only),
     )
 }

@@ -13,7 +13,7 @@ import torch
 
 from fastattn.bench.additive import ADDITIVE_SCENARIOS
 from fastattn.bench.cpu_suites import CPU_SUITES
-from fastattn.bench.modules import MODULE_SCENARIOS
+from fastattn.bench.modules import ATTENTION_SCENARIOS, ENCODER_SCENARIOS
 from fastattn.bench.rows import ROTARY_SCENARIOS, SOFTMAX_SCENARIOS
 from fastattn.bench.scenarios import Case, Shape
 from fastattn.bench.suite import Suite
@@ -184,11 +184,12 @@ def sweep(device: str, quick: bool) -> Suite:
 
 
 def module(device: str, quick: bool) -> Suite:
-    """nn.MultiheadAttention against its replacement: self-attention, with padding, with returned weights."""
+    """nn.MultiheadAttention against its replacement: self-attention, with padding, with returned weights; encoders."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     lengths = (128, 512) if quick else (128, 512, 2048)
     tokens = 4096 if device == "cpu" else 16384
-    cases = _sweep("module", MODULE_SCENARIOS[:3], (dtype,), lengths, tokens=tokens, heads=8, dim=64)
+    cases = _sweep("module", ATTENTION_SCENARIOS[:3], (dtype,), lengths, tokens=tokens, heads=8, dim=64)
+    cases += _sweep("module", ENCODER_SCENARIOS[:2], (dtype,), lengths[:2], tokens=tokens, heads=8, dim=64)
     return Suite("module", "multi-head attention modules", tuple(cases), ("fastattn-mha", "nn-mha"), baseline="nn-mha")
 
 

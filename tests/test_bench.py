@@ -295,6 +295,8 @@ def test_module_flops() -> None:
     projections, attention = 4 * 2 * 2 * 24 * 32 * 32, 2 * 2 * 2 * 24 * 24 * 32
     assert module_flops(inputs, "forward") == projections + attention
     assert module_flops(inputs, "both") == 3 * projections + 3.5 * attention
+    encoder = make_module_inputs(dataclasses.replace(inputs.case, scenario="encoder"), "cpu")
+    assert module_flops(encoder, "forward") == 6 * projections + 2 * attention
 
 
 def test_spread() -> None:
