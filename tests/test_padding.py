@@ -109,6 +109,14 @@ def test_encodings(name: str, owner: str, padding: str, lengths: list[int]) -> N
     assert lengths[calls:] == [TOKENS if left_out else LENGTH] * calls
 
 
+def test_tables_of_each_sequence(lengths: list[int]) -> None:
+    """Every token finds the row of its own sequence and position, as without packing."""
+    angles = torch.rand(N, LENGTH, WIDTH // HEADS // 2, dtype=torch.float64)
+    encoder = make_encoder(position=fastattn.Rotary(angles.cos(), angles.sin()))
+    check_same(encoder, make_batch(), HOLES)
+    assert lengths == [LENGTH] * 2 + [TOKENS] * 2
+
+
 @pytest.mark.parametrize("float_mask", [False, True], ids=["bool", "float"])
 @pytest.mark.parametrize("replaced", [False, True], ids=["built", "replaced"])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -156,6 +164,11 @@ def test_switches_of_inference(lengths: list[int]) -> None:
         assert not ran(encoder)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+    torch.set_autocast_enabled("cuda", True)  # what torch asks for, whatever the device
+    try:
+        assert not ran(encoder)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
     assert not ran(encoder, PADDINGS["left"])
     unchecked = copy.deepcopy(encoder)
     unchecked.mask_check = False
@@ -233,6 +246,19 @@ def test_dropout_and_a_replaced_encoder_in_training(lengths: list[int]) -> None:
     assert lengths == [LENGTH] * 2 + [TOKENS] * 6
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_autocast(lengths: list[int]) -> None:
+    encoder, x = make_encoder(dtype=torch.float32, skip_padding=True), make_batch(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = encoder(x, src_key_padding_mask=RIGHT)
+        encoder.skip_padding = False
+        expected = encoder(x, src_key_padding_mask=RIGHT)
+    assert lengths == [TOKENS] * 2 + [LENGTH] * 2
+    assert got.dtype == expected.dtype
+    exact = copy.deepcopy(encoder).double()(x.double(), src_key_padding_mask=RIGHT)
+    own = (expected.double() - exact)[~RIGHT].abs().max()
+    assert (got.double() - exact)[~RIGHT].abs().max() <= 2 * own
 
 
 def test_hooks_see_what_linear_layers_give() -> None:
