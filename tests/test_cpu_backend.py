@@ -352,8 +352,27 @@ def test_bits_do_not_depend_on_the_thread_count(dtype: torch.dtype, keys: int) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (2, 2)], ids=["one", "group", "two"])
+@pytest.mark.parametrize("mask", ["causal", "window", "none"])
+def test_gradients_of_queries_from_chunks_in_any_order(mask: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """Under a causal mask the last chunks of keys have least to do and are there first; under a window most tiles of
+    queries have something from one chunk alone, and the last ones from none."""
+    fields = {"causal": {"window_right": 0}, "window": {"window_left": 200, "window_right": 0}, "none": {}}[mask]
+    queries = 2300 if mask == "window" else 1900
+    problem = plain(dtype, queries, 1900, b=1, hq=heads[0], hk=heads[1], d=16, **fields)
+    check(problem)
+    same_bits_for_any_number_of_threads(problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("lengths", "window"), [((300, 736), (237, 204, 126)), ((465, 1420), (179, 286, 74)), ((466, 821), (459, 286, 318))]
+    ("lengths", "window"),
+    [
+        ((300, 736), (237, 204, 126)),
+        ((465, 1420), (179, 286, 74)),
+        ((466, 821), (459, 286, 318)),
+        ((1700, 2600), (237, 126, 700)),
+    ],
 )
 def test_bits_of_a_window_do_not_depend_on_the_thread_count(
     dtype: torch.dtype, lengths: tuple[int, int], window: tuple[int, int, int]
@@ -571,8 +590,8 @@ def bands(problem: Problem, left: int, right: int) -> Tensor:
 def test_a_window_written_out_is_the_window(queries: int, layout: str, dtype: torch.dtype) -> None:
     """What a dense mask hides before and after all that some queries see is passed over.  The same bits, but with tile
     registers, where the weights of a window's whole tiles are made in another way."""
-    problem = plain(dtype, queries, 1100, d=40, query_offset=640 if queries > 2 else 900)
-    left, right = 333, 70
+    problem = plain(dtype, queries, 2300, d=40, query_offset=1700 if queries > 2 else 2100)
+    left, right = 1033, 70  # narrower ones have tiles of another width
     dense = bands(problem, left, right)
     if layout == "columns":
         dense = dense.t().contiguous().t()

@@ -3,8 +3,9 @@
 //   1. Delta_i = sum_d dO O - dlse, and the sink's gradient, per (batch, head); where the weights have a gradient dW of
 //      their own, sum_j W (dO V + dW) takes the place of sum_d dO O, in a pass of its own;
 //   2. a work item per (batch, key head, chunk of keys): the five products of every tile its keys take part in.
-//      dK and dV stay in the item; dQ goes to the chunk's own buffer, parameter gradients to the item's own row;
-//   3. those partial sums are added in a fixed order.
+//      dK and dV stay in the item; its dQ is added to those of the chunks before it (ordered_sum.h), parameter
+//      gradients go to the item's own row;
+//   3. these rows are added in a fixed order.
 //
 // The number of chunks follows from the shape alone, never from the number of threads, and every sum has one order:
 // results are the same bits for any number of threads.
@@ -15,6 +16,7 @@
 #include "bias_gradient.h"
 #include "forward.h"
 #include "gradient_tile.h"
+#include "ordered_sum.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 
@@ -35,17 +37,18 @@ class Backward {
     const i64 units = larger(p.batch * p.kv_heads, i64{1});
     const i64 tiles = larger(ceil_div(p.key_length, engine.tile), i64{1});
     chunks = smaller(tiles, ceil_div(kItems, units));
-    // Each chunk has its own dQ: as many as fit into so much memory, and one costs nothing.
+    // Every chunk at work has a dQ of its own: as many as fit into so much memory, and one costs nothing.
     const i64 dq_bytes =
         larger(p.batch * p.query_heads * p.query_length * (p.head_dim + row_columns()) * i64{sizeof(Acc)}, i64{1});
     chunks = larger(smaller(chunks, kPartialBytes / dq_bytes), smaller(chunks, ceil_div(kLeastItems, units)));
     chunk_keys = ceil_div(tiles, chunks) * engine.tile;
     chunks = larger(ceil_div(p.key_length, chunk_keys), i64{1});
     dq_width = round_up(larger(p.head_dim, i64{1}), kWholeColumns<Mode>);
-    dq_rows = round_up(p.query_length, Mode::kRowMultiple);
+    dq_rows = round_up(p.query_length, p.query_length > kRows ? kRows : i64{Mode::kRowMultiple});
     products = out.dquery || out.dkey || out.dvalue || out.dslopes || out.dtable || writes_bias() || out.drow_table ||
                out.dcol_table;
-    if (out.dquery && chunks > 1) partial_dq = Buffer<Acc>(chunks * p.batch * p.query_heads * dq_rows * dq_width);
+    if (out.dquery && chunks > 1)
+      dquery.allocate(units, chunks, p.group() * query_tiles(), smaller(dq_rows, kRows) * dq_width);
     if (chunks > 1) partial_rows = Buffer<Acc>((chunks - 1) * p.batch * p.query_heads * p.query_length * row_columns());
     if (out.dslopes) partial_slopes = Buffer<double>(chunks * p.batch * p.query_heads);
     if (out.dtable) partial_table = Buffer<double>(chunks * p.batch * p.query_heads * p.table.size[2]);
@@ -60,9 +63,6 @@ class Backward {
     if (writes_bias()) clear(out.ddense_bias);
     if (products)
       each(chunks * p.batch * p.kv_heads, [](void* self, i64 i) { static_cast<Backward*>(self)->chunk_item(i); });
-    if (out.dquery && chunks > 1)
-      each(p.batch * p.query_heads * ceil_div(p.query_length, kReduceRows),
-           [](void* self, i64 i) { static_cast<Backward*>(self)->reduce_item(i); });
     if (out.drow_table && chunks > 1)
       each(p.batch * p.query_heads, [](void* self, i64 i) { static_cast<Backward*>(self)->reduce_rows_item(i); });
     reduce_parameters();
@@ -77,7 +77,8 @@ class Backward {
   static constexpr i64 kItems = 32;  // wanted work items: enough for most machines, few enough to keep dQ buffers small
   static constexpr i64 kLeastItems = 8;
   static constexpr i64 kPartialBytes = i64{64} << 20;
-  static constexpr i64 kReduceRows = 128;
+
+  using QueryGradient = typename OrderedSum<Acc>::Array;
 
   const Problem& p;
   const BackwardInput& in;
@@ -87,7 +88,7 @@ class Backward {
   i64 chunks = 1, chunk_keys = 1, dq_rows = 1, dq_width = 1;
   bool products = false;
   Buffer<Acc> near_norms;    // (B * Hq, tiles of queries): Tile::Near
-  Buffer<Acc> partial_dq;    // (B * Hq, chunks, dq_rows, dq_width)
+  OrderedSum<Acc> dquery;    // (B * Hk, group, dq_rows, dq_width) in tiles of queries, if there are several chunks
   Buffer<Acc> partial_rows;  // (chunks - 1, B * Hq, Sq, C): the first chunk's are the gradient itself
   Buffer<double> partial_slopes, partial_table, partial_sink;  // (B * Hq, chunks, ...)
 
@@ -200,13 +201,13 @@ class Backward {
     A *query_columns, *grad_columns;  // Q^T and dO^T, for paired operands
     A* ds_rows;
     B *weight_pairs, *ds_pairs;
-    Acc *dkey, *dvalue, *dquery;  // dK^T, dV^T of the tile; dQ of the heads when there is one chunk
+    Acc *dkey, *dvalue, *dquery;  // dK^T, dV^T of the tile; dQ of the group's heads
     Acc* table;
-    uint8_t* ignored;
+    uint8_t *ignored, *filled;  // tiles of dQ that hold anything
   };
 
   i64 padded_dim(i64 dim) const { return round_up(larger(dim, i64{1}), 16); }
-  i64 ds_stride() const { return tile_row<Mode, A>(engine.tile); }  // of dS as an A operand
+  i64 ds_stride() const { return tile_row<A>(engine.tile); }  // of dS as an A operand
   i64 pairs_piece() const { return kRows / 2 * engine.stride(); }
 
   Scratch layout(Arena& arena) const {
@@ -222,9 +223,10 @@ class Backward {
     s.ds_pairs = arena.take<B>(paired ? kPieces * pairs_piece() : 0);
     s.dkey = arena.take<Acc>(padded_dim(p.head_dim) * stride);
     s.dvalue = arena.take<Acc>(padded_dim(p.value_dim) * stride);
-    s.dquery = arena.take<Acc>(chunks == 1 && out.dquery ? p.group() * dq_rows * dq_width : 0);
+    s.dquery = arena.take<Acc>(out.dquery ? p.group() * dq_rows * dq_width : 0);
     s.table = arena.take<Acc>(out.dtable ? p.table.size[2] : 0);
     s.ignored = arena.take<uint8_t>(engine.tile);
+    s.filled = arena.take<uint8_t>(p.group() * query_tiles());
     return s;
   }
 
@@ -239,13 +241,14 @@ class Backward {
     TileScope<Mode> tiles;
     const i64 group = p.group(), head = kv_head * group;
 
-    const auto dq_of = [&](i64 h) -> Acc* {
-      if (!out.dquery) return nullptr;
-      if (chunks == 1) return s.dquery + (h - head) * dq_rows * dq_width;
-      return partial_dq.data() + ((b * p.query_heads + h) * chunks + chunk) * dq_rows * dq_width;
+    const i64 unit = index % units;
+    const bool first_of_many = chunks > 1 && chunk == 0 && out.dquery;
+    const QueryGradient dq = first_of_many ? dquery.sum(unit) : QueryGradient{s.dquery, s.filled};
+    std::memset(dq.filled, 0, group * query_tiles());
+    const auto of_head = [&](QueryGradient all, i64 h) {
+      return QueryGradient{all.numbers + (h - head) * dq_rows * dq_width, all.filled + (h - head) * query_tiles()};
     };
     for (i64 h = head; h < head + group; ++h) {
-      if (out.dquery) std::memset(dq_of(h), 0, p.query_length * dq_width * sizeof(Acc));
       const i64 at = (b * p.query_heads + h) * chunks + chunk;
       if (out.dslopes) partial_slopes.data()[at] = 0;
       if (out.drow_table) std::memset(row_gradient(b, h, chunk), 0, p.query_length * row_columns() * sizeof(Acc));
@@ -263,18 +266,37 @@ class Backward {
                          s.key_rows, s.ignored);
       std::memset(s.dkey, 0, padded_dim(p.head_dim) * engine.stride() * sizeof(Acc));
       std::memset(s.dvalue, 0, padded_dim(p.value_dim) * engine.stride() * sizeof(Acc));
-      for (i64 h = head; h < head + group; ++h) head_tile(s, keys, h, dq_of(h), chunk);
+      for (i64 h = head; h < head + group; ++h) head_tile(s, keys, h, of_head(dq, h), chunk);
       if (out.dkey) write_columns(s, s.dkey, p.head_dim, keys, out.dkey, true);
       if (out.dvalue) write_columns(s, s.dvalue, p.value_dim, keys, out.dvalue, false);
     }
-    const BatchGeometry geometry(p, b);
-    if (out.dquery && chunks == 1)
-      for (i64 h = head; h < head + group; ++h)
-        for (i64 i = 0; i < p.query_length; ++i) write_query(b, h, i, geometry, dq_of(h) + i * dq_width);
+    if (!out.dquery) return;
+    const auto write = [&](QueryGradient all) {
+      const BatchGeometry geometry(p, b);
+      for (i64 h = head; h < head + group; ++h) {
+        const QueryGradient rows = of_head(all, h);
+        for (i64 first = 0; first < p.query_length; first += kRows) {
+          Acc* row = query_rows(rows, first);
+          for (i64 i = first; i < smaller(first + kRows, p.query_length); ++i, row += dq_width)
+            write_query(b, h, i, geometry, row);
+        }
+      }
+    };
+    if (chunks == 1) return write(dq);
+    dquery.add(unit, chunk, dq, [&] { write(dquery.sum(unit)); });
+  }
+
+  // A tile's rows of dQ, zeros when it is asked for first.
+  Acc* query_rows(QueryGradient dq, i64 first) const {
+    Acc* const rows = dq.numbers + first * dq_width;
+    uint8_t& filled = dq.filled[first / kRows];
+    if (!filled) std::memset(rows, 0, smaller(kRows, dq_rows) * dq_width * sizeof(Acc));
+    filled = 1;
+    return rows;
   }
 
   // All queries of one head against one tile of keys.
-  void head_tile(const Scratch& s, const typename Tile::Keys& keys, i64 h, Acc* dq, i64 chunk) {
+  void head_tile(const Scratch& s, const typename Tile::Keys& keys, i64 h, QueryGradient dq, i64 chunk) {
     const i64 partial = (keys.b * p.query_heads + h) * chunks + chunk;
     Acc* const drow = row_gradient(keys.b, h, chunk);
     Acc* const dcol =
@@ -298,18 +320,18 @@ class Backward {
           store_row(out.ddense_bias.dtype, ds + seen.low, seen.high - seen.low,
                     out.ddense_bias.mutable_at(keys.b, h, i, keys.origin + seen.low));
       };
-      Acc* const dq_rows = dq ? dq + first * dq_width : nullptr;
+      Acc* const rows_of_dq = out.dquery ? query_rows(dq, first) : nullptr;
       RowRanges ranges;
       engine.compute(
           s.tile, scorer, within, keys, q, row, [&](i64 r, i64 count) { pair_rows(s, q, r, count); },
           [&](const typename Tile::Span& part) {
             ranges.add(part, q);
-            if (dq) add_query_gradient(s, keys, q, part, dq_rows);
+            if (rows_of_dq) add_query_gradient(s, keys, q, part, rows_of_dq);
           });
       if (out.dkey || out.dvalue) column_products(s, q, ranges);
       if (keys.bad_keys || q.bad_queries || q.bad_grads) {
-        Acc* const rows = dq ? dq_rows : s.tile.staging;  // without dQ the additions go nowhere
-        engine.fix_gradients(s.tile, scorer, keys, q, rows, dq ? dq_width : 0, s.dkey, s.dvalue);
+        Acc* const rows = rows_of_dq ? rows_of_dq : s.tile.staging;  // without dQ the additions go nowhere
+        engine.fix_gradients(s.tile, scorer, keys, q, rows, rows_of_dq ? dq_width : 0, s.dkey, s.dvalue);
       }
     }
     if (out.dslopes)
@@ -472,20 +494,6 @@ class Backward {
         }
         store_row(target.dtype, row, dim, target.mutable_at(keys.b, keys.kv_head, keys.origin + j + k));
       }
-    }
-  }
-
-  void reduce_item(i64 index) {
-    const i64 blocks = ceil_div(p.query_length, kReduceRows);
-    FlushScope flush;
-    const i64 unit = index / blocks, first = index % blocks * kReduceRows;
-    const i64 size = dq_rows * dq_width;
-    const BatchGeometry geometry(p, unit / p.query_heads);
-    for (i64 i = first; i < smaller(first + kReduceRows, p.query_length); ++i) {
-      Acc* const row = partial_dq.data() + unit * chunks * size + i * dq_width;
-      for (i64 c = 1; c < chunks; ++c)
-        for (i64 d = 0; d < dq_width; d += kLane) store(row + d, load(row + d) + load(row + c * size + d));
-      write_query(unit / p.query_heads, unit % p.query_heads, i, geometry, row);
     }
   }
 

@@ -23,7 +23,7 @@ class Forward {
   // A strip's scores stay in the first-level cache between the two products and the softmax; a wide tile costs fewer
   // passes over the accumulator.  Tile registers want more rows at once.
   static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
-  static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 512;
+  static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : Mode::kPair == 2 ? 1024 : 512;
   static constexpr i64 kStrip = kTiles ? 32 : 12, kShortStrip = kTiles ? 32 : 16;
   static constexpr i64 kWholeStrips = kTiles ? 64 : 48;
   // Where a strip's columns begin and end.
@@ -35,7 +35,8 @@ class Forward {
     // strips that are the same however many threads there are: the choice shows in the last bits
     own_strips = p.group() == 1 || p.query_length >= kSharedQueries;
     chunked = kTiles && Scorer<Acc>::may_share_bias(p) && own_strips;
-    tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), chunked ? kChunkedTile : kMaxTile);
+    const i64 widest = chunked ? kChunkedTile : narrow() ? 2 * kMaxTile : kMaxTile;
+    tile = smaller(round_up(larger(p.key_length, i64{1}), Mode::kColumnMultiple), widest);
     depth = round_up(p.head_dim, Mode::kDepthMultiple);
     width = round_up(larger(depth, i64{1}), kBlock);
     value_width = round_up(larger(p.value_dim, i64{1}), kWholeColumns<Mode>);
@@ -66,13 +67,19 @@ class Forward {
   bool chunked;     // whether weigh_chunks() may be taken
   i64 rows_per_block = 1, row_blocks = 1, heads_per_block = 1, head_blocks = 1;
 
+  // Whether a window is so narrow that a strip meets most often one tile of twice the width, and its rows few tiles:
+  // then wider tiles and larger blocks cost no cache and save packing and passes.
+  bool narrow() const {
+    return !kTiles && p.window_left >= 0 && p.window_right >= 0 && p.window_left < kMaxTile - p.window_right;
+  }
+
   // Large blocks amortise packing; small ones balance threads.
   void choose_blocks(i64 threads) {
     const i64 group = p.group();
     const i64 queries = larger(p.query_length, i64{1});
     const i64 units = larger(p.batch * p.kv_heads, i64{1});
     // whole strips, so that the strips are the same however many threads there are
-    rows_per_block = smaller(queries, i64{21 * kWholeStrips});
+    rows_per_block = smaller(queries, i64{21 * kWholeStrips} * (narrow() ? 2 : 1));
     const auto count = [&] { return units * group * ceil_div(queries, rows_per_block); };
     while (rows_per_block > 64 && count() < 4 * threads) rows_per_block = round_up(rows_per_block / 2, kWholeStrips);
     // alike, or the last one packs all keys for a few rows
@@ -121,8 +128,8 @@ class Forward {
     return s;
   }
 
-  i64 score_row() const { return tile_row<Mode, Acc>(tile); }
-  i64 weight_row() const { return tile_row<Mode, A>(kPieces * tile); }
+  i64 score_row() const { return tile_row<Acc>(tile); }
+  i64 weight_row() const { return tile_row<A>(kPieces * tile); }
 
   struct Block {  // the rows of one item: `heads` times `rows`, head-major
     i64 b, kv_head, head, heads, first, rows;
@@ -269,7 +276,10 @@ class Forward {
         fix_scores(item, scorers, s, first_row, rows, origin, {begin, smaller(end, keys)}, *bad_keys, s.scores + begin,
                    score_row());
       weigh(item, scorers, s, first_row, rows, origin, {begin, end}, whole);
-      multiply_values(s, first_row, rows, {begin, end}, origin, padded);
+      // the weights of what no row sees are zeros, which only tile registers cannot leave out
+      constexpr i64 kStep = kTiles ? kColumns : i64{Mode::kPair};
+      const i64 last = smaller(round_up(columns.high, kStep), padded);
+      multiply_values(s, first_row, rows, {round_down(columns.low, kStep), last}, origin, padded);
     }
     if (bad_values)
       fix_values(item, scorers, s, first_row, rows, origin, begin, smaller(end, keys), weights_of(s), *bad_values);

@@ -169,12 +169,13 @@ inline void gemm(i64 m, i64 n, i64 depth, const typename Mode::A* a, i64 a_row, 
 template <class Mode>
 constexpr i64 kWholeColumns = Mode::kPanel > Mode::kColumnMultiple ? Mode::kPanel : Mode::kColumnMultiple;
 
-// From one row of `n` numbers to the next where tiles read many rows at a time: whole lines of the cache, or half of
-// the loads would meet two, and one line more than what may be a power of two, or the rows would share sets.
-template <class Mode, class T>
+// From one row of `n` numbers to the next where many rows are read at a time: whole lines of the cache, or half of the
+// loads would meet two, and one line more than a multiple of eight, or the rows would share sets.
+template <class T>
 constexpr i64 tile_row(i64 n) {
   constexpr i64 line = 64 / i64{sizeof(T)};
-  return kTileRegisters && Mode::kPair == 2 ? round_up(n, line) + line : n;
+  const i64 row = round_up(n, line);
+  return row % (8 * line) ? row : row + line;
 }
 
 // Tile registers are per-thread state: configured where a work item starts, released where it ends so that the

@@ -20,7 +20,7 @@ class GradientTile {
   static constexpr i64 kLane = kLanes<Acc>;
   static constexpr i64 kBlock = kLanes<B> * Mode::kPair;
   static constexpr bool kTiles = kTileRegisters && Mode::kPair == 2;
-  static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 384;
+  static constexpr i64 kMaxTile = kTiles || sizeof(Acc) == 8 ? 256 : 512;
   static constexpr i64 kPieces = Mode::kPieces;
   static constexpr i64 kStrip = !kTiles ? 12 : kPieces == 1 ? 64 : 32;
   static constexpr i64 kRows = kTiles ? 128 : 96;  // queries of a tile
@@ -40,7 +40,7 @@ class GradientTile {
   }
 
   // From one row of keys to the next in scores, products and their pairs.
-  i64 stride() const { return tile_row<Mode, Acc>(tile); }
+  i64 stride() const { return tile_row<Acc>(tile); }
 
   struct Scratch {
     B *keys, *values;        // K^T and V^T, packed

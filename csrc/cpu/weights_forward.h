@@ -139,8 +139,8 @@ class WeightsForward {
     return s;
   }
 
-  i64 score_row() const { return tile_row<Mode, Acc>(keys); }
-  i64 weight_row() const { return tile_row<Mode, A>(kPieces * keys); }
+  i64 score_row() const { return tile_row<Acc>(keys); }
+  i64 weight_row() const { return tile_row<A>(kPieces * keys); }
 
   RowSource<Acc> key_source(i64 b, i64 kv_head) const {
     return RowSource<Acc>(p.key, b, kv_head).rotated(p.key_cos, p.key_sin, 0, p.interleaved);
