@@ -21,7 +21,8 @@ from torch import Tensor
 import fastattn
 from fastattn.bench.scenarios import Case, distances, rotary_tables, rotate
 
-SOFTMAX_SCENARIOS = ("softmax", "softmax-causal", "softmax-mask", "softmax-bias")
+SOFTMAX_SCENARIOS = ("softmax", "softmax-causal", "softmax-documents", "softmax-mask", "softmax-bias")
+DOCUMENTS = 4  # of one length in a row
 ROTARY_SCENARIOS = ("rotary-half", "rotary-interleaved")
 ROW_SCENARIOS = (*SOFTMAX_SCENARIOS, *ROTARY_SCENARIOS)
 BACKENDS = {"fastattn": None, "fastattn-cuda": "cuda", "fastattn-triton": "triton"}
@@ -42,7 +43,7 @@ class RowInputs:
     def visible(self) -> float:
         """Share of the scores that the mask lets through: half for causal, as everyone counts; 1 for arbitrary ones,
         whose scores lie beside visible ones in memory."""
-        return 0.5 if self.case.scenario == "softmax-causal" else 1.0
+        return {"softmax-causal": 0.5, "softmax-documents": 1 / DOCUMENTS}.get(self.case.scenario, 1.0)
 
 
 def make_row_inputs(case: Case, device: torch.device | str, seed: int = 0) -> RowInputs:
@@ -63,6 +64,9 @@ def make_row_inputs(case: Case, device: torch.device | str, seed: int = 0) -> Ro
     inputs = RowInputs(case, {"scores": normal(*size).requires_grad_()}, (normal(*size),))
     if case.scenario == "softmax-causal":
         inputs.extras["mask"] = distances(shape, torch.device(device)) <= 0
+    elif case.scenario == "softmax-documents":
+        ids = torch.arange(shape.key_length, device=device) * DOCUMENTS // shape.key_length
+        inputs.extras |= {"ids": ids, "mask": ids[shape.offset :, None] == ids}
     elif case.scenario == "softmax-mask":
         kept = torch.rand(shape.batch, 1, shape.query_length, shape.key_length, generator=generator) < 0.8
         inputs.extras["mask"] = kept.to(device)
@@ -100,6 +104,8 @@ def _fastattn(inputs: RowInputs, backend: str | None) -> Callable[[], Outputs]:
     mask: fastattn.Mask | None = None
     if scenario == "softmax-causal":
         mask = fastattn.Causal()
+    elif scenario == "softmax-documents":
+        mask = fastattn.Documents(extras["ids"][inputs.case.shape.offset :], extras["ids"])
     elif scenario == "softmax-mask":
         mask = fastattn.BoolMask(extras["mask"])
     bias = fastattn.DenseBias(leaves["bias"]) if "bias" in leaves else None
@@ -160,6 +166,6 @@ def moved_bytes(inputs: RowInputs, direction: str) -> float:
     bias = size.get("bias", 0)
     if direction == "backward":
         return (2 * inputs.visible + 1) * size["scores"] + bias
-    # a causal mask is arithmetic: nobody has to read one
+    # a causal mask is arithmetic, and ids are few: nobody has to read a mask
     mask = size["mask"] if inputs.case.scenario == "softmax-mask" else 0
     return (inputs.visible + 1) * size["scores"] + mask + bias

@@ -221,7 +221,7 @@ def _row_peers(device: str, quick: bool) -> tuple[str, ...]:
 
 
 def softmax(device: str, quick: bool) -> Suite:
-    """The masked softmax by itself, by row length: plain, causal, under a bool mask, with a learned bias."""
+    """The masked softmax by itself, by row length: plain, causal, of documents, under a bool mask, with a bias."""
     if device == "cpu":
         lengths, dtypes, elements, heads = (
             (256, 1024) if quick else (128, 512, 2048),

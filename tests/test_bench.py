@@ -218,6 +218,7 @@ def test_moved_bytes() -> None:
     for scenario, forward, backward in (
         ("softmax", 2 * scores, 3 * scores),
         ("softmax-causal", 1.5 * scores, 2 * scores),
+        ("softmax-documents", 1.25 * scores, 1.5 * scores),
         ("softmax-mask", 2 * scores + 2 * 8 * 8, 3 * scores),
         ("softmax-bias", 2.5 * scores, 3.5 * scores),
         ("rotary-half", 2 * 2 * 6 * 8 * 16 * 4 + 2 * 8 * 8 * 4, 2 * 2 * 6 * 8 * 16 * 4 + 2 * 8 * 8 * 4),
