@@ -263,14 +263,23 @@ def test_autocast(lengths: list[int]) -> None:
 
 def test_hooks_see_what_linear_layers_give() -> None:
     """An activation works in place only on what nobody else has."""
-    encoder, x = make_encoder(layers=1), make_batch()
+    encoder, x = make_encoder(layers=1).eval(), make_batch()
     seen: dict[str, Tensor] = {}
     linear = encoder.layers[0].linear1
-    with linear.register_forward_hook(lambda module, inputs, out: seen.update(out=out)):
-        encoder(x)
-    assert seen["out"].min() < 0
+    with torch.no_grad():
+        expected = encoder(x)
+        with linear.register_forward_hook(lambda module, inputs, out: seen.update(out=out)):
+            assert torch.equal(encoder(x), expected)
+        assert seen["out"].min() < 0
+        with torch.nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, out: seen.update(out=out) if module is linear else None
+        ):
+            encoder(x)
+        assert seen["out"].min() < 0
     with linear.register_full_backward_hook(lambda module, given, got: seen.update(gradient=got[0])):
-        encoder(x).square().sum().backward()
+        out = encoder(x)
+        torch.testing.assert_close(out, expected)
+        out.square().sum().backward()
     assert seen["gradient"].shape == seen["out"].shape
 
 

@@ -463,6 +463,23 @@ def test_subclasses_of_layers_and_encoders_stay_what_they_are(kinds: Any, calls:
     assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
 
 
+def test_a_layer_put_in_later(calls: list[str]) -> None:
+    """A replaced encoder calls it as torch's would: by torch's names, and with nothing else."""
+
+    class Foreign(torch.nn.Module):
+        def forward(self, src: Tensor, is_causal: bool, src_key_padding_mask: Any, src_mask: Any = None) -> Tensor:
+            assert (is_causal, src_mask) == (False, None)
+            return src.masked_fill(src_key_padding_mask[..., None], 0.0)
+
+    model = make_encoder().eval()
+    replace_attention(model)
+    model.layers[1] = Foreign()
+    with torch.no_grad():
+        out = model(torch.randn(N, L, E), src_key_padding_mask=right_padding())
+    assert out[~right_padding()].all()
+    assert len(calls) == 1
+
+
 def test_a_parametrized_layer_changes_and_comes_back() -> None:
     class Half(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:

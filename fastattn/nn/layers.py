@@ -49,17 +49,19 @@ def _attention(
 def _activate(activation: Callable[[Tensor], Tensor], linear: torch.nn.Module, hidden: Tensor) -> Tensor:
     """The activation of what `linear` has given, in place where nobody else has it.
 
-    Its gradient needs the result alone.  The memory of a second hidden layer, fresh from the system, takes
-    longer to get than the activation to compute.
+    The memory of a second hidden layer, fresh from the system, takes longer to get than the activation to compute.
+    With gradients autograd would copy what it saves: the hidden layer is a view.
     """
+    in_place = torch.relu_ if activation is F.relu else torch.ops.aten.gelu_ if activation is F.gelu else None
     alone = (
-        activation is F.relu
+        in_place is not None
         and type(linear) is torch.nn.Linear
         and type(hidden) is Tensor
-        and not (linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks)
+        and not hidden.requires_grad
+        and not linear._forward_hooks
         and not torch.nn.modules.module._has_any_global_hook()
     )
-    return F.relu(hidden, inplace=True) if alone else activation(hidden)
+    return in_place(hidden) if alone else activation(hidden)  # type: ignore[misc]
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):

@@ -85,7 +85,7 @@ def packed_batch(encoder: TransformerEncoder, src: Tensor, mask: object, padding
         return None
     real = ~padding
     begins = real[:, 1:] > real[:, :-1]
-    if not wanted and encoder.mask_check and bool(begins.any()):
+    if not wanted and getattr(encoder, "mask_check", True) and bool(begins.any()):
         return None  # torch computes padding that is not on the right
     gaps_matter = not all(can_pack(position, gaps=True) for position in positions)
     if gaps_matter and bool((begins.sum(1) + real[:, 0] > 1).any()):
@@ -128,7 +128,7 @@ def _acts_on_tokens(encoder: TransformerEncoder) -> bool:
 def _nests_now(encoder: TransformerEncoder, src: Tensor) -> bool:
     """Whether this call is one that torch's encoder makes nested tensors for, and no hook would see their shape."""
     return (
-        encoder.use_nested_tensor
+        getattr(encoder, "use_nested_tensor", False)  # encoders of old pickles lack it, as torch's own forward knows
         and not encoder.layers[0].training
         and torch.backends.mha.get_fastpath_enabled()
         and not torch.is_autocast_enabled()

@@ -57,8 +57,10 @@ class _Stack(nn.Module):
             fail(ValueError, "cache", f"one for {places} layers, from make_cache", f"{cache!r}")
         position = getattr(self, "position", None)
         caches = [None] * places if cache is None else cache.layers
+        # a layer that somebody else made knows only torch's arguments
+        given = {} if position is None else {"position": position}
         return [
-            (self.layers[group], {"position": position, "cache": own})
+            (self.layers[group], given if own is None else {**given, "cache": own})
             for group, own in zip(groups, caches, strict=True)
         ]
 
@@ -164,11 +166,12 @@ class TransformerEncoder(_Stack, torch.nn.TransformerEncoder):
             is_causal = _detect_is_causal_mask(mask, is_causal, length)
         packed = None if cache is not None else packed_batch(self, src, mask, src_key_padding_mask)
         x = src if packed is None else packed.pack(src)
+        if packed is None:
+            call = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask}
+        else:
+            call = {"packed": packed}
         for layer, extra in self._uses(cache):
-            if packed is None:
-                x = layer(x, mask, src_key_padding_mask, bool(is_causal), **extra)
-            else:
-                x = layer(x, None, None, bool(is_causal), packed=packed, **extra)
+            x = layer(x, is_causal=bool(is_causal), **call, **extra)
         if packed is not None:
             x = packed.unpack(x, src.shape)
         return x if self.norm is None else self.norm(x)
@@ -230,8 +233,9 @@ class TransformerDecoder(_Stack, torch.nn.TransformerDecoder):
         x = tgt
         for layer, extra in self._uses(cache):
             x = layer(
-                x, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, bool(tgt_is_causal),
-                memory_is_causal, **extra,
+                x, memory, tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask, tgt_is_causal=bool(tgt_is_causal),
+                memory_is_causal=memory_is_causal, **extra,
             )  # fmt: skip
         return x if self.norm is None else self.norm(x)
 
