@@ -65,6 +65,13 @@ def outcome(encoder: Any, x: Tensor, padding: Tensor, **call: Any) -> list[Tenso
     return [out, *torch.autograd.grad((out * weight).sum(), [x, *encoder.parameters()], allow_unused=True)]
 
 
+@pytest.fixture(params=["documents", "batch"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What attention sees: documents, as on a CPU, or the batch put together again."""
+    monkeypatch.setattr(fnn.padding, "_passes_over_documents", lambda device: request.param == "documents")
+    return request.param
+
+
 def check_same(encoder: Any, x: Tensor, padding: Tensor, **call: Any) -> None:
     """With padding left out and computed."""
     encoder.skip_padding = False
@@ -79,11 +86,14 @@ def check_same(encoder: Any, x: Tensor, padding: Tensor, **call: Any) -> None:
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch-first", "sequence-first"])
 def test_training_without_padding(
-    batch_first: bool, norm_first: bool, padding: str, causal: bool, lengths: list[int]
+    batch_first: bool, norm_first: bool, padding: str, causal: bool, form: str, lengths: list[int]
 ) -> None:
     encoder = make_encoder(batch_first=batch_first, norm_first=norm_first, activation="gelu" if causal else "relu")
-    check_same(encoder, make_batch(batch_first), PADDINGS[padding], is_causal=causal)
-    assert lengths == [LENGTH] * 2 + [TOKENS] * 2
+    rows: list[int] = []
+    with encoder.layers[1].linear1.register_forward_hook(lambda module, inputs, out: rows.append(out[..., 0].numel())):
+        check_same(encoder, make_batch(batch_first), PADDINGS[padding], is_causal=causal)
+    assert lengths == [LENGTH] * 2 + [TOKENS if form == "documents" else LENGTH] * 2
+    assert rows == [N * LENGTH, TOKENS]
     out = encoder.layers[0](make_batch(batch_first))  # without a batch's padding a layer is what it was
     assert out.shape == make_batch(batch_first).shape
     encoder.norm = None
@@ -94,7 +104,7 @@ def test_training_without_padding(
 @pytest.mark.parametrize("padding", ["left", "holes"])
 @pytest.mark.parametrize("owner", ["stack", "layer"])
 @pytest.mark.parametrize("name", CASES)
-def test_encodings(name: str, owner: str, padding: str, lengths: list[int]) -> None:
+def test_encodings(name: str, owner: str, padding: str, form: str, lengths: list[int]) -> None:
     """A table's rows and distances go along, these unless there are holes; else the padding is computed."""
     if owner == "stack":
         encoder = make_encoder(position=make(name))
@@ -106,15 +116,14 @@ def test_encodings(name: str, owner: str, padding: str, lengths: list[int]) -> N
     check_same(encoder, make_batch(), PADDINGS[padding])
     calls = len(lengths) // 2
     left_out = name in BY_TABLE or (name in BY_DISTANCE and padding != "holes")
-    assert lengths[calls:] == [TOKENS if left_out else LENGTH] * calls
+    assert lengths[calls:] == [TOKENS if left_out and form == "documents" else LENGTH] * calls
 
 
-def test_tables_of_each_sequence(lengths: list[int]) -> None:
+def test_tables_of_each_sequence(form: str) -> None:
     """Every token finds the row of its own sequence and position, as without packing."""
     angles = torch.rand(N, LENGTH, WIDTH // HEADS // 2, dtype=torch.float64)
     encoder = make_encoder(position=fastattn.Rotary(angles.cos(), angles.sin()))
     check_same(encoder, make_batch(), HOLES)
-    assert lengths == [LENGTH] * 2 + [TOKENS] * 2
 
 
 @pytest.mark.parametrize("float_mask", [False, True], ids=["bool", "float"])

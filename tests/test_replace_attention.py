@@ -463,6 +463,15 @@ def test_subclasses_of_layers_and_encoders_stay_what_they_are(kinds: Any, calls:
     assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
 
 
+def test_a_layer_with_a_block_of_its_own_keeps_it() -> None:
+    model = make_encoder().eval()
+    model.layers[0]._ff_block = torch.zeros_like
+    x = torch.randn(N, L, E)
+    expected = model(x)
+    assert replace_attention(model).stacks == ("layers.1",)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_a_layer_put_in_later(calls: list[str]) -> None:
     """A replaced encoder calls it as torch's would: by torch's names, and with nothing else."""
 

@@ -94,8 +94,12 @@ def multi_head_attention(
     if packed is None:
         encoding = encode(position, k.shape[2], first)  # type: ignore[arg-type]
     else:
-        encoding = encode_packed(position, packed)  # type: ignore[arg-type]
         objects["mask"] = packed.mask if objects["mask"] is None else objects["mask"] & packed.mask
+        if packed.as_documents:
+            encoding = encode_packed(position, packed)  # type: ignore[arg-type]
+        else:
+            encoding = encode(position, packed.length)  # type: ignore[arg-type]
+            q, k, v = packed.unpack_heads(q), packed.unpack_heads(k), packed.unpack_heads(v)
     dropout_p = _check_dropout(module.dropout) if module.training else 0.0
     call = {**objects, "dropout_p": dropout_p, "query_offset": offset}
     seen = watchers(module)
@@ -104,6 +108,8 @@ def multi_head_attention(
         out, weights, problem = _attend_and_keep(encoding, q, k, v, call, average, extra_keys)
     else:
         out, weights, problem = encoding.run(q, k, v, **call), None, None
+    if packed is not None and not packed.as_documents:
+        out = packed.pack_heads(out)
     if weights is not None and not batched:
         weights = weights.squeeze(0)
     for watcher in seen:

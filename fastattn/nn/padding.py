@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.masks import Documents
+from fastattn.masks import BoolMask, Documents, KeyLengths, Mask
 from fastattn.nn.classes import plain_class
 from fastattn.nn.layers import TransformerEncoderLayer
 from fastattn.nn.masks import as_bool
@@ -27,19 +27,31 @@ class Packed(NamedTuple):
         places: (T,) where each stands among the batch's N * S places, as these lie in memory.
         sequences: (T,) which sequence it belongs to.
         positions: (T,) where in that sequence it stands.
-        length: S.
+        real: (N, S) which places of the batch are tokens.
+        on_the_right: whether every padding is.
         batch_first: whether the batch is (N, S, E), or (S, N, E).
+        as_documents: whether attention sees the row of tokens as documents, in time by visible area; or the batch, put
+            together again, where kernels would compute every pair of documents.
     """
 
     places: Tensor
     sequences: Tensor
     positions: Tensor
-    length: int
+    real: Tensor
+    on_the_right: bool
     batch_first: bool
+    as_documents: bool
 
     @property
-    def mask(self) -> Documents:
-        return Documents(self.sequences)
+    def length(self) -> int:
+        return self.real.shape[1]
+
+    @property
+    def mask(self) -> Mask:
+        """What keeps every token to its own sequence."""
+        if self.as_documents:
+            return Documents(self.sequences)
+        return KeyLengths(self.real.sum(1)) if self.on_the_right else BoolMask(self.real[:, None, None])
 
     def pack(self, x: Tensor) -> Tensor:
         """The tokens of a batch as one sequence: (1, T, E), or (T, 1, E)."""
@@ -49,6 +61,17 @@ class Packed(NamedTuple):
         """The inverse, into a batch of this shape; its padded positions are 0."""
         out = x.new_zeros((batch[0] * batch[1], batch[2]))
         return out.index_copy_(0, self.places, x.flatten(0, 1)).view(batch)
+
+    def unpack_heads(self, x: Tensor) -> Tensor:
+        """(1, H, T, D) as (N, H, S, D), with zeros where no token is."""
+        out = x.new_zeros((*self.real.shape, x.shape[1], x.shape[3]))
+        rows = self.sequences * self.length + self.positions
+        out.flatten(0, 1).index_copy_(0, rows, x[0].transpose(0, 1))
+        return out.transpose(1, 2)
+
+    def pack_heads(self, x: Tensor) -> Tensor:
+        """The inverse: (N, H, S, D) as (1, H, T, D)."""
+        return x.transpose(1, 2)[self.sequences, self.positions].transpose(0, 1)[None]
 
 
 def torch_nests(layer: nn.TransformerEncoderLayer) -> bool:
@@ -85,8 +108,9 @@ def packed_batch(encoder: TransformerEncoder, src: Tensor, mask: object, padding
         return None
     real = ~padding
     begins = real[:, 1:] > real[:, :-1]
-    if not wanted and getattr(encoder, "mask_check", True) and bool(begins.any()):
-        return None  # torch computes padding that is not on the right
+    on_the_right = not begins.any()
+    if not wanted and getattr(encoder, "mask_check", True) and not on_the_right:
+        return None  # torch computes such padding
     gaps_matter = not all(can_pack(position, gaps=True) for position in positions)
     if gaps_matter and bool((begins.sum(1) + real[:, 0] > 1).any()):
         return None
@@ -96,7 +120,12 @@ def packed_batch(encoder: TransformerEncoder, src: Tensor, mask: object, padding
     batch, length = padding.shape
     batch_first = encoder.layers[0].self_attn.batch_first
     places = sequences * length + steps if batch_first else steps * batch + sequences
-    return Packed(places, sequences, steps, length, batch_first)
+    return Packed(places, sequences, steps, real, on_the_right, batch_first, _passes_over_documents(src.device))
+
+
+def _passes_over_documents(device: torch.device) -> bool:
+    """Whether attention between documents takes no time there."""
+    return device.type == "cpu"
 
 
 def _is_plain_batch(src: Tensor, padding: Tensor, batch_first: bool) -> bool:

@@ -184,7 +184,7 @@ def _is_own_layer(module: torch.nn.Module) -> bool:
     """torch's own encoder layer, no subclass, around a fastattn module."""
     return (
         plain_class(module) is torch.nn.TransformerEncoderLayer
-        and "forward" not in vars(module)
+        and vars(module).keys().isdisjoint(("forward", "_sa_block", "_ff_block"))
         and _holds_attention(module)
     )
 

@@ -110,7 +110,7 @@ class TransformerEncoder(_Stack, torch.nn.TransformerEncoder):
             see is that sequence.  The output at padded positions is 0 (before `norm`), and so are their gradients.
             None is torch's rule above, False never.  Padding is computed all the same with a mask or a cache, in
             compiled graphs, under functorch's transforms, while a CUDA graph is captured, with encodings that know
-            absolute positions, and where a part of a layer is none of torch's own.
+            absolute positions, or distances where a sequence has gaps, and where a part of a layer is none of torch's.
 
     Attributes:
         layer_groups: for each of the L uses, the index in `layers`.
