@@ -58,6 +58,7 @@ def _activate(activation: Callable[[Tensor], Tensor], linear: torch.nn.Module, h
         and type(linear) is torch.nn.Linear
         and type(hidden) is Tensor
         and not hidden.requires_grad
+        and "forward" not in vars(linear)
         and not linear._forward_hooks
         and not torch.nn.modules.module._has_any_global_hook()
     )

@@ -95,13 +95,14 @@ def packed_batch(encoder: TransformerEncoder, src: Tensor, mask: object, padding
     """How to do without the padding of a call; None where nothing is padded or it has to be computed."""
     if padding is None or mask is not None or encoder.skip_padding is False or not encoder.layers:
         return None
-    if not _is_plain_batch(src, padding, encoder.layers[0].self_attn.batch_first) or not _acts_on_tokens(encoder):
+    wanted = encoder.skip_padding is True
+    batch_first = encoder.layers[0].self_attn.batch_first
+    if not _is_plain_batch(src, padding, batch_first) or not (wanted or _nests_now(encoder, src)):
+        return None
+    if not _acts_on_tokens(encoder):
         return None
     positions = [getattr(encoder, "position", None), *(own_position(layer.self_attn) for layer in encoder.layers)]
     if not all(can_pack(position, gaps=False) for position in positions):
-        return None
-    wanted = encoder.skip_padding is True
-    if not wanted and not _nests_now(encoder, src):
         return None
     padding = as_bool(padding)
     if padding.dtype != torch.bool:
@@ -118,7 +119,6 @@ def packed_batch(encoder: TransformerEncoder, src: Tensor, mask: object, padding
     if sequences.numel() in (0, padding.numel()):
         return None
     batch, length = padding.shape
-    batch_first = encoder.layers[0].self_attn.batch_first
     places = sequences * length + steps if batch_first else steps * batch + sequences
     return Packed(places, sequences, steps, real, on_the_right, batch_first, _passes_over_documents(src.device))
 
