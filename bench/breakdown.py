@@ -1,9 +1,10 @@
 """Where the microseconds of a tiny eager call on the CPU go: its arguments, its operator, and what lies between.
 
     part: objects     masks and biases constructed, as a caller writes them
-    part: lower       arguments checked and lowered to a `Problem`
+    part: lower       arguments checked and lowered to a `Problem`, where the call makes one
     part: operator    the operator that runs: torch's dispatcher, unpacking, the kernel, allocating the results
-    part: rest        what is left of the whole call: choosing the backend, the autograd boundary, recording what ran
+    part: rest        what is left of the whole call: checks where there is no `Problem`, choosing the backend, the
+                      autograd boundary, recording what ran
 
 The parts are timed in turns in one process; `rest` is the difference of medians.
 """
@@ -11,10 +12,13 @@ The parts are timed in turns in one process; `rest` is the difference of medians
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastattn
+from fastattn import dispatch
 from fastattn.backends.cpu import plain_forward
 from fastattn.bench.results import Environment, Row, make_row
 from fastattn.bench.scenarios import SCENARIOS, Case, make_inputs
@@ -47,6 +51,8 @@ def breakdown_rows(where: Environment, case: Case, budget: float) -> list[Row]:
         "part: lower": lambda: lower(query, key, value, **arguments),
         "part: operator": lambda: operator(*flat),
     }
+    if _makes_no_problem(query, key, value, arguments):
+        del parts["part: lower"]
     seconds = interleave({name: _sample(part) for name, part in parts.items()}, budget=budget)
     spreads = {name: Spread.of(found["forward"]) for name, found in seconds.items()}
     whole = spreads.pop(WHOLE)
@@ -59,6 +65,15 @@ def breakdown_rows(where: Environment, case: Case, budget: float) -> list[Row]:
         )
         for name, spread in spreads.items()
     ]  # fmt: skip
+
+
+def _makes_no_problem(query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> bool:
+    """Whether the call goes the shorter way of `attention`."""
+    mask = arguments.get("mask")
+    if not arguments.keys() <= {"mask"} or not (mask is None or type(mask) is fastattn.Causal):
+        return False
+    with torch.no_grad():
+        return dispatch.run_shortcut(query, key, value, None, None, mask is not None) is not None
 
 
 def _sample(part: Callable[[], object]) -> Sample:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn.additive_problem import AdditiveProblem
 from fastattn.backends.base import WHAT_RUNS, AnyProblem, Backend
-from fastattn.backends.cpu import CpuBackend
+from fastattn.backends.cpu import CpuBackend, shortcut
 from fastattn.backends.cuda import CudaBackend
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.backends.triton import TritonBackend
@@ -123,6 +123,20 @@ def run(problem: Problem, name: str | None, with_lse: bool = True) -> tuple[Tens
     return _chosen(problem, name).run(problem, with_lse)
 
 
+def run_shortcut(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, query_offset: int | None, causal: bool
+) -> Tensor | None:
+    """What `attention` returns for operands, numbers and perhaps a causal mask, where a backend has a way of its own
+    that needs no `Problem`; else None."""
+    backend = _BACKENDS.get("cpu")  # no other one runs by itself on its tensors, and only its calls are that short
+    if backend is None or backend.reason is not None:
+        return None
+    out = shortcut(query, key, value, scale, query_offset, causal)
+    if out is not None:
+        _local.last = (_told_by_shape, query.shape, key.shape, value.shape, query.dtype, causal)
+    return out
+
+
 def quantized(problem: QuantizedProblem, name: str | None) -> tuple[Tensor, Tensor]:
     """Run attention on 8-bit operands on the chosen backend: output and lse."""
     return _chosen(problem, name).quantized(problem)
@@ -175,7 +189,7 @@ def _chosen(problem: AnyProblem, name: str | None, weights: bool = False) -> Bac
         kernel = backend.kernel(problem)
         if weights:
             kernel += " with weights" if backend.gives_weights else "; weights: torch operations, tile by tile"
-        _local.last = (backend.name, kernel, problem.features(), refusals)
+        _local.last = (_told, backend.name, kernel, problem.features(), refusals)
         if refusals and backend.name == "reference":
             _warn_fallback(tuple((other, *why) for other, why in refusals.items()))
     return backend
@@ -185,8 +199,24 @@ def last_call() -> Explanation | None:
     last = getattr(_local, "last", None)
     if last is None:
         return None
-    backend, kernel, features, refusals = last
+    tell, *told = last
+    return tell(*told)
+
+
+def _told(backend: str, kernel: str, features: list[str], refusals: dict[str, list[str]]) -> Explanation:
     return Explanation(backend, kernel, features, refusals=refusals)
+
+
+def _told_by_shape(
+    query: torch.Size, key: torch.Size, value: torch.Size, dtype: torch.dtype, causal: bool
+) -> Explanation:
+    """Of a call that made no `Problem`: one of its shapes and without its contents is made now."""
+    one = torch.empty((), dtype=dtype)
+    problem = Problem(
+        query=one.expand(query), key=one.expand(key), value=one.expand(value), scale=1.0, window_right=int(causal) - 1
+    )
+    backend, refusals = choose(problem, None)
+    return _told(backend.name, backend.kernel(problem), problem.features(), refusals)
 
 
 _warned: set[tuple[tuple[str, ...], ...]] = set()

@@ -163,6 +163,20 @@ def attention(
             inside GPU tensors are not inspected (that would wait for the device); kernels clamp them instead.
         fastattn.UnsupportedError: the backend asked for cannot run this call, with its reasons.
     """
+    if (
+        (mask is None or type(mask) is Causal)
+        and bias is None
+        and rotary is None
+        and softcap is None
+        and sink is None
+        and dropout_p == 0.0
+        and query_scale is key_scale is value_scale is None
+        and not return_lse
+        and backend is None
+    ):
+        short = dispatch.run_shortcut(query, key, value, scale, query_offset, mask is not None)  # type: ignore[arg-type]
+        if short is not None:
+            return short
     scales = None
     if query_scale is not None or key_scale is not None or value_scale is not None:
         scales = Scales(query_scale, key_scale, value_scale)

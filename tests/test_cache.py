@@ -279,8 +279,13 @@ def test_memory_is_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fnn.Transformer(WIDTH, HEADS, 1, 2, 24, batch_first=True).eval()
     memory, x = torch.randn(N, S, WIDTH), torch.randn(N, 4, WIDTH)
     projected = []
-    project = core.project
-    monkeypatch.setattr(core, "project", lambda m, q, k, v: projected.append(k is memory) or project(m, q, k, v))
+    project = core.project_heads
+
+    def watched(module: torch.nn.Module, query: Tensor, key: Tensor, *rest: Any) -> Any:
+        projected.append(key is memory)
+        return project(module, query, key, *rest)
+
+    monkeypatch.setattr(core, "project_heads", watched)
     cache = model.make_cache(N, max_length=8)
     decode(lambda t: model.decoder(t, memory, cache=cache), x, [1] * 4)
     assert sum(projected) == 2

@@ -136,6 +136,101 @@ def test_who_asks_for_more_gets_the_operator_of_all_fields() -> None:
     assert ran(lambda: fastattn.attention(q, k, v, backend="reference")) == []
 
 
+@pytest.fixture
+def lowered(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """An entry for each call that was lowered to a `Problem`."""
+    calls: list[bool] = []
+    lower = functional.lower
+    monkeypatch.setattr(
+        functional, "lower", lambda *args, **keywords: (calls.append(True), lower(*args, **keywords))[1]
+    )
+    return calls
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shortcut_without_a_problem(lowered: list[bool], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    q, k, v = operands(shape, dtype)
+    for arguments in ({}, {"mask": fastattn.Causal()}, {"scale": 0.3, "query_offset": 2, "mask": fastattn.Causal()}):
+        out = fastattn.attention(q, k, v, **arguments)
+        told = fastattn.last_call()
+        assert not lowered
+        assert torch.equal(out, fastattn.attention(q, k, v, **arguments, return_lse=True)[0])
+        assert fastattn.last_call() == told
+        explained = fastattn.explain(q, k, v, **arguments)
+        assert (told.backend, told.kernel, told.features) == (explained.backend, explained.kernel, explained.features)
+        assert told.refusals.items() <= explained.refusals.items()
+        lowered.clear()
+
+
+def test_no_shortcut_for_anything_else(lowered: list[bool]) -> None:
+    q, k, v = operands()
+    rows = torch.randn(1, 2, 16, 8).transpose(2, 3)
+
+    class Other(Tensor):
+        pass
+
+    for case, change in {
+        "named": {"backend": "cpu"},
+        "softcap": {"softcap": 2.0},
+        "window": {"mask": fastattn.SlidingWindow(3, 2)},
+        "bias": {"bias": fastattn.ALiBi(torch.ones(2))},
+        "sink": {"sink": torch.zeros(2)},
+        "dropout": {"dropout_p": 0.5},
+        "offsets": {"query_offset": torch.tensor([1])},
+        "lse": {"return_lse": True},
+        "an int for a scale": {"scale": 1},
+        "rows that are not dense": {"query": rows},
+        "keys that are not dense": {"key": rows},
+        "values that are not dense": {"value": rows},
+        "a subclass": {"key": k.as_subclass(Other)},
+        "a gradient": {"value": v.clone().requires_grad_()},
+    }.items():
+        arguments = {"query": q, "key": k, "value": v, **change}
+        fastattn.attention(**arguments)
+        assert lowered == [True], case
+        lowered.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        fastattn.attention(q, k, v)
+    torch.func.vmap(fastattn.attention)(q[None], k[None], v[None])
+    assert lowered == [True, True]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": [1.0]},
+        {"query": torch.randn(2, 8, 16)},
+        {"key": torch.randn(8)},
+        {"value": torch.randn(2, 8, 16)},
+        {"key": torch.randn(2, 2, 8, 16)},
+        {"key": torch.randn(1, 2, 8, 15)},
+        {"key": torch.randn(1, 3, 8, 16), "value": torch.randn(1, 3, 8, 16)},
+        {"key": torch.randn(1, 0, 8, 16), "value": torch.randn(1, 0, 8, 16)},
+        {"value": torch.randn(1, 2, 7, 16)},
+        {"value": torch.randn(1, 2, 8, 16).double()},
+        {"key": torch.randn(1, 2, 8, 16, device="meta")},
+        {"query": torch.randn(1, 2, 8, 16).to_sparse()},
+        {"query": torch.ones(1, 2, 8, 16, dtype=torch.long)},
+        {"scale": float("nan")},
+        {"scale": "1"},
+        {"query_offset": 1.0},
+        {"dropout_p": None},
+        {"mask": torch.ones(8, 8, dtype=torch.bool)},
+    ],
+)
+def test_what_is_wrong_is_told_in_the_same_words(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+    q, k, v = operands()
+    said = []
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError, NotImplementedError)) as error:
+            fastattn.attention(**{"query": q, "key": k, "value": v, **change})
+        said.append((error.type, str(error.value)))
+        monkeypatch.setattr(fastattn.dispatch, "run_shortcut", lambda *_: None)
+    assert said[0] == said[1]
+    assert next(iter(change)) in said[0][1] or "value" in said[0][1]
+
+
 def test_the_plain_operator_by_itself() -> None:
     q, k, v = operands((2, 4, 2, 5, 7, 8, 6))
     operator = torch.ops.fastattn.cpu_plain_forward.default

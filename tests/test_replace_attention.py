@@ -23,14 +23,18 @@ TORCH = torch.nn.MultiheadAttention
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backend of every attention call that reaches a fastattn kernel."""
     seen: list[str] = []
-    run = fastattn.dispatch.run
 
-    def counting(problem: Any, name: str | None, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-        result = run(problem, name, with_lse)
-        seen.append(fastattn.last_call().backend)
-        return result
+    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            result = run(*args, **named)
+            if result is not None:  # as where there is no shortcut
+                seen.append(fastattn.last_call().backend)
+            return result
 
-    monkeypatch.setattr(fastattn.dispatch, "run", counting)
+        return call
+
+    for name in ("run", "run_shortcut"):
+        monkeypatch.setattr(fastattn.dispatch, name, counting(getattr(fastattn.dispatch, name)))
     return seen
 
 

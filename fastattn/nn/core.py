@@ -17,11 +17,9 @@ from fastattn.nn.position import Encoding, Encodings, encode, encode_packed, own
 from fastattn.nn.projections import (
     count_extra_keys,
     join_heads,
-    key_heads,
     prepend_extra_keys,
-    project,
+    project_heads,
     project_query,
-    split_heads,
 )
 from fastattn.nn.readout import attend_with_weights, problem_weights
 from fastattn.nn.recording import record, watchers
@@ -69,14 +67,14 @@ def multi_head_attention(
     first: int = 0
     offset: int | None = extra_keys  # in front, so shifting the queries by their number shows them to every query
     if isinstance(cache, KVCache):
-        q, k, v = _project_heads(module, query, key, value, layout)
+        q, k, v = project_heads(module, query, key, value, layout)
         padding = _cached_padding(attn_mask, key_padding_mask, batched)
         k, v, first, padding = cache.append(k, v, padding)
         objects: dict[str, Any] = {"mask": _hide(cache.mask(), padding), "bias": None}
         offset = None  # the last query is the last key
     else:
         if cache is None:
-            q, k, v = _project_heads(module, query, key, value, layout)
+            q, k, v = project_heads(module, query, key, value, layout)
         else:
             q, k, v = _project_memory(module, query, key, value, layout, cache)
         if extra_keys:
@@ -126,29 +124,16 @@ def _check_extra_keys(extra_keys: int, position: object, cache: object) -> None:
             fail(ValueError, name, "None with add_bias_kv or add_zero_attn, whose keys have no position", describe(x))
 
 
-def _project_heads(
-    module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, layout: dict[str, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = project(module, query, key, value)
-    kv_heads = key_heads(module)
-    return (
-        split_heads(q, module.num_heads, **layout),
-        split_heads(k, kv_heads, **layout),
-        split_heads(v, kv_heads, **layout),
-    )
-
-
 def _project_memory(
     module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, layout: dict[str, bool], cache: MemoryCache
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries of this step, and the keys and values of the memory, projected once."""
-    kv_heads = key_heads(module)
     if not cache.holds(key, value):
-        _, k, v = project(module, query, key, value)
-        cache.fill((key, value), split_heads(k, kv_heads, **layout), split_heads(v, kv_heads, **layout))
+        _, k, v = project_heads(module, query, key, value, layout)
+        cache.fill((key, value), k, v)
     assert cache.key is not None
     assert cache.value is not None
-    return split_heads(project_query(module, query), module.num_heads, **layout), cache.key, cache.value
+    return project_query(module, query, layout), cache.key, cache.value
 
 
 def _cached_padding(attn_mask: Tensor | None, key_padding_mask: Tensor | None, batched: bool) -> Tensor | None:

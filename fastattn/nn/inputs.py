@@ -67,7 +67,9 @@ def check_sizes(
             return torch.Size((x.shape[0], 1, x.shape[1]))
         return torch.Size((x.shape[1], x.shape[0], x.shape[2])) if batch_first else x.shape
 
-    query_shape, key_shape, value_shape = sequence_first(query), sequence_first(key), sequence_first(value)
+    query_shape = sequence_first(query)
+    key_shape = query_shape if key is query else sequence_first(key)
+    value_shape = key_shape if value is key else sequence_first(value)
     query_length, batch, query_dim = query_shape
     if query_dim != embed_dim:
         raise AssertionError(f"was expecting embedding dimension of {embed_dim}, but got {query_dim}")

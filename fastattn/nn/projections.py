@@ -19,14 +19,10 @@ def key_heads(module: MultiheadAttention) -> int:
     return getattr(module, "num_kv_heads", None) or module.num_heads
 
 
-def _rows(module: MultiheadAttention) -> tuple[int, int, int]:
-    """Rows of the query's, key's and value's projection in the packed tensors."""
-    keys = module.embed_dim // module.num_heads * key_heads(module)
-    return module.embed_dim, keys, keys
-
-
-def project(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The in-projections, in the layout of the inputs.
+def project_heads(
+    module: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, layout: dict[str, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The in-projections, split into heads: (N, H, L, D), (N, Hk, S, D) and (N, Hk, S, Dv).
 
     One product where inputs are the same object, as in torch: all three for self-attention, key and value for
     attention over a memory.  The results may be slices of one packed tensor.
@@ -34,37 +30,45 @@ def project(module: MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
     Raises:
         AssertionError: separate weights whose shapes do not fit the inputs.
     """
-    bias, rows = _bias(module, query), _rows(module)
+    bias, heads, kv_heads = _bias(module, query), module.num_heads, key_heads(module)
+    dim = module.embed_dim // heads
     if module._qkv_same_embed_dim:
         weight = _packed_weight(module)
         if query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).split_with_sizes(rows, -1)
+            q, k, v = split_heads(F.linear(query, weight, bias), (heads, kv_heads, kv_heads), **layout)
             return q, k, v
+        rows = (dim * heads, 2 * dim * kv_heads)
         if key is value:
-            parts = (rows[0], rows[1] + rows[2])
-            query_weight, memory_weight = weight.split(parts)
-            query_bias, memory_bias = (None, None) if bias is None else bias.split(parts)
-            k, v = F.linear(key, memory_weight, memory_bias).split_with_sizes(rows[1:], -1)
-            return F.linear(query, query_weight, query_bias), k, v
+            query_weight, memory_weight = weight.split(rows)
+            query_bias, memory_bias = (None, None) if bias is None else bias.split(rows)
+            (q,) = split_heads(F.linear(query, query_weight, query_bias), (heads,), **layout)
+            k, v = split_heads(F.linear(key, memory_weight, memory_bias), (kv_heads, kv_heads), **layout)
+            return q, k, v
+    rows = (dim * heads, dim * kv_heads, dim * kv_heads)
+    if module._qkv_same_embed_dim:
         weights = weight.split(rows)
     else:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        for name, x, w, dim in zip(("query", "key", "value"), (query, key, value), weights, rows, strict=True):
+        for name, x, w, size in zip(("query", "key", "value"), (query, key, value), weights, rows, strict=True):
             if w is None:
                 raise AssertionError(f"use_separate_proj_weight is True but {name[0]}_proj_weight is None")
-            expected = (dim, x.shape[-1])
+            expected = (size, x.shape[-1])
             if w.shape != expected:
                 raise AssertionError(f"expecting {name} weights shape of {expected}, but got {w.shape}")
     biases = (None, None, None) if bias is None else bias.split(rows)
-    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    q, k, v = (
+        split_heads(F.linear(x, w, b), (size // dim,), **layout)[0]
+        for x, w, b, size in zip((query, key, value), weights, biases, rows, strict=True)
+    )
     return q, k, v
 
 
-def project_query(module: MultiheadAttention, query: Tensor) -> Tensor:
+def project_query(module: MultiheadAttention, query: Tensor, layout: dict[str, bool]) -> Tensor:
     """The first of the in-projections alone."""
     weight = _packed_weight(module)[: module.embed_dim] if module._qkv_same_embed_dim else module.q_proj_weight
     bias = _bias(module, query)
-    return F.linear(query, weight, None if bias is None else bias[: module.embed_dim])
+    projected = F.linear(query, weight, None if bias is None else bias[: module.embed_dim])
+    return split_heads(projected, (module.num_heads,), **layout)[0]
 
 
 def _packed_weight(module: MultiheadAttention) -> Tensor:
@@ -79,12 +83,14 @@ def _bias(module: MultiheadAttention, query: Tensor) -> Tensor | None:
     return None if bias is None else as_dtype(bias, query.dtype)
 
 
-def split_heads(x: Tensor, num_heads: int, *, batched: bool, batch_first: bool) -> Tensor:
-    """A projected (N, L, E), (L, N, E) or (L, E) tensor as (N, H, L, D): a view."""
-    heads = x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+def split_heads(x: Tensor, parts: tuple[int, ...], *, batched: bool, batch_first: bool) -> list[Tensor]:
+    """A projected (N, L, E), (L, N, E) or (L, E) tensor with so many heads of each part, as views (N, H, L, D)."""
+    count = sum(parts)
+    packed = x.view(*x.shape[:-1], count, x.shape[-1] // count)
+    heads = packed.split_with_sizes(parts, -2) if len(parts) > 1 else (packed,)
     if not batched:
-        return heads.unsqueeze(0).transpose(1, 2)
-    return heads.transpose(1, 2) if batch_first else heads.permute(1, 2, 0, 3)
+        return [h.unsqueeze(0).transpose(1, 2) for h in heads]
+    return [h.transpose(1, 2) if batch_first else h.permute(1, 2, 0, 3) for h in heads]
 
 
 def join_heads(x: Tensor, *, batched: bool, batch_first: bool) -> Tensor:
