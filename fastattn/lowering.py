@@ -44,7 +44,7 @@ class Draft:
         return (self.batch, self.heads, self.query_length, self.key_length)
 
     def reach(self) -> tuple[int, int]:
-        """(left, right) >= 0 such that every distance of the call lies in [-left, right].
+        """(left, right) >= 0 such that the masks lowered so far show no pair at a distance beyond [-left, right].
 
         Offsets in a tensor whose values cannot be read for free are taken to be in [0, Sk].
         """
@@ -55,7 +55,12 @@ class Draft:
             least, most = int(offset.min()), int(offset.max())
         else:
             least, most = 0, self.key_length
-        return max(0, most + self.query_length - 1), max(0, self.key_length - 1 - least)
+        left, right = max(0, most + self.query_length - 1), max(0, self.key_length - 1 - least)
+        before, after = self.fields.get("window_left", -1), self.fields.get("window_right", -1)
+        return (
+            left if before < 0 else min(left, before),  # type: ignore[operator, type-var]
+            right if after < 0 else min(right, after),  # type: ignore[operator, type-var]
+        )
 
     def positions(self) -> Tensor:
         """(B|1, Sq) int64: the position of every query among the keys."""

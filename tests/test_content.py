@@ -110,6 +110,8 @@ def test_shaw_module_dropout_and_other_terms(backend: str, device: str) -> None:
     assert (many.std(0) > 0).all()
     q = torch.randn(1, HEADS, 5, DIM)
     notes = fastattn.explain(q, q, q, bias=ShawKeys(torch.randn(7, DIM))).notes
+    assert notes == ["ShawKeys as a row table (1, 4, 5, 7) of 0.00056 MB"]
+    notes = fastattn.explain(q, q, q, bias=ShawKeys(torch.randn(7, DIM), route="dense")).notes
     assert notes == ["ShawKeys written out, as a dense bias (1, 4, 5, 5) of 0.0004 MB"]
     notes = fastattn.explain(q, q, q, bias=ShawKeys(torch.randn(5, DIM))).notes
     assert notes == ["ShawKeys as a row table (1, 4, 5, 5) of 0.0004 MB"]
@@ -157,7 +159,7 @@ def _xl_formula(t: Inputs, offset: int | Tensor | None, mask: Tensor | None, cla
     return attend(scores, grouped(t["value"]), mask), scores
 
 
-@pytest.mark.parametrize("route", ["columns", "dense", "clamped table", "clamped dense"])
+@pytest.mark.parametrize("route", ["columns", "table", "dense", "clamped table", "clamped dense"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("offset", OFFSETS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -202,10 +204,12 @@ def test_transformer_xl_routes() -> None:
         torch.testing.assert_close(fast(t, bias=bias), want)
     torch.testing.assert_close(fast(t, bias=xl + other + xl), fast(t, bias=other + dense + dense))
     wide = fnn.TransformerXLBias(HEADS, DIM, 512).double()()
-    assert "written out" in fastattn.explain(t["query"], t["key"], t["value"], bias=wide).notes[0]
+    for mask, columns in ((None, QUERIES + KEYS - 1), (fastattn.Causal(), KEYS), (fastattn.SlidingWindow(4, 2), 7)):
+        (note,) = fastattn.explain(t["query"], t["key"], t["value"], bias=wide, mask=mask).notes
+        assert note.startswith(f"TransformerXL as a row table (2, 4, 13, {columns})")
 
 
-@pytest.mark.parametrize("route", ["columns", "dense"])
+@pytest.mark.parametrize("route", ["columns", "table", "dense"])
 def test_transformer_xl_of_xlnet(route: str, backend: str, device: str) -> None:
     """`rel_attn_core` in both directions, with its own rel_shift."""
     xlnet = pytest.importorskip("transformers.models.xlnet.modeling_xlnet", reason="compares with transformers")
@@ -356,8 +360,8 @@ def _deberta_of(t: Inputs, route: Route = "auto") -> Disentangled:
     return Disentangled(t["kr"], t["qr"], max_distance=16, buckets=8, route=route)
 
 
-def test_tables_where_they_are_narrow() -> None:
-    """Not wider than there are keys, one bias at a time, and not for kernels that read none."""
+def test_tables_and_their_width() -> None:
+    """A column for each distance that is seen; one bias at a time, and not for kernels that read none."""
     t = draw(kr=(HEADS, 8, DIM), qr=(2, 8, DIM))
     shaw, deberta = ShawKeys(torch.randn(KEYS, DIM)), _deberta_of(t)
 
@@ -366,7 +370,18 @@ def test_tables_where_they_are_narrow() -> None:
 
     assert notes(shaw) == "ShawKeys as a row table (2, 4, 13, 19) of 0.0158 MB"
     assert notes(deberta) == ("Disentangled as a row table (2, 4, 13, 8) and a column table (2, 2, 8, 19) of 0.0115 MB")
-    assert "written out" in notes(ShawKeys(torch.randn(KEYS + 2, DIM)))
+    wide = ShawKeys(torch.randn(2 * KEYS + 21, DIM))  # distances from -(KEYS - 1) on: the last query is at the last key
+    for mask, columns in (
+        (None, QUERIES + KEYS - 1),
+        (fastattn.Causal(), KEYS),
+        (fastattn.SlidingWindow(4, 2), 7),
+        (fastattn.SlidingWindow(4, 2) & fastattn.Causal(), 5),
+    ):
+        assert notes(wide, mask=mask).startswith(f"ShawKeys as a row table (2, 4, 13, {columns})")
+    # the middle of DeBERTa's buckets has one for each distance
+    narrow = Disentangled(torch.randn(HEADS, 64, DIM), None, buckets=24, max_distance=40)
+    assert "(2, 4, 13, 13)" in notes(narrow, mask=fastattn.SlidingWindow(12, 0))
+    assert "(2, 4, 13, 64)" in notes(narrow, mask=fastattn.SlidingWindow(13, 0))
     assert notes(deberta + shaw).count("written out") == 1
     assert "written out" in notes(shaw + deberta).split(" | ")[1]
     explained = fastattn.explain(t["query"], t["key"], t["value"], bias=deberta)
@@ -377,6 +392,42 @@ def test_tables_where_they_are_narrow() -> None:
         fastattn.additive_attention(
             t["query"], t["key"], t["value"], torch.ones(DIM), bias=_deberta_of(t, "table"), backend="cpu"
         )
+
+
+@pytest.mark.parametrize(
+    "mask", [fastattn.Causal(), fastattn.SlidingWindow(4, 2), fastattn.SlidingWindow(2, 7)], ids=str
+)
+@pytest.mark.parametrize("offset", [None, -3, 9, torch.tensor([2, 9])], ids=str)
+@pytest.mark.parametrize(
+    "scheme", ["shaw", "wide shaw", "xl", "clamped xl", "deberta", "bucketed deberta", "far deberta"]
+)
+def test_tables_of_what_the_mask_shows(
+    scheme: str, offset: int | Tensor | None, mask: fastattn.Mask, backend: str, device: str
+) -> None:
+    """Columns that no pair reads are left out: outputs and gradients are those of the bias written out."""
+    t = draw(
+        e=(HEADS, 7, DIM), wide=(2 * KEYS + 21, DIM), weight=(HEADS, DIM, WIDTH), u=(HEADS, DIM), v=(HEADS, DIM),
+        kr=(HEADS, 64, DIM), qr=(2, 64, DIM),
+    )  # fmt: skip
+    x = {name: tensor.clone().requires_grad_() for name, tensor in t.items()}
+    xl, tables = (x["weight"], x["u"], x["v"]), (x["kr"], x["qr"])
+    bias = {
+        "shaw": lambda route: ShawKeys(x["e"], route=route),
+        "wide shaw": lambda route: ShawKeys(x["wide"], route=route),
+        "xl": lambda route: TransformerXL(*xl, route=route),
+        "clamped xl": lambda route: TransformerXL(*xl, clamp=3, route=route),
+        "deberta": lambda route: Disentangled(*tables, buckets=None, route=route),
+        "bucketed deberta": lambda route: Disentangled(*tables, buckets=24, max_distance=40, route=route),
+        "far deberta": lambda route: Disentangled(*tables, buckets=8, max_distance=16, route=route),
+    }[scheme]
+    results = []
+    for route in ("table", "dense"):
+        out = fast(x, bias=bias(route), mask=mask, query_offset=offset, backend=backend)
+        grads = torch.autograd.grad(out.square().sum(), list(x.values()), allow_unused=True)
+        results.append([out, *(grad for grad in grads if grad is not None)])
+    assert len(results[0]) >= 5  # the operands and a parameter
+    for mine, want in zip(*results, strict=True):
+        torch.testing.assert_close(mine, want)
 
 
 @pytest.mark.parametrize("offset", [-40, 0, 300, torch.tensor([-40, 300])], ids=str)
@@ -494,7 +545,6 @@ def test_empty_and_single_lengths(queries: int, keys: int, backend: str, device:
         (lambda: fnn.DisentangledBias(7, 2), "num_heads"),
         (lambda: ShawKeys(torch.randn(3, 4), route="columns"), "ShawKeys.route"),
         (lambda: Disentangled(torch.randn(8, 4), None, route="columns"), "Disentangled.route"),
-        (lambda: TransformerXL(torch.randn(2, 4, 6), *[torch.randn(2, 4)] * 2, route="table"), "clamp"),
         (
             lambda: fastattn.attention(
                 *[torch.randn(1, 2, 3, 4)] * 3,

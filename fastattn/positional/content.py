@@ -44,11 +44,15 @@ class ContentBias(Bias):
     """
 
     route: Route = "dense"
-    # Columns of its tables, 0 where it has none.
-    width: int = 0
+    # Whether its tables are made of the query, and of the key, whose rows must then be finite.
+    reads: tuple[bool, bool] = (True, False)
 
-    def tables(self, query: Tensor, key: Tensor, scale: float, reach: int) -> Tables:
-        """The bias as tables, of operands as in `dense`; no distance of the call is beyond `reach` either way."""
+    def width(self, left: int, right: int) -> int:
+        """Columns of its tables where no pair is seen at a distance beyond [-left, right]; 0 where it has none."""
+        return 0
+
+    def tables(self, query: Tensor, key: Tensor, scale: float, left: int, right: int) -> Tables:
+        """The bias as tables, of operands as in `dense`, of as many columns as `width` says."""
         raise NotImplementedError
 
     @abstractmethod
@@ -62,14 +66,14 @@ class ContentBias(Bias):
         """
 
     def lower(self, draft: Draft) -> None:
-        if not takes_tables(self.route, draft, self.width):
+        if not self._takes_tables(draft):
             self._lower_dense(draft)
             return
-        query, key = self._finite_operands(draft)
-        self._lower_tables(draft, self.tables(query, key, draft.scale, max(draft.reach())))
+        query, key = self._finite_operands(draft, self.reads)
+        self._lower_tables(draft, self.tables(query, key, draft.scale, *draft.reach()))
 
     def _lower_dense(self, draft: Draft) -> None:
-        query, key = self._finite_operands(draft)
+        query, key = self._finite_operands(draft, (True, True))
         if not query.shape[2] or not key.shape[2]:
             return
         dense = self.dense(query, key, draft.positions(), draft.scale)
@@ -91,13 +95,24 @@ class ContentBias(Bias):
             fail(NotImplementedError, type(self).__name__, "a call of fastattn.attention", "one without query and key")
         return draft.operands
 
-    def _finite_operands(self, draft: Draft) -> tuple[Tensor, Tensor]:
-        """The same in the parameter dtype, with zeros for every row that holds a NaN or infinity.
+    def _finite_operands(self, draft: Draft, reads: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        """The same, those of `reads` in the parameter dtype and with zeros for every row that holds a NaN or infinity.
 
         A masked one has gradient 0, and 0 times it must not get into those of the tables; one that is seen comes out in
         q . k already.
         """
-        return tuple(finite_rows(x.to(draft.parameter_dtype))[0] for x in self._operands(draft))  # type: ignore[return-value]
+        query, key = (
+            finite_rows(x.to(draft.parameter_dtype))[0] if read else x
+            for x, read in zip(self._operands(draft), reads, strict=True)
+        )
+        return query, key
+
+    def _takes_tables(self, draft: Draft) -> bool:
+        """Whether it becomes tables, which "auto" does where the kernels take them and no other bias has taken their
+        place: they have no more columns than the call has distances, and nothing of (Sq, Sk) is written out of them."""
+        if self.route == "auto":
+            return draft.takes_tables and "columns_left" not in draft.fields and self.width(*draft.reach()) > 0
+        return self.route == "table"
 
     def materialize(self, query_length: int, key_length: int, query_offset: int | Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} depends on queries and keys: use its `dense`")
@@ -120,26 +135,23 @@ def takes_columns(name: str, route: Route, draft: Draft, columns: int) -> bool:
     return route == "columns"
 
 
-def takes_tables(route: Route, draft: Draft, width: int) -> bool:
-    """Whether a bias with tables of `width` columns becomes tables, which "auto" does where they are narrow, the
-    kernels take them, and no other bias has taken their place."""
-    if route == "auto":
-        # DeBERTa on a CPU, forward and backward, in times of the dense bias: 0.34 with a quarter as many columns as
-        # keys, 0.59 with half, 0.74 with as many, 1.25 with twice as many
-        narrow = 0 < width <= draft.key_length
-        return narrow and draft.takes_tables and "columns_left" not in draft.fields
-    return route == "table"
-
-
 def check_route(name: str, route: object, allowed: tuple[str, ...]) -> None:
     if route not in allowed:
         *most, last = map(repr, allowed)
         fail(ValueError, f"{name}.route", f"{', '.join(most)} or {last}", repr(route))
 
 
-def per_head(x: Tensor) -> Tensor:
-    """(C, D) shared by all heads, or (H, C, D), as something that a (B, H, S, D) tensor multiplies."""
-    return x if x.dim() == 3 else x[None]
+def products(x: Tensor, vectors: Tensor) -> Tensor:
+    """x . vectors, (B, H, S, C) of x (B, H, S, D) and vectors (C, D), shared by all heads, or (H, C, D).
+
+    The batch elements of a head are one matrix: `matmul` would copy the vectors for each of them.
+    """
+    return x @ vectors.mT if vectors.dim() == 2 else torch.einsum("bhsd,hcd->bhsc", x, vectors)
+
+
+def products_by_column(vectors: Tensor, x: Tensor) -> Tensor:
+    """The same as (B, H, C, S)."""
+    return torch.einsum("cd,bhsd->bhcs" if vectors.dim() == 2 else "hcd,bhsd->bhcs", vectors, x)
 
 
 def pick_rows(rows: Tensor, index: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from fastattn.positional.content import (
     Route,
     Tables,
     check_route,
-    per_head,
     pick_columns,
     pick_rows,
+    products,
+    products_by_column,
     repeat_heads,
 )
 from fastattn.validation import check_device, check_floating, check_index, fail
@@ -66,8 +67,8 @@ class Disentangled(ContentBias):
         if len(spans) > 1:
             fail(ValueError, f"{name}.position_queries", "as many rows as position_keys", str(sorted(spans)))
         self.position_keys, self.position_queries = position_keys, position_queries
-        self.width = spans.pop()
-        self.span = self.width // 2
+        self.span = spans.pop() // 2
+        self.reads = (position_keys is not None, position_queries is not None)
         check_route(name, route, ("auto", "table", "dense"))
         self.route = route
         self.max_distance = check_index(f"{name}.max_distance", max_distance, least=2)
@@ -82,16 +83,35 @@ class Disentangled(ContentBias):
         ]  # fmt: skip
         return f"Disentangled({'+'.join(terms)}, span={self.span}, buckets={self.buckets}, route={self.route!r})"
 
-    def tables(self, query: Tensor, key: Tensor, scale: float, reach: int) -> Tables:
-        # they count i - j and tables j - i: both in reverse, so that columns rise with the distance
+    def width(self, left: int, right: int) -> int:
+        return sum(self._near(left, right)) if self._by_distance(left, right) else 2 * self.span
+
+    def _by_distance(self, left: int, right: int) -> bool:
+        """Whether each distance of [-left, right] that is not clamped has a column of its own."""
+        return self.buckets is None or max(left, right) <= self.buckets // 2
+
+    def _near(self, left: int, right: int) -> tuple[int, int]:
+        """How many columns there are before distance j - i = 0, and from there on, of those that are read."""
+        return min(self.span - 1, left), min(self.span, right) + 1
+
+    def tables(self, query: Tensor, key: Tensor, scale: float, left: int, right: int) -> Tables:
+        by_distance = self._by_distance(left, right)
+        before, after = self._near(left, right) if by_distance else (self.span - 1, self.span + 1)
+
+        def vectors(what: str, x: Tensor, operand: Tensor) -> Tensor:
+            # they count i - j and tables j - i: in reverse, so that columns rise with the distance
+            return scale * self._vectors(what, x, operand)[..., self.span + 1 - after : self.span + 1 + before, :].flip(
+                -2
+            )
+
         rows = cols = None
         if self.position_keys is not None:
-            rows = scale * (query @ self._vectors("position_keys", self.position_keys, query).flip(-1))
+            rows = products(query, vectors("position_keys", self.position_keys, query))
         if self.position_queries is not None:
-            cols = scale * (self._vectors("position_queries", self.position_queries, key).flip(-1).mT @ key.mT)
-        if self.buckets is None:
-            return Tables(rows, cols, None, self.span - 1)
-        reach = min(reach, self._reach())
+            cols = products_by_column(vectors("position_queries", self.position_queries, key), key)
+        if by_distance:
+            return Tables(rows, cols, None, before)
+        reach = min(max(left, right), self._reach())
         distance = torch.arange(reach, -reach - 1, -1, device=query.device)
         return Tables(rows, cols, (2 * self.span - 1 - self._columns(distance)).int(), reach)
 
@@ -117,22 +137,22 @@ class Disentangled(ContentBias):
         index = self._columns(distance).unfold(-1, keys, 1).flip(-2)
         total = None
         if self.position_keys is not None:
-            table = query @ self._vectors("position_keys", self.position_keys, query)
+            table = products(query, scale * self._vectors("position_keys", self.position_keys, query))
             total = pick_rows(table, index)
         if self.position_queries is not None:
-            table = key @ self._vectors("position_queries", self.position_queries, key)
+            table = products(key, scale * self._vectors("position_queries", self.position_queries, key))
             seen = pick_columns(repeat_heads(table, query.shape[1]), index)
             total = seen if total is None else total + seen
         assert total is not None
-        return scale * total
+        return total
 
     def _vectors(self, what: str, x: Tensor, operand: Tensor) -> Tensor:
-        """The table, transposed to multiply the operand from the right."""
+        """The table, (2 span, D) or (H, 2 span, D), in the operand's dtype."""
         check_device(f"Disentangled.{what}", x, operand.device)
         if x.shape[-1] != operand.shape[-1] or (x.dim() == 3 and x.shape[0] != operand.shape[1]):
             heads, dim = operand.shape[1], operand.shape[-1]
             fail(ValueError, f"Disentangled.{what}", f"{dim} features, and {heads} heads if any", x)
-        return per_head(x.to(operand.dtype)).mT
+        return x.to(operand.dtype)
 
 
 def deberta_buckets(distance: Tensor, buckets: int | None, max_distance: int) -> Tensor:

@@ -9,7 +9,7 @@ from fastattn.biases import Bias
 from fastattn.functional import attention, cast_for_autocast, lower_offset
 from fastattn.lowering import standalone
 from fastattn.masks import Mask
-from fastattn.positional.content import ContentBias, Route, Tables, check_route, per_head, pick_rows, repeat_heads
+from fastattn.positional.content import ContentBias, Route, Tables, check_route, pick_rows, products, repeat_heads
 from fastattn.problem import default_scale
 from fastattn.softmax import masked_softmax
 from fastattn.validation import check_device, check_floating, check_number, fail
@@ -25,8 +25,8 @@ class ShawKeys(ContentBias):
 
     with e (2k + 1, D).  Gradients: de_r = scale * sum of dS[i, j] q_i over the pairs at distance r, and
     dq_i += scale * sum_j dS[i, j] e_r.  Route "table" hands the products q . e to the kernel, (B, Hq, Sq, 2k + 1)
-    numbers.  Route "dense" writes them out, (B, Hq, Sq, Sk).  "auto" takes the table unless it is wider than there are
-    keys, or another bias has tables already.
+    numbers, or those alone of the distances at which the masks show a pair.  Route "dense" writes them out,
+    (B, Hq, Sq, Sk).  "auto" takes the table unless another bias has tables already.
 
     Args:
         embeddings: (2k + 1, D), or (Hq, 2k + 1, D) for vectors of each head's own; floating.
@@ -39,21 +39,27 @@ class ShawKeys(ContentBias):
     def __init__(self, embeddings: Tensor, *, route: Route = "auto") -> None:
         self.embeddings = _check_vectors("ShawKeys.embeddings", embeddings)
         check_route("ShawKeys", route, ("auto", "table", "dense"))
-        self.route, self.width = route, embeddings.shape[-2]
+        self.route, self.max_distance = route, embeddings.shape[-2] // 2
 
     def __repr__(self) -> str:
-        return f"ShawKeys(max_distance={self.width // 2}, route={self.route!r})"
+        return f"ShawKeys(max_distance={self.max_distance}, route={self.route!r})"
 
-    def _products(self, query: Tensor, scale: float) -> Tensor:
-        """scale * q . e, (B, Hq, Sq, 2k + 1)."""
+    def _products(self, query: Tensor, scale: float, left: int, right: int) -> Tensor:
+        """scale * q . e at the distances -left ... right, (B, Hq, Sq, left + right + 1)."""
         _check_fit("ShawKeys.embeddings", self.embeddings, query, query.shape[-1])
-        return scale * (query @ per_head(self.embeddings.to(query.dtype)).mT)
+        vectors = self.embeddings[..., self.max_distance - left : self.max_distance + right + 1, :]
+        return products(query, scale * vectors.to(query.dtype))
 
-    def tables(self, query: Tensor, key: Tensor, scale: float, reach: int) -> Tables:
-        return Tables(self._products(query, scale), None, None, self.width // 2)
+    def width(self, left: int, right: int) -> int:
+        return min(self.max_distance, left) + min(self.max_distance, right) + 1
+
+    def tables(self, query: Tensor, key: Tensor, scale: float, left: int, right: int) -> Tables:
+        left, right = min(self.max_distance, left), min(self.max_distance, right)
+        return Tables(self._products(query, scale, left, right), None, None, left)
 
     def dense(self, query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
-        return pick_rows(self._products(query, scale), clipped_index(positions, key.shape[2], self.width // 2))
+        reach = self.max_distance
+        return pick_rows(self._products(query, scale, reach, reach), clipped_index(positions, key.shape[2], reach))
 
 
 def clipped_index(positions: Tensor, key_length: int, reach: int) -> Tensor:
@@ -127,7 +133,7 @@ def shaw_attention(
             weights = torch.nn.functional.dropout(weights, dropout_p)
         index = clipped_index(positions, key.shape[2], vectors.shape[-2] // 2)[:, None].expand(weights.shape)
         by_distance = weights.new_zeros(*weights.shape[:3], vectors.shape[-2]).scatter_add(-1, index, weights)
-        out = weights @ repeat_heads(value.to(dtype), heads) + by_distance @ per_head(vectors.to(dtype))
+        out = weights @ repeat_heads(value.to(dtype), heads) + products(by_distance, vectors.to(dtype).mT)
     return out.to(query.dtype)
 
 

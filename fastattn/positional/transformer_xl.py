@@ -11,9 +11,9 @@ from fastattn.positional.content import (
     Route,
     Tables,
     check_route,
+    products,
     repeat_heads,
     takes_columns,
-    takes_tables,
 )
 from fastattn.positional.sinusoid import sinusoidal_embedding
 from fastattn.validation import check_device, check_floating, check_index, check_shape, fail
@@ -32,25 +32,23 @@ class TransformerXL(ContentBias):
         cos(j w) (a_i sin(i w) + b_i cos(i w)) + sin(j w) (b_i sin(i w) - a_i cos(i w))
 
     Route "columns" appends these E columns to queries and keys: exact, and memory grows with the length only; an E
-    of the model's width is more work than the scores themselves.  Route "dense" multiplies A by all Sq + Sk - 1
-    vectors R, (B, Hq, Sq, Sq + Sk - 1) numbers, and reads the diagonals into a bias of (B, Hq, Sq, Sk).  "auto"
-    appends while D + E is at most 256, nothing rotates and there is no softcap.  Distances of both signs are computed,
-    so that attention need not be causal.
-
-    With a clamp there are 2 clamp + 1 vectors R: route "table" hands their products with A to the kernel,
-    (B, Hq, Sq, 2 clamp + 1) numbers, and "auto" takes it unless that is wider than there are keys, something rotates,
-    there is a softcap, or another bias has tables already; then it is "dense".
+    of the model's width is more work than the scores themselves.  Route "table" hands the products of q_i + v_h with
+    the vectors W_h R of all distances at which the masks show a pair to the kernel: (B, Hq, Sq, Sq + Sk - 1) numbers,
+    half as many where attention is causal, at most 2 clamp + 1 for a query with a clamp.  Route "dense" reads the
+    diagonals of the products with all vectors into a bias of (B, Hq, Sq, Sk).  "auto" appends while D + E is at most
+    256 and there is no clamp, takes the table otherwise, and is "dense" beside a rotation, a softcap, or another bias
+    that has tables.  Distances of both signs are computed where they are seen, so that attention need not be causal.
 
     Args:
         weight: W, (Hq, D, E) floating, E even: `r_net.weight` viewed by head.
         u, v: (Hq, D) floating: `r_w_bias` and `r_r_bias`.
         base: of the wavelengths.
         clamp: distances are clamped to [-clamp, clamp] (`clamp_len`).
-        route: "auto", "table" (with a clamp), "columns" (without one) or "dense".
+        route: "auto", "table", "columns" (without a clamp) or "dense".
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; route "columns" with a clamp, "table" without one, either
-            beside a rotation or a softcap.
+        TypeError, ValueError: wrong dtype, shape or device; route "columns" with a clamp, or that or "table" beside a
+            rotation or a softcap.
     """
 
     def __init__(
@@ -74,9 +72,7 @@ class TransformerXL(ContentBias):
         self.clamp = None if clamp is None else check_index(f"{name}.clamp", clamp, least=1)
         if clamp is not None and route == "columns":
             fail(ValueError, f"{name}.route", "'auto', 'table' or 'dense' with a clamp", "'columns'")
-        if clamp is None and route == "table":
-            fail(ValueError, f"{name}.route", "'auto', 'columns' or 'dense' without a clamp", "'table'")
-        self.base, self.route, self.width = base, route, 0 if clamp is None else 2 * clamp + 1
+        self.base, self.route = base, route
 
     def __repr__(self) -> str:
         heads, dim, width = self.weight.shape
@@ -96,6 +92,15 @@ class TransformerXL(ContentBias):
         """A = (q + v) W, (B, Hq, Sq, E)."""
         return (query + self.v.to(query.dtype)[:, None]) @ self.weight.to(query.dtype)
 
+    def _position_scores(self, query: Tensor, distance: Tensor, scale: float) -> Tensor:
+        """scale * (q + v) . W R at the distances i - j, (T,) or (B, T): (B, Hq, Sq, T).
+
+        The vectors are projected, not the queries, which are many and would get wider.
+        """
+        shifted, weight = query + self.v.to(query.dtype)[:, None], scale * self.weight.to(query.dtype)
+        vectors = torch.einsum("...te,hde->...htd", self._sinusoid(distance, query.dtype), weight)
+        return products(shifted, vectors) if vectors.dim() == 3 else shifted @ vectors.mT
+
     def dense(self, query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
         """Everything that is added to scale * q . k."""
         self._check(query)
@@ -104,17 +109,20 @@ class TransformerXL(ContentBias):
         distance = positions[:, :1] - torch.arange(1 - queries, keys, device=query.device)
         if self.clamp is not None:
             distance = distance.clamp(-self.clamp, self.clamp)
-        table = self._position_query(query) @ self._sinusoid(distance, query.dtype)[:, None].mT
-        content = repeat_heads(key, query.shape[1]) @ self.u.to(query.dtype)[..., None]
-        return scale * (shift_rows(table, keys) + content.mT)
+        table = self._position_scores(query, distance[0] if distance.shape[0] == 1 else distance, scale)
+        content = repeat_heads(key, query.shape[1]) @ (scale * self.u.to(query.dtype))[..., None]
+        return shift_rows(table.contiguous(), keys) + content.mT
 
-    def tables(self, query: Tensor, key: Tensor, scale: float, reach: int) -> Tables:
+    def width(self, left: int, right: int) -> int:
+        return left + right + 1 if self.clamp is None else min(self.clamp, left) + min(self.clamp, right) + 1
+
+    def tables(self, query: Tensor, key: Tensor, scale: float, left: int, right: int) -> Tables:
         """Of the position term alone."""
-        assert self.clamp is not None
-        # entry t is of the distance j - i = t - clamp, and R is of i - j
-        distance = torch.arange(self.clamp, -self.clamp - 1, -1, device=query.device)
-        rows = scale * (self._position_query(query) @ self._sinusoid(distance, query.dtype).mT)
-        return Tables(rows, None, None, self.clamp)
+        if self.clamp is not None:
+            left, right = min(self.clamp, left), min(self.clamp, right)
+        # entry t is of the distance j - i = t - left, and R is of i - j
+        distance = torch.arange(left, -right - 1, -1, device=query.device)
+        return Tables(self._position_scores(query, distance, scale), None, None, left)
 
     def lower(self, draft: Draft) -> None:
         query, key = self._operands(draft)
@@ -122,8 +130,8 @@ class TransformerXL(ContentBias):
         if (draft.rotates or draft.caps) and self.route in ("table", "columns"):
             expected = "'auto' or 'dense' beside a rotation or a softcap, which u must not see"
             fail(ValueError, "TransformerXL.route", expected, repr(self.route))
-        tables = self.clamp is not None and takes_tables(self.route, draft, self.width)
         columns = self.clamp is None and takes_columns("TransformerXL", self.route, draft, width)
+        tables = not columns and self._takes_tables(draft)
         if draft.rotates or draft.caps or not (tables or columns):
             self._lower_dense(draft)
             return
