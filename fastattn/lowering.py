@@ -56,11 +56,12 @@ class Draft:
         else:
             least, most = 0, self.key_length
         left, right = max(0, most + self.query_length - 1), max(0, self.key_length - 1 - least)
-        before, after = self.fields.get("window_left", -1), self.fields.get("window_right", -1)
-        return (
-            left if before < 0 else min(left, before),  # type: ignore[operator, type-var]
-            right if after < 0 else min(right, after),  # type: ignore[operator, type-var]
-        )
+        before, after = self.window()
+        return left if before < 0 else min(left, before), right if after < 0 else min(right, after)
+
+    def window(self) -> tuple[int, int]:
+        """`window_left` and `window_right` of the masks lowered so far, -1 = unbounded."""
+        return self.fields.get("window_left", -1), self.fields.get("window_right", -1)  # type: ignore[return-value]
 
     def positions(self) -> Tensor:
         """(B|1, Sq) int64: the position of every query among the keys."""

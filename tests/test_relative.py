@@ -37,10 +37,11 @@ def _network(t: Inputs) -> object:
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
-@pytest.mark.parametrize("offset", [None, 0, torch.tensor([3, 8])], ids=str)
+@pytest.mark.parametrize("offset", [None, 0, -4, 20, torch.tensor([3, 8])], ids=str)
+@pytest.mark.parametrize("window", [(99, 99), (99, 0), (5, 3)], ids=["all", "causal", "window"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fire(
-    dtype: torch.dtype, offset: int | Tensor | None, blocks: int, backend: str, device: str,
+    dtype: torch.dtype, window: tuple[int, int], offset: int | Tensor | None, blocks: int, backend: str, device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if blocks > 1:
@@ -52,19 +53,34 @@ def test_fire(
     }  # fmt: skip
     first = torch.tensor([8]) if offset is None else torch.as_tensor(offset).reshape(-1)
     position = first[:, None] + torch.arange(23)
-    causal = (torch.arange(31) <= position[..., None])[:, None]
+    distance = torch.arange(31) - position[..., None]
+    seen = ((distance >= -window[0]) & (distance <= window[1]))[:, None]
 
     def fast(t: Inputs) -> Tensor:
         bias = FIRE(_network(t), t["c"], t["threshold"])
         return fastattn.attention(
-            t["query"], t["key"], t["value"], bias=bias, mask=fastattn.Causal(), query_offset=offset, backend=backend
-        )
+            t["query"], t["key"], t["value"], bias=bias, mask=fastattn.SlidingWindow(*window), query_offset=offset,
+            backend=backend,
+        )  # fmt: skip
 
     def formula(t: Inputs) -> tuple[Tensor, Tensor]:
         scores = t["query"] @ t["key"].mT * 0.25 + _fire_bias(t, position, 31).to(t["query"].dtype)
-        return attend(scores, t["value"], causal), scores
+        return attend(scores, t["value"], seen), scores
 
     check_scheme(fast, formula, inputs, dtype)
+
+
+def test_fire_passes_over_what_a_causal_mask_hides() -> None:
+    pairs = []
+    network = torch.nn.Linear(1, 4)
+    network.register_forward_hook(lambda _, inputs, __: pairs.append(inputs[0].numel()))
+    q = torch.randn(1, 4, 256, 8)
+    for mask in (None, fastattn.Causal(), fastattn.SlidingWindow(31, 0)):
+        with torch.no_grad():
+            fastattn.attention(q, q, q, bias=FIRE(network, torch.ones(()), torch.ones(())), mask=mask)
+    assert pairs[0] == 256 * 256
+    assert sum(pairs[1:9]) == 32 * 32 * (8 * 9) // 2
+    assert sum(pairs[9:]) == 32 * 32 + 7 * 32 * 63
 
 
 def test_fire_says_what_it_costs() -> None:

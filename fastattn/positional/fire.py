@@ -14,6 +14,8 @@ from fastattn.validation import check_device, check_floating, fail
 
 # Pairs (i, j) that go through the network at a time: 128 MB for the activations of 32 units in float32.
 PAIRS_AT_ONCE = 2**20
+# Into so many blocks at least the queries are cut where each has keys of its own.
+BLOCKS = 8
 EPSILON = 1e-6
 
 
@@ -24,8 +26,9 @@ class FIRE(Bias):
         bias[h, i, j] = network(psi(|i - j|) / (psi(max(threshold, i)) + 1e-6))[h],   psi(x) = ln(|c x| + 1)
 
     It depends on i as well as on the distance, so it has no distance table: the network is evaluated at every pair, in
-    blocks that are recomputed in the backward pass, and the kernel gets a dense bias.  Memory: Hq * Sq * Sk numbers
-    (times B where offsets differ by sequence) for the bias, as many for its gradient.
+    blocks of queries that are recomputed in the backward pass, without the keys that a causal or windowed mask hides
+    from all of a block, and the kernel gets a dense bias.  Memory: Hq * Sq * Sk numbers (times B where offsets differ
+    by sequence) for the bias, as many for its gradient.
 
     Args:
         network: maps (..., 1) in [0, 1] to (..., Hq).
@@ -52,28 +55,49 @@ class FIRE(Bias):
     def _dtype(self) -> torch.dtype:
         return self.c.dtype
 
-    def _rows(self, position: Tensor, key_length: int) -> Tensor:
-        """(B|1, rows, Sk, Hq) for query positions (B|1, rows)."""
+    def _rows(self, position: Tensor, first: int, end: int) -> Tensor:
+        """(B|1, Hq, rows, end - first) for query positions (B|1, rows) and the keys first ... end - 1."""
         dtype, c = self.c.dtype, self.c.reshape(())
         position = position[..., None]
-        size = (torch.arange(key_length, device=position.device) - position).abs()
+        size = (torch.arange(first, end, device=position.device) - position).abs()
         # written so that position 0 is never passed through the logarithm's pole
         top = torch.maximum(position.to(dtype), self.threshold.reshape(()).abs())
         scaled = torch.log1p((c * size).abs()) / (torch.log1p((c * top).abs()) + EPSILON)
-        return self.network(scaled[..., None].to(dtype))
+        return self.network(scaled[..., None].to(dtype)).permute(0, 3, 1, 2)
 
     def lower(self, draft: Draft) -> None:
         check_device("FIRE.c", self.c, draft.device)
         check_device("FIRE.threshold", self.threshold, draft.device)
-        position = draft.positions()
-        rows = max(1, PAIRS_AT_ONCE // max(1, draft.key_length * position.shape[0]))
-        blocks = position.split(rows, dim=1)
-        if len(blocks) > 1 and torch.is_grad_enabled():
-            parts = [checkpoint(self._rows, block, draft.key_length, use_reentrant=False) for block in blocks]
-        else:
-            parts = [self._rows(block, draft.key_length) for block in blocks]
-        dense = torch.cat(parts, dim=1).permute(0, 3, 1, 2)
+        position, keys = draft.positions(), draft.key_length
+        pairs = keys * position.shape[0]  # of a query
+        rows = max(1, PAIRS_AT_ONCE // max(1, pairs))
+        before, after = draft.window()
+        # by arithmetic on plain numbers alone
+        by_block = (before, after) != (-1, -1) and type(draft.query_offset) is int and not torch.compiler.is_compiling()
+        if by_block:
+            rows = min(rows, max(16, -(-draft.query_length // BLOCKS)))
+        again = torch.is_grad_enabled() and pairs * draft.query_length > PAIRS_AT_ONCE
+        parts, start = [], 0
+        for block in position.split(rows, dim=1):
+            first, end = 0, keys
+            if by_block:
+                first, end = _keys_of_rows(start + draft.query_offset, block.shape[1], keys, before, after)  # type: ignore[operator]
+            part = (
+                checkpoint(self._rows, block, first, end, use_reentrant=False)
+                if again
+                else self._rows(block, first, end)
+            )  # type: ignore[no-untyped-call]
+            parts.append(torch.nn.functional.pad(part, (first, keys - end)) if by_block else part)
+            start += block.shape[1]
+        dense = torch.cat(parts, dim=2)
         if dense.shape[1] != draft.heads:
             fail(ValueError, "FIRE.network", f"Hq = {draft.heads} outputs", f"{dense.shape[1]}")
         draft.note_dense("FIRE: its network at every pair", dense)
         add_dense(draft, dense.contiguous())
+
+
+def _keys_of_rows(position: int, rows: int, keys: int, before: int, after: int) -> tuple[int, int]:
+    """The range of keys that some of the queries at `position` and behind it see, with one key at least."""
+    first = 0 if before < 0 else min(max(position - before, 0), max(keys - 1, 0))
+    end = keys if after < 0 else min(max(position + rows + after, first + 1), keys)
+    return first, end
