@@ -150,12 +150,19 @@ def quantized_refusals(problem: QuantizedProblem, name: str | None) -> list[str]
     return _refusals(backend, problem) or ([] if name else backend.volunteers(problem))
 
 
-def run_with_weights(problem: Problem, *, average: bool, leading: int) -> tuple[Tensor, Tensor | None]:
+def run_with_weights(
+    problem: Problem, *, average: bool, leading: int, name: str | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Run attention on the chosen backend: output and weights, None where its kernels do not give them."""
-    backend = _chosen(problem, None, weights=True)
+    backend = _chosen(problem, name, weights=True)
     if not backend.gives_weights:
         return backend.run(problem)[0], None
     return backend.run_with_weights(problem, average=average, leading=leading)
+
+
+def gives_weights(problem: Problem, name: str | None) -> bool:
+    """Whether the kernels of the backend that would run this problem give its weights, too."""
+    return choose(problem, name)[0].gives_weights
 
 
 def weights_alone(problem: Problem, *, average: bool, leading: int) -> Tensor | None:

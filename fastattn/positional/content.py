@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastattn.biases import Bias, add_dense
 from fastattn.lowering import Draft
-from fastattn.reference import finite_rows
-from fastattn.validation import fail
+from fastattn.reference import are_finite, finite_rows
+from fastattn.validation import fail, is_readable
 
 Route = Literal["auto", "table", "columns", "dense"]
 # The widest head dimension that the C++ and Triton kernels take, a multiple of 8.
@@ -102,7 +102,7 @@ class ContentBias(Bias):
         q . k already.
         """
         query, key = (
-            finite_rows(x.to(draft.parameter_dtype))[0] if read else x
+            _without_bad_rows(x.to(draft.parameter_dtype)) if read else x
             for x, read in zip(self._operands(draft), reads, strict=True)
         )
         return query, key
@@ -122,6 +122,11 @@ class ContentBias(Bias):
 
     def _dtype(self) -> torch.dtype:
         raise NotImplementedError
+
+
+def _without_bad_rows(x: Tensor) -> Tensor:
+    """x with zeros for its rows that hold a NaN or infinity; x itself where it can be seen that none does."""
+    return x if is_readable(x) and are_finite(x).all() else finite_rows(x)[0]
 
 
 def takes_columns(name: str, route: Route, draft: Draft, columns: int) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastattn import dispatch
 from fastattn.biases import Bias
-from fastattn.functional import attention, cast_for_autocast, lower_offset
+from fastattn.functional import attention, cast_for_autocast, lower, lower_offset
 from fastattn.lowering import standalone
 from fastattn.masks import Mask
 from fastattn.positional.content import ContentBias, Route, Tables, check_route, pick_rows, products, repeat_heads
-from fastattn.problem import default_scale
+from fastattn.problem import default_scale, parameter_dtype
 from fastattn.softmax import masked_softmax
 from fastattn.validation import check_device, check_floating, check_number, fail
 
@@ -89,9 +92,10 @@ def shaw_attention(
     The second term of the output is sum_r W[i, r] b_r with W[i, r] the weights summed over the keys at clipped
     distance r, so db_r = sum_i W[i, r] dout_i, and dP[i, j] gains dout_i . b_r.
 
-    Without `value_embeddings` this is `attention` with `ShawKeys`.  With them the weights themselves are needed: they
-    are made by the fused masked softmax of scores that are written out, and take (B, Hq, Sq, Sk) numbers in float32
-    (float64 for float64 queries), as do the scores before them; dropout is torch's.
+    Without `value_embeddings` this is `attention` with `ShawKeys`.  With them the weights themselves are needed,
+    (B, Hq, Sq, Sk) numbers.  On CPUs a kernel gives them beside its output, in the query's dtype; elsewhere they are made
+    by the fused masked softmax of scores that are written out, both in float32 (float64 for float64 queries), and
+    dropout is torch's.
 
     Args:
         query, key, value: (B, Hq, Sq, D), (B, Hk, Sk, D), (B, Hk, Sk, Dv) as in `attention`.
@@ -117,24 +121,53 @@ def shaw_attention(
         if check_floating(name, x).dim() != 4:
             fail(ValueError, name, "four dimensions (batch, heads, length, head_dim)", x)
     query, key, value = cast_for_autocast(query, key, value)
-    heads, dtype = query.shape[1], torch.float64 if query.dtype == torch.float64 else torch.float32
     vectors = _check_vectors("value_embeddings", value_embeddings)
     _check_fit("value_embeddings", vectors, query, value.shape[-1])
     scale = default_scale(query.shape[-1]) if scale is None else check_number("scale", scale)
     offset = lower_offset({}, query_offset, query.shape[0], query.shape[2], key.shape[2], query.device)
     positions = standalone(*query.shape[:3], key.shape[2], query.device, offset).positions()
-    wide = query.to(dtype)
+    dtype = parameter_dtype(query.dtype)
+    call = {"mask": mask, "bias": bias, "query_offset": query_offset}
     with torch.autocast(query.device.type, enabled=False):
-        scores = scale * (wide @ repeat_heads(key.to(dtype), heads).mT)
-        if key_embeddings is not None:
-            scores = scores + ShawKeys(key_embeddings).dense(wide, key, positions, scale)
-        weights = masked_softmax(scores, mask=mask, bias=bias, query_offset=query_offset, backend=backend)
-        if dropout_p:
-            weights = torch.nn.functional.dropout(weights, dropout_p)
+        shaw = None if key_embeddings is None else ShawKeys(key_embeddings)
+        if dispatch.gives_weights(lower(query, key, value), backend):  # type: ignore[arg-type]
+            out, weights = _with_weights(query, key, value, shaw, scale, dropout_p, backend, **call)
+        else:
+            out, weights = _written_out(query, key, value, shaw, scale, dropout_p, backend, positions, **call)
         index = clipped_index(positions, key.shape[2], vectors.shape[-2] // 2)[:, None].expand(weights.shape)
+        weights = weights.to(dtype)
         by_distance = weights.new_zeros(*weights.shape[:3], vectors.shape[-2]).scatter_add(-1, index, weights)
-        out = weights @ repeat_heads(value.to(dtype), heads) + products(by_distance, vectors.to(dtype).mT)
-    return out.to(query.dtype)
+        return (out + products(by_distance, vectors.to(dtype).mT)).to(query.dtype)
+
+
+def _with_weights(
+    query: Tensor, key: Tensor, value: Tensor, shaw: ShawKeys | None, scale: float, dropout_p: float,
+    backend: str | None, *, bias: Bias | None, **call: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The first term of the output and the weights, by a kernel that gives both."""
+    both = bias if shaw is None else shaw if bias is None else bias + shaw
+    problem = lower(query, key, value, bias=both, scale=scale, dropout_p=dropout_p, **call)
+    out, weights = dispatch.run_with_weights(problem, average=False, leading=0, name=backend)  # type: ignore[arg-type]
+    assert weights is not None
+    if dropout_p == 1.0:  # lowered without dropout: everything is dropped
+        return out * 0.0, weights * 0.0
+    return out, weights
+
+
+def _written_out(
+    query: Tensor, key: Tensor, value: Tensor, shaw: ShawKeys | None, scale: float, dropout_p: float,
+    backend: str | None, positions: Tensor, **call: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with the scores written out, in the parameter dtype."""
+    heads, dtype = query.shape[1], parameter_dtype(query.dtype)
+    wide = query.to(dtype)
+    scores = scale * (wide @ repeat_heads(key.to(dtype), heads).mT)
+    if shaw is not None:
+        scores = scores + shaw.dense(wide, key, positions, scale)
+    weights = masked_softmax(scores, backend=backend, **call)
+    if dropout_p:
+        weights = torch.nn.functional.dropout(weights, dropout_p)
+    return weights @ repeat_heads(value.to(dtype), heads), weights
 
 
 def _check_vectors(name: str, x: object) -> Tensor:
