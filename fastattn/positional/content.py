@@ -146,19 +146,6 @@ def check_route(name: str, route: object, allowed: tuple[str, ...]) -> None:
         fail(ValueError, f"{name}.route", f"{', '.join(most)} or {last}", repr(route))
 
 
-def products(x: Tensor, vectors: Tensor) -> Tensor:
-    """x . vectors, (B, H, S, C) of x (B, H, S, D) and vectors (C, D), shared by all heads, or (H, C, D).
-
-    The batch elements of a head are one matrix: `matmul` would copy the vectors for each of them.
-    """
-    return x @ vectors.mT if vectors.dim() == 2 else torch.einsum("bhsd,hcd->bhsc", x, vectors)
-
-
-def products_by_column(vectors: Tensor, x: Tensor) -> Tensor:
-    """The same as (B, H, C, S)."""
-    return torch.einsum("cd,bhsd->bhcs" if vectors.dim() == 2 else "hcd,bhsd->bhcs", vectors, x)
-
-
 def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows (B, H, Sq, C) at index (B|1, Sq, Sk): a row table, read."""
     return rows.gather(-1, index[:, None].expand(rows.shape[0], rows.shape[1], -1, -1))

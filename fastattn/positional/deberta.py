@@ -14,8 +14,6 @@ from fastattn.positional.content import (
     check_route,
     pick_columns,
     pick_rows,
-    products,
-    products_by_column,
     repeat_heads,
 )
 from fastattn.validation import check_device, check_floating, check_index, fail
@@ -31,8 +29,8 @@ class Disentangled(ContentBias):
 
     DeBERTa's scale is 1 / sqrt(D n), n the number of terms: pass it to `attention`.  Route "table" hands the products
     q . kr and k . qr to the kernel, (B, Hq, Sq, 2 span) and (B, Hk, 2 span, Sk) numbers.  Route "dense" writes their
-    sum out, (B, Hq, Sq, Sk).  "auto" takes the tables unless they are wider than there are keys, or another bias
-    has tables already.
+    sum out, (B, Hq, Sq, Sk).  "auto" takes the tables unless another bias has tables already.  Where the masks show no
+    pair beyond the buckets of one distance each, they have a column for each distance that is seen.
 
     Args:
         position_keys: kr, (2 span, D), or (Hq, 2 span, D) when projected by head; None without c2p.
@@ -106,9 +104,9 @@ class Disentangled(ContentBias):
 
         rows = cols = None
         if self.position_keys is not None:
-            rows = products(query, vectors("position_keys", self.position_keys, query))
+            rows = query @ vectors("position_keys", self.position_keys, query).mT
         if self.position_queries is not None:
-            cols = products_by_column(vectors("position_queries", self.position_queries, key), key)
+            cols = vectors("position_queries", self.position_queries, key) @ key.mT
         if by_distance:
             return Tables(rows, cols, None, before)
         reach = min(max(left, right), self._reach())
@@ -137,10 +135,10 @@ class Disentangled(ContentBias):
         index = self._columns(distance).unfold(-1, keys, 1).flip(-2)
         total = None
         if self.position_keys is not None:
-            table = products(query, scale * self._vectors("position_keys", self.position_keys, query))
+            table = query @ (scale * self._vectors("position_keys", self.position_keys, query)).mT
             total = pick_rows(table, index)
         if self.position_queries is not None:
-            table = products(key, scale * self._vectors("position_queries", self.position_queries, key))
+            table = key @ (scale * self._vectors("position_queries", self.position_queries, key)).mT
             seen = pick_columns(repeat_heads(table, query.shape[1]), index)
             total = seen if total is None else total + seen
         assert total is not None

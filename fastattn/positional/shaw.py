@@ -12,7 +12,7 @@ from fastattn.biases import Bias
 from fastattn.functional import attention, cast_for_autocast, lower, lower_offset
 from fastattn.lowering import standalone
 from fastattn.masks import Mask
-from fastattn.positional.content import ContentBias, Route, Tables, check_route, pick_rows, products, repeat_heads
+from fastattn.positional.content import ContentBias, Route, Tables, check_route, pick_rows, repeat_heads
 from fastattn.problem import default_scale, parameter_dtype
 from fastattn.softmax import masked_softmax
 from fastattn.validation import check_device, check_floating, check_number, fail
@@ -51,7 +51,7 @@ class ShawKeys(ContentBias):
         """scale * q . e at the distances -left ... right, (B, Hq, Sq, left + right + 1)."""
         _check_fit("ShawKeys.embeddings", self.embeddings, query, query.shape[-1])
         vectors = self.embeddings[..., self.max_distance - left : self.max_distance + right + 1, :]
-        return products(query, scale * vectors.to(query.dtype))
+        return query @ (scale * vectors.to(query.dtype)).mT
 
     def width(self, left: int, right: int) -> int:
         return min(self.max_distance, left) + min(self.max_distance, right) + 1
@@ -93,8 +93,8 @@ def shaw_attention(
     distance r, so db_r = sum_i W[i, r] dout_i, and dP[i, j] gains dout_i . b_r.
 
     Without `value_embeddings` this is `attention` with `ShawKeys`.  With them the weights themselves are needed,
-    (B, Hq, Sq, Sk) numbers.  On CPUs a kernel gives them beside its output, in the query's dtype; elsewhere they are made
-    by the fused masked softmax of scores that are written out, both in float32 (float64 for float64 queries), and
+    (B, Hq, Sq, Sk) numbers.  On CPUs a kernel gives them beside its output, in the query's dtype; elsewhere they are
+    made by the fused masked softmax of scores that are written out, both in float32 (float64 for float64 queries), and
     dropout is torch's.
 
     Args:
@@ -137,7 +137,7 @@ def shaw_attention(
         index = clipped_index(positions, key.shape[2], vectors.shape[-2] // 2)[:, None].expand(weights.shape)
         weights = weights.to(dtype)
         by_distance = weights.new_zeros(*weights.shape[:3], vectors.shape[-2]).scatter_add(-1, index, weights)
-        return (out + products(by_distance, vectors.to(dtype).mT)).to(query.dtype)
+        return (out + by_distance @ vectors.to(dtype)).to(query.dtype)
 
 
 def _with_weights(

@@ -11,7 +11,6 @@ from fastattn.positional.content import (
     Route,
     Tables,
     check_route,
-    products,
     repeat_heads,
     takes_columns,
 )
@@ -99,7 +98,7 @@ class TransformerXL(ContentBias):
         """
         shifted, weight = query + self.v.to(query.dtype)[:, None], scale * self.weight.to(query.dtype)
         vectors = torch.einsum("...te,hde->...htd", self._sinusoid(distance, query.dtype), weight)
-        return products(shifted, vectors) if vectors.dim() == 3 else shifted @ vectors.mT
+        return shifted @ vectors.mT
 
     def dense(self, query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
         """Everything that is added to scale * q . k."""
