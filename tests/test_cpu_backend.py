@@ -172,6 +172,7 @@ def check_gradients(
         else:
             # sums of many terms that cancel: bounded by the unit roundoff of the inputs times the mass of |dS|
             mass = problem.query_length * problem.key_length * problem.num_heads
+            mass *= problem.batch_size if grad.shape[0] == 1 else 1
             distance = problem.key_length if name == "slopes" else 1
             error = (grad.double() - exact[name]).abs().max()
             assert error <= 4 * u * distance * mass**0.5 + 2 * (peer[name].double() - exact[name]).abs().max(), name
@@ -653,6 +654,41 @@ def test_only_the_gradients_asked_for() -> None:
 def test_gradient_of_a_broadcast_bias(shape: tuple[int, ...]) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         check(plain(dtype, 33, 47, dense_bias=random(*shape, seed=40, dtype=dtype)))
+
+
+@pytest.mark.parametrize("heads", [4, 1])
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "masks"),
+    [
+        (70, 9, 11, {}),  # two batch elements to a group
+        (70, 9, 11, {"window_right": 0}),
+        (37, 33, 70, {"key_lengths": torch.arange(37) * 2}),
+        (3, 140, 1100, {"window_left": 700, "window_right": 30, "query_offset": 900}),  # chunks of the keys
+        (1, 140, 600, {}),
+    ],
+    ids=str,
+)
+def test_gradient_of_a_bias_shared_by_the_batch(
+    batch: int, queries: int, keys: int, masks: dict[str, object], heads: int
+) -> None:
+    """Groups of batch elements are summed where dS is: the formula's, and the same bits on any number of threads."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        bias = random(1, heads, queries, keys, seed=40, dtype=dtype) / 4
+        problem = plain(dtype, queries, keys, b=batch, d=16, dense_bias=bias, **masks)
+        check(problem)
+        grad_out = random(batch, 4, queries, 16, seed=20, dtype=dtype)
+        out, _, statistics = torch.ops.fastattn.cpu_forward(*problem.arguments())
+        before, results = torch.get_num_threads(), []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(
+                torch.ops.fastattn.cpu_backward(grad_out, None, out, statistics, 0b100111, *problem.arguments())
+            )
+        torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(results[0], other, strict=True))
+        alone = torch.ops.fastattn.cpu_backward(grad_out, None, out, statistics, 0b100000, *problem.arguments())
+        assert torch.equal(alone[5], results[0][5])
 
 
 def test_malformed_arguments_are_refused() -> None:

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "bias_gradient.h"
+#include "bias_sum.h"
 #include "forward.h"
 #include "gradient_tile.h"
 #include "ordered_sum.h"
@@ -45,8 +46,9 @@ class Backward {
     chunks = larger(ceil_div(p.key_length, chunk_keys), i64{1});
     dq_width = round_up(larger(p.head_dim, i64{1}), kWholeColumns<Mode>);
     dq_rows = round_up(p.query_length, p.query_length > kRows ? kRows : i64{Mode::kRowMultiple});
-    products = out.dquery || out.dkey || out.dvalue || out.dslopes || out.dtable || writes_bias() || out.drow_table ||
-               out.dcol_table;
+    if (!writes_bias()) shared_bias.plan(p, out.ddense_bias, chunks * p.kv_heads);
+    products = out.dquery || out.dkey || out.dvalue || out.dslopes || out.dtable || writes_bias() || shared_bias ||
+               out.drow_table || out.dcol_table;
     if (out.dquery && chunks > 1)
       dquery.allocate(units, chunks, p.group() * query_tiles(), smaller(dq_rows, kRows) * dq_width);
     if (chunks > 1) partial_rows = Buffer<Acc>((chunks - 1) * p.batch * p.query_heads * p.query_length * row_columns());
@@ -61,12 +63,18 @@ class Backward {
     if (in.grad_weights.view) sum_rows(parallel);
     each(p.batch * p.query_heads, [](void* self, i64 i) { static_cast<Backward*>(self)->delta_item(i); });
     if (writes_bias()) clear(out.ddense_bias);
-    if (products)
+    if (shared_bias)
+      each(chunks * shared_bias.groups() * p.kv_heads,
+           [](void* self, i64 i) { static_cast<Backward*>(self)->group_item(i); });
+    else if (products)
       each(chunks * p.batch * p.kv_heads, [](void* self, i64 i) { static_cast<Backward*>(self)->chunk_item(i); });
     if (out.drow_table && chunks > 1)
       each(p.batch * p.query_heads, [](void* self, i64 i) { static_cast<Backward*>(self)->reduce_rows_item(i); });
     reduce_parameters();
-    if (out.ddense_bias && !writes_bias()) bias_gradient<Mode>(engine, out.ddense_bias, parallel);
+    if (shared_bias)
+      shared_bias.write(out.ddense_bias, parallel);
+    else if (out.ddense_bias && !writes_bias())
+      bias_gradient<Mode>(engine, out.ddense_bias, parallel);
   }
 
  private:
@@ -87,8 +95,9 @@ class Backward {
   Tile engine;
   i64 chunks = 1, chunk_keys = 1, dq_rows = 1, dq_width = 1;
   bool products = false;
-  Buffer<Acc> near_norms;    // (B * Hq, tiles of queries): Tile::Near
-  OrderedSum<Acc> dquery;    // (B * Hk, group, dq_rows, dq_width) in tiles of queries, if there are several chunks
+  Buffer<Acc> near_norms;  // (B * Hq, tiles of queries): Tile::Near
+  OrderedSum<Acc> dquery;  // (B * Hk, group, dq_rows, dq_width) in tiles of queries, if there are several chunks
+  BiasSum<Acc> shared_bias;
   Buffer<Acc> partial_rows;  // (chunks - 1, B * Hq, Sq, C): the first chunk's are the gradient itself
   Buffer<double> partial_slopes, partial_table, partial_sink;  // (B * Hq, chunks, ...)
 
@@ -230,6 +239,16 @@ class Backward {
     return s;
   }
 
+  // A chunk of the keys of all batch elements that share a sum of the bias's gradient.
+  void group_item(i64 index) {
+    const i64 kv_head = index % p.kv_heads, group = index / p.kv_heads % shared_bias.groups();
+    const i64 chunk = index / p.kv_heads / shared_bias.groups();
+    for (i64 h = kv_head * p.group(); h < (kv_head + 1) * p.group(); ++h)
+      shared_bias.clear(group, h, chunk * chunk_keys, smaller((chunk + 1) * chunk_keys, p.key_length));
+    for (i64 b = shared_bias.first(group); b < shared_bias.last(group); ++b)
+      chunk_item((chunk * p.batch + b) * p.kv_heads + kv_head);
+  }
+
   void chunk_item(i64 index) {
     const i64 units = p.batch * p.kv_heads;
     const i64 chunk = index / units, b = index % units / p.kv_heads, kv_head = index % p.kv_heads;
@@ -319,6 +338,7 @@ class Backward {
         if (writes_bias() && seen.low < seen.high)
           store_row(out.ddense_bias.dtype, ds + seen.low, seen.high - seen.low,
                     out.ddense_bias.mutable_at(keys.b, h, i, keys.origin + seen.low));
+        if (shared_bias) shared_bias.add(shared_bias.row(keys.b, h, i) + keys.origin, ds, seen.low, seen.high);
       };
       Acc* const rows_of_dq = out.dquery ? query_rows(dq, first) : nullptr;
       RowRanges ranges;
