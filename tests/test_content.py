@@ -430,6 +430,27 @@ def test_tables_of_what_the_mask_shows(
         torch.testing.assert_close(mine, want)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0), (1, 1), (1, 6)])
+@pytest.mark.parametrize("mask", [None, fastattn.Causal(), fastattn.SlidingWindow(2, 0)], ids=str)
+def test_tables_of_the_shortest_calls(
+    queries: int, keys: int, mask: fastattn.Mask | None, backend: str, device: str
+) -> None:
+    q, k = (torch.randn(2, HEADS, n, DIM, dtype=torch.float64, requires_grad=True) for n in (queries, keys))
+    biases = (
+        lambda route: ShawKeys(torch.ones(7, DIM), route=route),
+        lambda route: fnn.TransformerXLBias(HEADS, DIM, 64, route=route).double()(),
+        lambda route: Disentangled(torch.ones(8, DIM), torch.ones(8, DIM), buckets=4, max_distance=8, route=route),
+    )
+    for bias in biases:
+        results = []
+        for route in ("table", "dense"):
+            torch.manual_seed(0)
+            out = fastattn.attention(q, k, k, mask=mask, bias=bias(route), backend=backend)
+            results.append([out, *torch.autograd.grad(out.sum(), (q, k))])
+        for mine, want in zip(*results, strict=True):
+            torch.testing.assert_close(mine, want)
+
+
 @pytest.mark.parametrize("offset", [-40, 0, 300, torch.tensor([-40, 300])], ids=str)
 def test_tables_far_from_the_diagonal(offset: int | Tensor, backend: str, device: str) -> None:
     """Every pair beyond the reach on one side: each column of a table but one has gradient 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -76,17 +77,14 @@ class FIRE(Bias):
         by_block = (before, after) != (-1, -1) and type(draft.query_offset) is int and not torch.compiler.is_compiling()
         if by_block:
             rows = min(rows, max(16, -(-draft.query_length // BLOCKS)))
-        again = torch.is_grad_enabled() and pairs * draft.query_length > PAIRS_AT_ONCE
+        recomputed = torch.is_grad_enabled() and pairs * draft.query_length > PAIRS_AT_ONCE
+        evaluate = partial(checkpoint, self._rows, use_reentrant=False) if recomputed else self._rows
         parts, start = [], 0
         for block in position.split(rows, dim=1):
             first, end = 0, keys
             if by_block:
                 first, end = _keys_of_rows(start + draft.query_offset, block.shape[1], keys, before, after)  # type: ignore[operator]
-            part = (
-                checkpoint(self._rows, block, first, end, use_reentrant=False)
-                if again
-                else self._rows(block, first, end)
-            )  # type: ignore[no-untyped-call]
+            part = evaluate(block, first, end)
             parts.append(torch.nn.functional.pad(part, (first, keys - end)) if by_block else part)
             start += block.shape[1]
         dense = torch.cat(parts, dim=2)
