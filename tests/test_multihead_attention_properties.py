@@ -450,3 +450,23 @@ def test_projections_are_freed_before_the_output_projection(
         module(x, x, x, need_weights=need_weights)
     assert len(made) == 3
     assert alive == [0]
+
+
+@pytest.mark.parametrize("where", ["class", "instance", "submodule"])
+def test_an_encoding_is_found_wherever_it_is(where: str) -> None:
+    slopes = fastattn.ALiBi(torch.tensor([0.5, 0.25]))
+
+    class Own(MultiheadAttention):
+        position = property(lambda self: slopes)  # type: ignore[assignment]
+
+    torch.manual_seed(0)
+    module = (Own if where == "class" else MultiheadAttention)(E, 2)
+    if where == "instance":
+        module.position = slopes
+    if where == "submodule":
+        module.position = fastattn.nn.ALiBi(2)
+        slopes = module.position()
+    torch.manual_seed(0)
+    plain, x = MultiheadAttention(E, 2), torch.randn(L, N, E)
+    assert torch.equal(module(x, x, x)[0], plain(x, x, x, position=slopes)[0])
+    assert not torch.equal(module(x, x, x)[0], plain(x, x, x)[0])

@@ -1,9 +1,10 @@
 """What biases that depend on the contents share: the operands they read, and tables by row or column.
 
-There are three routes into the kernel.  Where the bias depends on a query (or a key) and on few clamped distances,
-tables of each query's (each key's) own, read inside the kernel: (B, Hq, Sq, C) and (B, Hk, C, Sk) numbers.  Where it is
-a product of low rank, columns appended to the head dimension of queries and keys.  Both take memory that grows with the
-length only.  Everything else is written out, as a dense bias of (B, Hq, Sq, Sk).  Tables and dense biases are float32
+There are three routes into the kernel.  Where the bias depends on a query (or a key) and on the distance, tables of
+each query's (each key's) own, read inside the kernel: (B, Hq, Sq, C) and (B, Hk, C, Sk) numbers, with C columns for the
+distances that are told apart and seen.  Where it is a product of low rank, columns appended to the head dimension of
+queries and keys.  Columns, and tables of clamped distances, take memory that grows with the length only.  Everything
+else is written out, as a dense bias of (B, Hq, Sq, Sk).  Tables and dense biases are float32
 (float64 for float64 queries).  `fastattn.explain` names the route taken, with its memory; objects and gradients are the
 same either way.
 """

@@ -98,9 +98,8 @@ class Disentangled(ContentBias):
 
         def vectors(what: str, x: Tensor, operand: Tensor) -> Tensor:
             # they count i - j and tables j - i: in reverse, so that columns rise with the distance
-            return scale * self._vectors(what, x, operand)[..., self.span + 1 - after : self.span + 1 + before, :].flip(
-                -2
-            )
+            near = self._vectors(what, x, operand)[..., self.span + 1 - after : self.span + 1 + before, :]
+            return scale * near.flip(-2)
 
         rows = cols = None
         if self.position_keys is not None:
