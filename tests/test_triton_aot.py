@@ -36,11 +36,12 @@ from fastattn.triton_kernels import (  # noqa: E402
     attention_forward,
     bias_gradient,
     content_tables,
+    spans,
 )
 from fastattn.triton_kernels.attention_gradients import attention_backward as backward  # noqa: E402
 
 HEADS = 4
-WITHOUT_PRODUCTS = ("attention_delta_kernel", "table_gradient_fold_kernel")
+WITHOUT_PRODUCTS = ("attention_delta_kernel", "table_gradient_fold_kernel", "spans_kernel")
 # Keywords of a call with heads of this dimension.
 FEATURES: dict[str, Callable[[int], dict[str, object]]] = {
     "plain": lambda dim: {},
@@ -136,7 +137,7 @@ def test_the_baseline_is_of_every_case() -> None:
 
 def test_the_representative_set_has_every_kernel() -> None:
     launched = {launch.kernel.__name__ for case in _representative_cases() for launch in _launches(case)}
-    modules = (attention_forward, attention_backward, bias_gradient, content_tables)
+    modules = (attention_forward, attention_backward, bias_gradient, content_tables, spans)
     assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 

@@ -179,7 +179,7 @@ def additive_bias_gradient_kernel(
         m0 = (i_m + (r // SUM_N) % SUM_M) * BM
         h = tl.cast(i_h + (r // (SUM_N * SUM_M)) % SUM_H, tl.int64)
         b = tl.cast(i_b + r // (SUM_N * SUM_M * SUM_H), tl.int64)
-        if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+        if any_visible(b, 0, m0, n0, None, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
             _dropped, ds, _b_do = tile_gradient(
                 b, h, m0, n0, columns, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
                 HEADS, GROUP, D, DV, BM, BN, BDV, HAS_LEFT, HAS_RIGHT, HAS_DROPOUT, PRECISION,
@@ -208,7 +208,7 @@ def additive_table_gradient_kernel(
         for i_m in range(tl.maximum(0, -diagonal) + i_s, tl.minimum(TILES_M, TILES_N - diagonal), SPLITS):
             m0 = i_m * BM
             n0 = (i_m + diagonal) * BN
-            if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+            if any_visible(b, 0, m0, n0, None, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
                 _dropped, ds, _b_do = tile_gradient(
                     b, h, m0, n0, columns, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
                     HEADS, GROUP, D, DV, BM, BN, BDV, HAS_LEFT, HAS_RIGHT, HAS_DROPOUT, PRECISION,

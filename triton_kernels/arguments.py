@@ -34,8 +34,17 @@ class Interval(NamedTuple):
 
 
 @remembers
+class Spans(NamedTuple):
+    """(B, H, blocks, 4) int32: what blocks of rows see by masks by element (spans.py)."""
+
+    ptr: Any
+    sb: Any
+    sh: Any
+
+
+@remembers
 class Mask(NamedTuple):
-    """Masks that need a look at every element."""
+    """Masks that need a look at every element, and what is known of them."""
 
     query_ids: Any
     query_ids_sb: Any
@@ -46,6 +55,8 @@ class Mask(NamedTuple):
     dense_sh: Any
     dense_si: Any
     dense_sj: Any
+    key_spans: Any  # Spans of the queries, or None
+    query_spans: Any  # of the keys
 
 
 @remembers
@@ -111,5 +122,5 @@ class Numbers(NamedTuple):
 
 
 NO_INTERVAL = Interval(*[None, 0] * 3)
-NO_MASK = Mask(None, 0, None, 0, None, 0, 0, 0, 0)
+NO_MASK = Mask(None, 0, None, 0, None, 0, 0, 0, 0, None, None)
 NO_BIAS = Bias(None, 0, None, 0, 0, None, 0, 0, 0, 0, None)

@@ -16,6 +16,7 @@ from .features import Features, operand
 from .launcher import Constants, constants, launch
 from .layout import dense, empty_like_layout
 from .rotary import rotate
+from .spans import with_spans
 
 
 class Call(Features):
@@ -102,7 +103,7 @@ def attention_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     if num_tiles * batch * heads:
         arguments = (
             operand(call.q), operand(call.k), operand(call.v), operand(out), lse, statistics,
-            call.mask, call.bias, call.extra, call.interval, call.numbers,
+            with_spans(call.mask, problem), call.bias, call.extra, call.interval, call.numbers,
         )  # fmt: skip
         launch(
             attention_forward_kernel, num_tiles * batch * heads, arguments, call.constants(tile),

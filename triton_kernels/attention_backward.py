@@ -28,6 +28,7 @@ from .scores import (
     scores,
     table_reach,
 )
+from .spans import narrowed
 
 
 @triton.jit
@@ -200,27 +201,32 @@ def attention_backward_kv_kernel(
     right_sum = tl.zeros([BN], dtype=tl.float32)
 
     HAS_TABLE: tl.constexpr = bias.table is not None or bias.content is not None
-    ALWAYS_GENERAL: tl.constexpr = mask.query_ids is not None or mask.dense is not None
-    STARTS_GENERAL: tl.constexpr = HAS_RIGHT or interval.prefix_lengths is not None
+    MASKED: tl.constexpr = mask.query_ids is not None or mask.dense is not None
+    STARTS_GENERAL: tl.constexpr = HAS_RIGHT or interval.prefix_lengths is not None or MASKED
+    ALWAYS_GENERAL: tl.constexpr = MASKED and mask.query_spans is None
     offset = query_offset(interval, numbers, b)
     last = n0 + BN - 1
-    lo, hi, full_lo, full_hi = queries_of_keys(n0, last, offset, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
-    start = tl.maximum(lo, 0) // BM * BM
-    full = tl.maximum((tl.maximum(full_lo, 0) + BM - 1) // BM * BM, start)
-    full_end = tl.maximum(tl.maximum(full_hi, 0) // BM * BM, full)
-    if HAS_TABLE:
-        reach_left, reach_right = table_reach(bias, numbers)
-        # rows from `left` on have the whole tile beyond the table's left reach; rows before `right` beyond its right
-        left = (tl.maximum(last + reach_left - offset, 0) + BM - 1) // BM * BM
-        left = tl.minimum(tl.maximum(left, full), full_end)
-        right = tl.maximum(n0 - reach_right - offset + 1, 0) // BM * BM
-        right = tl.minimum(tl.maximum(right, full), left)
+    rows = queries_of_keys(n0, last, offset, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    reach_left, reach_right = table_reach(bias, numbers)
 
     entries = 0
     if p_dcols is not None:
         entries = bias.content.left + bias.content.right + 1
     for g in range(GROUP):
         h = h_kv * GROUP + g
+        lo, hi, full_lo, full_hi = rows
+        lo, hi, full_lo, full_hi = narrowed(
+            lo, hi, full_lo, full_hi, mask.query_spans, b, h, n0, numbers.key_length, BN
+        )
+        start = tl.maximum(lo, 0) // BM * BM
+        full = tl.maximum((tl.maximum(full_lo, 0) + BM - 1) // BM * BM, start)
+        full_end = tl.maximum(tl.maximum(full_hi, 0) // BM * BM, full)
+        if HAS_TABLE:
+            # rows from `left` on have the whole tile beyond the table's left reach; those before `right`, its right
+            left = (tl.maximum(last + reach_left - offset, 0) + BM - 1) // BM * BM
+            left = tl.minimum(tl.maximum(left, full), full_end)
+            right = tl.maximum(n0 - reach_right - offset + 1, 0) // BM * BM
+            right = tl.minimum(tl.maximum(right, full), left)
         bh = b * HEADS + h
         p_q = q.ptr + b * q.sb + h * q.sh
         p_do = do.ptr + b * do.sb + h * do.sh
@@ -370,8 +376,10 @@ def attention_backward_q_kernel(
     first = m0 + offset
     last = tl.minimum(m0 + BM, numbers.query_length) - 1 + offset
     lo, hi, full_lo, full_hi = keys_of_queries(first, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, full_lo, full_hi = narrowed(lo, hi, full_lo, full_hi, mask.key_spans, b, h, m0, numbers.query_length, BM)
     HAS_TABLE: tl.constexpr = bias.table is not None or bias.content is not None
-    ALWAYS_GENERAL: tl.constexpr = mask.query_ids is not None or mask.dense is not None
+    STARTS_GENERAL: tl.constexpr = HAS_LEFT or mask.query_ids is not None or mask.dense is not None
+    ALWAYS_GENERAL: tl.constexpr = (mask.query_ids is not None or mask.dense is not None) and mask.key_spans is None
     NEEDS_SLOPES: tl.constexpr = p_dslopes is not None
     NEEDS_TABLE: tl.constexpr = p_dtable_ends is not None
     reach_left, reach_right = table_reach(bias, numbers)
@@ -402,7 +410,7 @@ def attention_backward_q_kernel(
         entries = bias.content.left + bias.content.right + 1
         p_drow = p_drows + bh.to(tl.int64) * numbers.query_length * entries
 
-    if HAS_LEFT or ALWAYS_GENERAL:
+    if STARTS_GENERAL:
         b_dq, slope_sum, left_sum, right_sum, row_left, row_right = _key_tiles(
             b_dq, slope_sum, left_sum, right_sum, row_left, row_right, b_q, b_do, largest, log_sum, delta,
             start, tl.minimum(full, hi),

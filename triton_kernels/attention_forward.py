@@ -19,6 +19,7 @@ from .scores import (
     scores,
     table_reach,
 )
+from .spans import narrowed
 
 
 @triton.jit
@@ -109,8 +110,10 @@ def attention_forward_kernel(
     first = m0 + offset
     last = tl.minimum(m0 + BM, numbers.query_length) - 1 + offset
     lo, hi, full_lo, full_hi = keys_of_queries(first, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, full_lo, full_hi = narrowed(lo, hi, full_lo, full_hi, mask.key_spans, b, h, m0, numbers.query_length, BM)
     HAS_TABLE: tl.constexpr = bias.table is not None or bias.content is not None
-    ALWAYS_GENERAL: tl.constexpr = mask.query_ids is not None or mask.dense is not None
+    STARTS_GENERAL: tl.constexpr = HAS_LEFT or mask.query_ids is not None or mask.dense is not None
+    ALWAYS_GENERAL: tl.constexpr = (mask.query_ids is not None or mask.dense is not None) and mask.key_spans is None
     reach_left, reach_right = table_reach(bias, numbers)
     start, full, near, far, full_end = split(
         first, last, lo, hi, full_lo, full_hi, reach_left, reach_right, BN, ALWAYS_GENERAL, HAS_TABLE, HAS_RIGHT
@@ -131,7 +134,7 @@ def attention_forward_kernel(
         m_i = tl.full([BM], NEG_INF, dtype=tl.float32)
         l_i = tl.zeros([BM], dtype=tl.float32)
 
-    if HAS_LEFT or ALWAYS_GENERAL:
+    if STARTS_GENERAL:
         acc, l_i, m_i = _tiles(
             acc, l_i, m_i, b_q, start, tl.minimum(full, hi), i, p, m0, bh, h, b, k, v, p_k, p_v,
             mask, bias, extra, interval, numbers, D, DV, BM, BN, BD, BDV,

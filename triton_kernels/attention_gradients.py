@@ -17,6 +17,7 @@ from .features import operand
 from .launcher import constants, launch
 from .layout import dense, empty_like_layout
 from .rotary import rotate
+from .spans import with_spans
 from .tiles import Tile, cdiv, launch_options
 
 # Programs the table kernel aims for: enough for every GPU of today; each costs one tile of float32.
@@ -61,11 +62,14 @@ def attention_backward(
     if partial_sink is not None:
         grads["sink"] = reduce_batch(partial_sink.sum(-1), problem.sink)
     tensors = (operand(call.q), operand(call.k), operand(call.v), operand(grad_out))
-    features = (call.mask, call.bias, call.extra, call.interval, call.numbers)
+    for_keys = bool(needs & {"key", "value", "col_table"})
+    for_queries = bool(needs & {"query", "slopes", "table", "row_table"})
+    mask = with_spans(call.mask, problem, of_queries=for_queries or "dense_bias" in needs, of_keys=for_keys)
+    features = (mask, call.bias, call.extra, call.interval, call.numbers)
 
-    if needs & {"key", "value", "col_table"}:
+    if for_keys:
         _launch_kv(call, tensors, features, statistics, delta, grads)
-    if needs & {"query", "slopes", "table", "row_table"}:
+    if for_queries:
         _launch_q(call, tensors, features, statistics, delta, grads)
     if "dense_bias" in needs:
         _launch_dense_bias(call, tensors, features, statistics, delta, grads["dense_bias"])

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .attention_backward import weights_and_gradient
 from .scores import NEAR, finite_or_zero, keep_tile, keys_of_queries, query_offset
+from .spans import narrowed
 
 
 @triton.jit
@@ -60,12 +61,14 @@ def _score_gradient(
 
 @triton.jit
 def any_visible(
-    b, m0, n0, interval, numbers, BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
-    """Whether the interval masks leave anything of the tile."""
+    b, h, m0, n0, spans, interval, numbers,
+    BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Whether the interval masks and the spans leave anything of the tile."""
     offset = query_offset(interval, numbers, b)
     last = tl.minimum(m0 + BM, numbers.query_length) - 1 + offset
-    lo, hi, _, _ = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, full_lo, full_hi = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, _, _ = narrowed(lo, hi, full_lo, full_hi, spans, b, h, m0, numbers.query_length, BM)
     return (n0 < hi) & (n0 + BN > lo)
 
 
@@ -111,7 +114,7 @@ def dense_bias_gradient_kernel(
         m0 = (i_m + (r // SUM_N) % SUM_M) * BM
         h = tl.cast(i_h + (r // (SUM_N * SUM_M)) % SUM_H, tl.int64)
         b = tl.cast(i_b + r // (SUM_N * SUM_M * SUM_H), tl.int64)
-        if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+        if any_visible(b, h, m0, n0, mask.key_spans, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
             acc += _score_gradient(
                 b, h, m0, n0, q, k, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers, HEADS, GROUP,
                 D, DV, BM, BN, BD, BDV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
@@ -143,7 +146,7 @@ def table_gradient_kernel(
         for i_m in range(lo + i_s, hi, SPLITS):
             m0 = i_m * BM
             n0 = (i_m + diagonal) * BN
-            if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+            if any_visible(b, h, m0, n0, mask.key_spans, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
                 acc += _score_gradient(
                     b, h, m0, n0, q, k, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
                     HEADS, GROUP, D, DV, BM, BN, BD, BDV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,

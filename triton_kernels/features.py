@@ -43,7 +43,7 @@ def _mask(problem: Problem) -> Mask:
     if problem.dense_mask is None and problem.query_ids is None:
         return NO_MASK
     bits = None if problem.dense_mask is None else problem.dense_mask.view(uint8)
-    return Mask(*_vector(problem.query_ids), *_vector(problem.key_ids), *_dense4(bits))
+    return Mask(*_vector(problem.query_ids), *_vector(problem.key_ids), *_dense4(bits), None, None)
 
 
 def _bias(problem: Problem) -> Bias:

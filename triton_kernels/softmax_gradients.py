@@ -57,7 +57,7 @@ def softmax_bias_gradient_kernel(
         m0 = (i_m + (r // SUM_N) % SUM_M) * BM
         h = tl.cast(i_h + (r // (SUM_N * SUM_M)) % SUM_H, tl.int64)
         b = tl.cast(i_b + r // (SUM_N * SUM_M * SUM_H), tl.int64)
-        if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+        if any_visible(b, 0, m0, n0, None, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
             acc += _score_gradient(b, h, m0, n0, y, dy, p_delta, numbers, HEADS, BM, BN)
     store_bias_tile(p_grad, acc, i_b * GRAD_H + i_h, i_m, i_n, numbers, BM, BN, ONE_ROW, ONE_COL)
 
@@ -80,7 +80,7 @@ def softmax_table_gradient_kernel(
         for i_m in range(tl.maximum(0, -diagonal) + i_s, tl.minimum(TILES_M, TILES_N - diagonal), SPLITS):
             m0 = i_m * BM
             n0 = (i_m + diagonal) * BN
-            if any_visible(b, m0, n0, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+            if any_visible(b, 0, m0, n0, None, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
                 acc += _score_gradient(b, h, m0, n0, y, dy, p_delta, numbers, HEADS, BM, BN)
     p_tile = p_partial + pid.to(tl.int64) * (BM * BN)
     tl.store(p_tile + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :], acc)
