@@ -63,18 +63,12 @@ KERNELS = (
         "attention_parameter_gradient<ParameterConfig<{type}>>", "ParameterTiles::kThreads", "2", HALF_TYPES,
     ),
     # bound by memory or small: element types are branches at run time
+    Kernel("attention_spans", "attention/spans.h", "SpansParams", "attention_spans", "SpansTiles::kThreads", "4"),
     Kernel("attention_delta", "attention/delta.h", "DeltaParams", "attention_delta", "DeltaTiles::kThreads", "8"),
     Kernel(
         "attention_combine", "attention/combine.h", "CombineParams", "attention_combine", "CombineTiles::kThreads", "4",
     ),
-    Kernel(
-        "attention_sum_partials", "attention/sums.h", "SumPartialsParams", "attention_sum_partials",
-        "SumTiles::kThreads", "4",
-    ),
-    Kernel(
-        "attention_sum_diagonals", "attention/sums.h", "SumDiagonalsParams", "attention_sum_diagonals",
-        "SumTiles::kThreads", "4",
-    ),
+    Kernel("attention_sum", "attention/sums.h", "SumParams", "attention_sum", "SumTiles::kThreads", "4"),
     Kernel("rotary", "rows/rotary.h", "RotaryParams", "rotary<{type}>", "kRotaryThreads", "2", ALL_TYPES),
     Kernel(
         "softmax_forward", "rows/softmax_forward.h", "SoftmaxParams", "softmax_forward<{type}>", "kRowThreads", "2",

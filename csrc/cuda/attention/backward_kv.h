@@ -40,8 +40,11 @@ FASTATTN_DEVICE void attention_backward_kv(const BackwardParams& params) {
   const int n0 = tile * Config::kKeys;
   const Interval interval = interval_of(p, b);
   const int last = smaller(n0 + Config::kKeys, p.key_length) - 1;
-  const Range rows = queries_of_keys(p, interval, n0, n0 + Config::kKeys - 1);
-  const Range some = queries_of_keys(p, interval, n0, last);
+  Range rows = queries_of_keys(p, interval, n0, n0 + Config::kKeys - 1);
+  Range some = queries_of_keys(p, interval, n0, last);
+  narrow(rows, p, p.query_spans, b, kv_head * p.group, p.group, n0, last);
+  some.lo = larger(some.lo, rows.lo);
+  some.hi = smaller(some.hi, rows.hi);
   const int start = larger(some.lo, 0) / kQueries;
   const int end = larger(some.hi > 0 ? (some.hi + kQueries - 1) / kQueries : 0, start);
   const int steps = (end - start) * p.group;  // every tile of rows of one head, then of the next
@@ -110,7 +113,7 @@ FASTATTN_DEVICE void attention_backward_kv(const BackwardParams& params) {
     } else {
       copy_async_wait<0>();
     }
-    const bool masked = m0 < rows.full_lo || m0 + kQueries > rows.full_hi || p.query_ids.data || p.mask.data;
+    const bool masked = m0 < rows.full_lo || m0 + kQueries > rows.full_hi;
     const bool careful = needs_care(p, masked);
     if (careful) {
       zero_non_finite<T, RowTile, kThreads>(query_tile);

@@ -46,7 +46,7 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
   if (p.window_right >= 0) tile = params.tiles - 1 - tile;
   const int b = block_index() / params.tiles / p.heads, h = block_index() / params.tiles % p.heads;
   const int m0 = tile * Config::kRows;
-  const RowContext own = row_context(p, b, h, m0, m0 + Config::kRows - 1);
+  const RowContext own = row_context(p, b, h, 1, m0, m0 + Config::kRows - 1);
   const int start = larger(own.keys.lo, 0) / kKeys, end = own.keys.hi > 0 ? (own.keys.hi + kKeys - 1) / kKeys : 0;
 
   const int stages = params.two_stages ? 2 : 1;
@@ -110,7 +110,7 @@ FASTATTN_DEVICE void attention_backward_q(const BackwardParams& params) {
       copy_async_wait<0>();
     }
     const RowContext context = load_context(context_at);
-    const bool masked = needs_masks(p, context.keys, n0, n0 + kKeys);
+    const bool masked = needs_masks(context.keys, n0, n0 + kKeys);
     const bool careful = needs_care(p, masked);
     if (careful) {
       // rows that saw a bad key have a NaN lse or delta already; the others must not meet it again

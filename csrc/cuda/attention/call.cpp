@@ -5,7 +5,9 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "../instances.h"
 #include "../rows/launch.h"
 
 namespace fastattn::cuda {
@@ -57,7 +59,33 @@ RotationSide key_side(const Problem& p, const View& from, const View& to) {
   return side;
 }
 
+// Queries and keys from which on ids and masks are read once more: fewer have few tiles to pass over.
+constexpr i64 kLeastForSpans = 256;
+
+Spans spans_of(const Problem& p, SpansParams s, Workspace& workspace, const Device& device) {
+  if ((!s.row_ids.data && !s.mask.data) || std::min(s.rows, s.columns) < kLeastForSpans) return {};
+  const i64 batch = s.row_ids.batch || s.column_ids.batch || s.mask.batch ? p.batch : 1;
+  s.heads = s.mask.head ? static_cast<int>(p.query_heads) : 1;
+  s.blocks = static_cast<int>(ceil_div(s.rows, kSpanRows));
+  const i64 blocks = batch * s.heads * s.blocks;
+  if (!blocks) return {};
+  s.spans = static_cast<int32_t*>(workspace.allocate(4 * sizeof(int32_t) * blocks));
+  attention_spans({checked("blocks", blocks), 1, 1, SpansTiles::kSharedBytes, device.stream}, s);
+  const i64 of_head = 4 * s.blocks;
+  return {s.spans, batch > 1 ? of_head * s.heads : 0, s.heads > 1 ? of_head : 0};
+}
+
 }  // namespace
+
+Spans key_spans_of(const Problem& p, const Attention& a, Workspace& workspace, const Device& device) {
+  return spans_of(p, {a.query_ids, a.key_ids, a.mask, a.query_length, a.key_length}, workspace, device);
+}
+
+Spans query_spans_of(const Problem& p, const Attention& a, Workspace& workspace, const Device& device) {
+  Dense turned = a.mask;
+  std::swap(turned.row, turned.column);
+  return spans_of(p, {a.key_ids, a.query_ids, turned, a.key_length, a.query_length}, workspace, device);
+}
 
 int dim_index(i64 dim) {
   const int* found = std::lower_bound(std::begin(kHeadDims), std::end(kHeadDims), static_cast<int>(dim));

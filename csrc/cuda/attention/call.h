@@ -20,6 +20,11 @@ Result result_of(const char* name, const View& view);
 // over keys, every tile of queries would do it again.
 Attention attention_of(const Problem& problem, Workspace& workspace, const Device& device);
 
+// What blocks of queries (of keys) see by ids and masks, where there are any, and enough rows that it is worth the
+// look.
+Spans key_spans_of(const Problem& problem, const Attention& attention, Workspace& workspace, const Device& device);
+Spans query_spans_of(const Problem& problem, const Attention& attention, Workspace& workspace, const Device& device);
+
 // Turns the gradients of the rotated query and key into those of query and key, in place.
 void rotate_back(const Problem& problem, const View& dquery, const View& dkey, const Device& device);
 

@@ -69,7 +69,7 @@ FASTATTN_DEVICE void attention_decode(const DecodeParams& params) {
   const Interval interval = interval_of(p, b);
   const int first = row0 / p.group + interval.offset;
   const int last = smaller((row0 + kRows - 1) / p.group, p.query_length - 1) + interval.offset;
-  const Range keys = keys_of_queries(p, interval, first, last);
+  const Range keys = keys_of_queries(p, interval, first, last);  // so few queries have no spans
   const int begin = larger(larger(keys.lo, 0) / Config::kStep * Config::kStep, split * params.keys_per_split);
   const int end = smaller(keys.hi, (split + 1) * params.keys_per_split);
 
@@ -119,7 +119,7 @@ FASTATTN_DEVICE void attention_decode(const DecodeParams& params) {
     multiply_rows<T, RowTile, KeyTile>(s, query_tile, 0, key_tile);
     sync_warp();
     copy_keys(n0 + Config::kStep);
-    const bool masked = needs_masks(p, keys, n0, n0 + kKeys);
+    const bool masked = needs_masks(keys, n0, n0 + kKeys) || masked_by_element(p);
     finish_scores(s, p, interval, at, masked, sides_of(p, first, last, n0, n0 + kKeys));
     copy_async_wait<1>();
     sync_warp();

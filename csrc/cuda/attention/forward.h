@@ -119,7 +119,7 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
   if (p.window_right >= 0) tile = params.tiles - 1 - tile;
   const int b = block_index() / params.tiles / p.heads, h = block_index() / params.tiles % p.heads;
   const int m0 = tile * Config::kRows;
-  const RowContext own = row_context(p, b, h, m0, m0 + Config::kRows - 1);
+  const RowContext own = row_context(p, b, h, 1, m0, m0 + Config::kRows - 1);
   const int start = larger(own.keys.lo, 0) / kKeys, end = own.keys.hi > 0 ? (own.keys.hi + kKeys - 1) / kKeys : 0;
 
   const SharedAddress query_tile = shared_base();
@@ -189,7 +189,7 @@ FASTATTN_DEVICE void attention_forward(const ForwardParams& params) {
     multiply_rows<T, RowTile, KeyTile>(s, query_tile, band0, key_tile);
     const RowContext context = load_context(context_at);
     const Place<> at{row, n0 + 2 * (lane & 3), context.batch, context.head};
-    const bool masked = needs_masks(p, context.keys, n0, n0 + kKeys);
+    const bool masked = needs_masks(context.keys, n0, n0 + kKeys);
     finish_scores(s, p, context.interval, at, masked, sides_of(p, context.first, context.last, n0, n0 + kKeys));
 
     if (params.two_stages) {

@@ -38,10 +38,14 @@ class Backward {
   }
 
   void run() {
+    const bool for_keys = out.dkey || out.dvalue || out.dcol_table;
+    const bool for_queries = out.dquery || out.dslopes || out.dtable || out.drow_table;
+    if (for_queries || out.ddense_bias) attention.key_spans = key_spans_of(p, attention, workspace, device);
+    if (for_keys) attention.query_spans = query_spans_of(p, attention, workspace, device);
     if (rows) launch_delta();
     if (out.dsink) sum_partials(partial_sink, delta_tiles, 1, 0, out.dsink, false);
-    if (out.dkey || out.dvalue || out.dcol_table) launch_kv();
-    if (out.dquery || out.dslopes || out.dtable || out.drow_table) launch_q();
+    if (for_keys) launch_kv();
+    if (for_queries) launch_q();
     if (out.ddense_bias) launch_bias();
     if (out.dtable) launch_table();
     rotate_back(p, out.dquery, out.dkey, device);
@@ -139,7 +143,7 @@ class Backward {
     s.sum_batch = view.size[0] == 1;
     s.accumulate = accumulate;
     const i64 blocks = view.size[0] * p.query_heads;
-    if (blocks) attention_sum_partials(launch(blocks, SumTiles::kSharedBytes), s);
+    if (blocks) attention_sum(launch(blocks, SumTiles::kSharedBytes), {s, {}});
   }
 
   ParameterParams parameters() const {
@@ -214,7 +218,7 @@ class Backward {
     s.table_left = attention.table_left;
     s.out_batch = static_cast<int>(out.dtable.size[0]);
     const i64 items = out.dtable.size[0] * p.query_heads * columns;
-    if (items) attention_sum_diagonals(launch(ceil_div(items, SumTiles::kThreads), 0), s);
+    if (items) attention_sum(launch(ceil_div(items, SumTiles::kThreads), SumTiles::kSharedBytes), {{}, s});
   }
 
   const Problem& p;

@@ -149,6 +149,7 @@ void attention_forward(const Problem& p, const ForwardOutput& output, Workspace&
   const Plan plan = rows_plan(p, device);
   ForwardParams params;
   params.attention = attention_of(p, workspace, device);
+  params.attention.key_spans = key_spans_of(p, params.attention, workspace, device);
   params.out = result_of("out", output.out);
   params.lse = static_cast<float*>(const_cast<void*>(output.lse.data));
   params.statistics = static_cast<float*>(const_cast<void*>(output.statistics.data));

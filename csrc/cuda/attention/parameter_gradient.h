@@ -57,9 +57,10 @@ FASTATTN_DEVICE void add_score_gradient(float (&acc)[1][8][4], const ParameterPa
   const Interval interval = interval_of(p, b);
   const int first = m0 + interval.offset;
   const int last = smaller(m0 + Config::kSize, p.query_length) - 1 + interval.offset;
-  const Range keys = keys_of_queries(p, interval, first, last);
+  Range keys = keys_of_queries(p, interval, first, last);
+  narrow(keys, p, p.key_spans, b, h, 1, m0, last - interval.offset);
   if (n0 >= keys.hi || n0 + Config::kSize <= keys.lo) return;
-  const bool masked = m0 + Config::kSize > p.query_length || needs_masks(p, keys, n0, n0 + Config::kSize);
+  const bool masked = m0 + Config::kSize > p.query_length || needs_masks(keys, n0, n0 + Config::kSize);
   const bool careful = needs_care(p, masked);
   const int rows = p.query_length - m0, columns = p.key_length - n0;
   const auto at_row = [](const Operand& x, int b, int h, int row) {

@@ -5,6 +5,16 @@
 
 namespace fastattn::cuda {
 
+// Rows are queries and columns keys, or the other way round: the mask's strides with them.
+struct SpansParams {
+  Ids row_ids, column_ids;
+  Dense mask;
+  int rows = 0, columns = 0;
+  int heads = 1;             // 1 where the mask has none
+  int blocks = 0;            // of rows
+  int32_t* spans = nullptr;  // (B|1, heads, blocks, 4)
+};
+
 struct ForwardParams {
   Attention attention;
   Result out;
@@ -99,6 +109,12 @@ struct SumDiagonalsParams {
   PerBatch query_offsets;
   float* dtable = nullptr;  // contiguous (1|B, Hq, columns)
   int columns = 0, table_left = 0, out_batch = 1;
+};
+
+// One of the two: that which has somewhere to write.
+struct SumParams {
+  SumPartialsParams partials;
+  SumDiagonalsParams diagonals;
 };
 
 }  // namespace fastattn::cuda

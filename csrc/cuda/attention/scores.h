@@ -286,9 +286,7 @@ FASTATTN_DEVICE void apply_masks(float (&s)[kBands][kColumns][4], const Attentio
 }
 
 // Whether a tile of keys [n0, n1) needs a look at single elements, given what all its queries see.
-FASTATTN_DEVICE bool needs_masks(const Attention& p, const Range& keys, int n0, int n1) {
-  return n0 < keys.full_lo || n1 > keys.full_hi || p.query_ids.data || p.mask.data;
-}
+FASTATTN_DEVICE bool needs_masks(const Range& keys, int n0, int n1) { return n0 < keys.full_lo || n1 > keys.full_hi; }
 
 // Whether a tile may hold places where what lies under the mask must not be met: a bias of -inf masks as well.
 FASTATTN_DEVICE bool needs_care(const Attention& p, bool masked) { return masked || p.bias.data; }

@@ -8,7 +8,7 @@
 namespace fastattn::cuda {
 
 // A block per (batch of the result, head).
-FASTATTN_DEVICE void attention_sum_partials(const SumPartialsParams& p) {
+FASTATTN_DEVICE void sum_partials(const SumPartialsParams& p) {
   const int h = block_index() % p.heads, out_b = block_index() / p.heads;
   float sum = 0.0f;
   for (int b = p.sum_batch ? 0 : out_b; b < (p.sum_batch ? p.batch : out_b + 1); ++b)
@@ -26,7 +26,7 @@ FASTATTN_DEVICE void attention_sum_partials(const SumPartialsParams& p) {
 }
 
 // A thread per inner column of the table.
-FASTATTN_DEVICE void attention_sum_diagonals(const SumDiagonalsParams& p) {
+FASTATTN_DEVICE void sum_diagonals(const SumDiagonalsParams& p) {
   const i64 item = static_cast<i64>(block_index()) * SumTiles::kThreads + thread_index();
   const int c = static_cast<int>(item % p.columns), h = static_cast<int>(item / p.columns % p.heads);
   const int out_b = static_cast<int>(item / p.columns / p.heads);
@@ -48,6 +48,15 @@ FASTATTN_DEVICE void attention_sum_diagonals(const SumDiagonalsParams& p) {
     }
   }
   store_global(p.dtable + item, sum);
+}
+
+// One instance for both: they are small.
+FASTATTN_DEVICE void attention_sum(const SumParams& p) {
+  if (p.diagonals.dtable) {
+    sum_diagonals(p.diagonals);
+  } else {
+    sum_partials(p.partials);
+  }
 }
 
 }  // namespace fastattn::cuda

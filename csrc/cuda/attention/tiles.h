@@ -75,6 +75,12 @@ struct ParameterTiles {
   static constexpr int kSharedBytes = 4 * 64 * 64 * 2;  // two stages of two operands
 };
 
+struct SpansTiles {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kSharedBytes = 16 * kWarps;
+  static constexpr int kRows = 16 / kWarps;  // of a warp
+  static constexpr int kSteps = 4;           // columns of a lane that are under way together
+};
+
 struct DeltaTiles {
   static constexpr int kRows = 16, kThreads = 8 * kRows, kSharedBytes = 4 * kRows;
 };

@@ -74,6 +74,45 @@ FASTATTN_DEVICE Range queries_of_keys(const Attention& p, const Interval& v, int
   return r;
 }
 
+// What rows of two ranges see.
+FASTATTN_DEVICE Range joined(const Range& a, const Range& b) {
+  return {smaller(a.lo, b.lo), larger(a.hi, b.hi), larger(a.full_lo, b.full_lo), smaller(a.full_hi, b.full_hi)};
+}
+
+// Whether there are masks that only a look at each element tells.
+FASTATTN_DEVICE bool masked_by_element(const Attention& p) { return p.query_ids.data || p.mask.data; }
+
+// Ranges of the rows first ... last of heads h ... h + heads - 1, as far as ids and masks go.  Without spans nothing is
+// known to be seen by all.
+FASTATTN_DEVICE void narrow(Range& r, const Attention& p, const Spans& spans, int b, int h, int heads, int first,
+                            int last) {
+  if (!masked_by_element(p)) return;
+  if (!spans.data) {
+    r.full_lo = kFarthest;
+    r.full_hi = 0;
+    return;
+  }
+  constexpr int kAtOnce = 2;  // loads under way (registers bound them); what is read twice changes nothing
+  const int end = last / kSpanRows;
+  Range all{kFarthest, 0, 0, kFarthest};
+  FASTATTN_NO_UNROLL
+  for (int n = 0; n < (spans.head ? heads : 1); ++n) {
+    const Vec4* const at = reinterpret_cast<const Vec4*>(spans.data + b * spans.batch + (h + n) * spans.head);
+    FASTATTN_NO_UNROLL
+    for (int block = first / kSpanRows; block <= end; block += kAtOnce) {
+      Vec4 span[kAtOnce];
+      FASTATTN_UNROLL
+      for (int x = 0; x < kAtOnce; ++x) span[x] = load_constant(at + smaller(block + x, end));
+      FASTATTN_UNROLL
+      for (int x = 0; x < kAtOnce; ++x) all = joined(all, __builtin_bit_cast(Range, span[x]));
+    }
+  }
+  r.lo = larger(r.lo, all.lo);
+  r.hi = smaller(r.hi, all.hi);
+  r.full_lo = larger(r.full_lo, all.full_lo);
+  r.full_hi = smaller(r.full_hi, all.full_hi);
+}
+
 // Keys [lo, hi) of one query, at `position`.
 FASTATTN_DEVICE void keys_of_query(const Attention& p, const Interval& v, int position, int& lo, int& hi) {
   lo = p.window_left >= 0 ? position - p.window_left : 0;
@@ -95,12 +134,16 @@ struct RowContext {
 inline constexpr int kContextBytes = sizeof(RowContext);
 static_assert(kContextBytes == 48);
 
-FASTATTN_DEVICE RowContext row_context(const Attention& p, int b, int h, int first_row, int last_row) {
+// Of query rows of heads h ... h + heads - 1.  kPlain: ids and masks are not there.
+template <bool kPlain = false>
+FASTATTN_DEVICE RowContext row_context(const Attention& p, int b, int h, int heads, int first_row, int last_row) {
   RowContext context{};
+  last_row = smaller(last_row, p.query_length - 1);
   context.interval = interval_of(p, b);
   context.first = first_row + context.interval.offset;
-  context.last = smaller(last_row, p.query_length - 1) + context.interval.offset;
+  context.last = last_row + context.interval.offset;
   context.keys = keys_of_queries(p, context.interval, context.first, context.last);
+  if constexpr (!kPlain) narrow(context.keys, p, p.key_spans, b, h, heads, first_row, last_row);
   context.batch = b;
   context.head = h;
   context.first_row = first_row;

@@ -34,6 +34,13 @@ struct Ids {
   i64 batch = 0;
 };
 
+// (B, H, blocks, 4): what each block of kSpanRows rows sees by ids and masks, as the four numbers of a Range.
+struct Spans {
+  const int32_t* data = nullptr;
+  i64 batch = 0, head = 0;
+};
+inline constexpr int kSpanRows = 16;
+
 // (B, H) of float32.
 struct PerHead {
   const float* data = nullptr;
@@ -85,6 +92,8 @@ struct Attention {
   PerBatch query_offsets, key_lengths, prefix_lengths;
   Ids query_ids, key_ids;
   Dense mask;  // bytes, non-zero = may attend
+  // Keys that blocks of queries see, and queries that blocks of keys see; null where that was not looked for.
+  Spans key_spans, query_spans;
 
   PerHead slopes;
   float slope_unit = 1;  // from a slope to the units of scores

@@ -20,6 +20,8 @@ struct HopperBackwardKvConfig {
   static constexpr int kWeightsAt = kTiles.weights_at(), kStatisticsAt = kTiles.statistics_at();
   static constexpr int kBarriersAt = kTiles.barriers_at();
   static constexpr bool kSplit = kTiles.split();
+  // whether rows that see all keys by ids and masks are known to: two registers, which are not there above D = 128
+  static constexpr bool kKnowsFull = !kSplit;
   // whether the last products of a tile may run into the next tile's: their left operands take registers until then
   static constexpr bool kRunOn = kTiles.held_registers() <= 192;
   using KeyTile = Tile<kKeys, kDim>;
@@ -67,7 +69,14 @@ FASTATTN_DEVICE KeyRows key_rows(const Schedule& order, const Attention& p, int 
   keys.interval = interval_of(p, keys.b);
   keys.last = smaller(keys.n0 + Config::kKeys, p.key_length) - 1;
   keys.all = queries_of_keys(p, keys.interval, keys.n0, keys.n0 + Config::kKeys - 1);
-  const Range some = queries_of_keys(p, keys.interval, keys.n0, keys.last);
+  Range some = queries_of_keys(p, keys.interval, keys.n0, keys.last);
+  if constexpr (!Config::kPlain) {
+    Range seen = keys.all;
+    narrow(seen, p, p.query_spans, keys.b, keys.kv_head * p.group, p.group, keys.n0, keys.last);
+    some.lo = larger(some.lo, seen.lo);
+    some.hi = smaller(some.hi, seen.hi);
+    if constexpr (Config::kKnowsFull) keys.all = seen;
+  }
   keys.start = larger(some.lo, 0) / Config::kQueries;
   keys.end = larger(some.hi > 0 ? (some.hi + Config::kQueries - 1) / Config::kQueries : 0, keys.start);
   return keys;
@@ -81,8 +90,7 @@ FASTATTN_DEVICE void for_own_keys(const HopperBackwardParams& params, F f) {
 template <class Config>
 FASTATTN_DEVICE bool masked_rows(const Attention& p, const KeyRows& keys, int m0) {
   const bool cut = m0 < keys.all.full_lo || m0 + Config::kQueries > keys.all.full_hi;
-  if constexpr (Config::kPlain) return cut;
-  return cut || p.query_ids.data || p.mask.data;
+  return cut || (!Config::kPlain && !Config::kKnowsFull && masked_by_element(p));
 }
 
 // Calls f(head, first row) for every tile of rows of one head, then of the next.

@@ -153,7 +153,7 @@ FASTATTN_DEVICE void compute_backward_q(const HopperBackwardParams& params, cons
       mbarrier_wait(block.rows_full(), round & 1);
       FASTATTN_NO_UNROLL
       for (int n = rows.start; n < rows.end; ++n, ++use) {
-        const bool masked = masks_at<Config>(p, context(), n), careful = checked_at<Config>(p, context(), n);
+        const bool masked = masks_at<Config>(context(), n), careful = checked_at<Config>(p, context(), n);
         float s[kKeys / 2], ds[kKeys / 2];
         ring.wait(use, careful);
         warpgroup_fence();

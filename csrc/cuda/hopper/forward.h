@@ -163,7 +163,7 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
         warpgroup_wait<0>();
         settle(s);
         elected_arrive(block.keys_empty(use));
-        finish(s, n, masks_at<Config>(p, rows.context, n));
+        finish(s, n, masks_at<Config>(rows.context, n));
         pack(s);
       }
       const auto step = [&](auto masked) {
@@ -199,13 +199,13 @@ FASTATTN_DEVICE void consume_tiles(const HopperForwardParams& params, const Hopp
       };
       for (--n; n >= rows.start; --n) {
         if constexpr (Config::kPlain) {
-          if (masks_at<Config>(p, rows.context, n)) {
+          if (masks_at<Config>(rows.context, n)) {
             step(Known<true>{});
           } else {
             step(Known<false>{});
           }
         } else {
-          step(masks_at<Config>(p, rows.context, n));
+          step(masks_at<Config>(rows.context, n));
         }
       }
       if constexpr (kOwnOut) elected_arrive(block.queries_empty());

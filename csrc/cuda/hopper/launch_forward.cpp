@@ -68,6 +68,7 @@ HopperForwardParams params_of(const Problem& p, const ForwardOutput& output, Wor
   const HopperForwardTiles tiles = tiles_of(p);
   HopperForwardParams params;
   params.attention = attention_of(p, workspace, device);
+  params.attention.key_spans = key_spans_of(p, params.attention, workspace, device);
   const Attention& a = params.attention;
   const Packing packing = params.packing = packing_for(p, tiles);
   params.query = packed_map_of(p, a.query, p.head_dim, tiles.dim, packing);

@@ -33,8 +33,8 @@ FASTATTN_DEVICE QueryRows query_rows(const Schedule& order, const Attention& p, 
   QueryRows rows;
   const int queries = Config::kRows / 64 * packing.queries;
   rows.m0 = tile * queries;
-  rows.context =
-      row_context(p, pair / packing.packs, pair % packing.packs * packing.heads, rows.m0, rows.m0 + queries - 1);
+  rows.context = row_context<Config::kPlain>(p, pair / packing.packs, pair % packing.packs * packing.heads,
+                                             packing.heads, rows.m0, rows.m0 + queries - 1);
   const Range& keys = rows.context.keys;
   rows.start = larger(keys.lo, 0) / Config::kKeys;
   rows.end = keys.hi > 0 ? (keys.hi + Config::kKeys - 1) / Config::kKeys : 0;
@@ -64,16 +64,14 @@ FASTATTN_DEVICE void for_own_rows(const Schedule& order, const Attention& p, F f
 
 // Whether a tile of keys needs a look at single elements.
 template <class Config>
-FASTATTN_DEVICE bool masks_at(const Attention& p, const RowContext& context, int n) {
-  const int n0 = n * Config::kKeys, n1 = n0 + Config::kKeys;
-  if constexpr (Config::kPlain) return n0 < context.keys.full_lo || n1 > context.keys.full_hi;
-  return needs_masks(p, context.keys, n0, n1);
+FASTATTN_DEVICE bool masks_at(const RowContext& context, int n) {
+  return needs_masks(context.keys, n * Config::kKeys, (n + 1) * Config::kKeys);
 }
 
 // Whether its values are looked at before they are used (needs_care of scores.h).
 template <class Config>
 FASTATTN_DEVICE bool checked_at(const Attention& p, const RowContext& context, int n) {
-  return masks_at<Config>(p, context, n) || (!Config::kPlain && p.bias.data);
+  return masks_at<Config>(context, n) || (!Config::kPlain && p.bias.data);
 }
 
 }  // namespace fastattn::cuda

@@ -107,7 +107,7 @@ template <class Config, class Place, int N>
 FASTATTN_DEVICE void finish_tile(float (&s)[N], const Attention& p, const Interval& v, const Place& at, Side side,
                                  bool masked, bool slopes = true) {
   if constexpr (!Config::kPlain) {
-    const bool elements = masked && (p.query_ids.data || p.mask.data);
+    const bool elements = masked && masked_by_element(p);
     in_parts(s, [&](auto& part, int first) {
       const Place here = part_of(at, first);
       if constexpr (kHasBiases<Config>) {

@@ -3,5 +3,5 @@
 #include "../attention/sums.h"
 
 namespace fastattn::cuda {
-FASTATTN_KERNEL(attention_sum_partials, SumPartialsParams, (attention_sum_partials), SumTiles::kThreads, 4)
+FASTATTN_KERNEL(attention_sum, SumParams, (attention_sum), SumTiles::kThreads, 4)
 }  // namespace fastattn::cuda
