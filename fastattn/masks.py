@@ -245,8 +245,8 @@ def _pair_ids(query_a: Tensor, key_a: Tensor, query_b: Tensor, key_b: Tensor) ->
 class BoolMask(Mask):
     """An arbitrary mask.  True = may attend (as in `torch.nn.functional.scaled_dot_product_attention`).
 
-    The CPU kernels pass over the keys before and after all that a few neighbouring queries see; on a GPU every pair
-    is computed.
+    Kernels pass over the keys before and after all that a few neighbouring queries see; what is hidden between these is
+    computed.  On a GPU, from 256 queries and keys on, the mask is read once for that, for all heads that share it.
 
     Args:
         tensor: bool, broadcastable to (B, Hq, Sq, Sk); read with stride 0 where it broadcasts, never expanded.
