@@ -195,6 +195,15 @@ def bool_bands(scene: Scene) -> Feature:
     return _masked(seen, fastattn.BoolMask(seen))
 
 
+@_feature
+def bool_blocks(scene: Scene) -> Feature:
+    """Each head of each sequence sees blocks on the diagonal, of lengths of its own."""
+    s = scene.shape
+    query_ids = scene.randint(0, 4, s.batch, s.heads, s.query_length, 1).sort(2)[0]
+    key_ids = scene.randint(0, 4, s.batch, s.heads, 1, s.key_length).sort(3)[0]
+    return _masked(query_ids == key_ids, fastattn.BoolMask(query_ids == key_ids))
+
+
 def _dense_bias(name: str, *size: str, scale: float = 1.0) -> None:
     def make(scene: Scene) -> Feature:
         tensor = scene.randn(*[1 if axis == "1" else getattr(scene.shape, axis) for axis in size]) * scale

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from features import FEATURES, Scene, Shape
+from features import FEATURES, MASKS, Scene, Shape
 from oracle import Call, check
 from test_interpreted_attention import SMALL
 from torch import Tensor
@@ -20,7 +20,7 @@ from fastattn.triton_kernels.attention import attention_forward
 from fastattn.triton_kernels.attention_gradients import attention_backward
 from fastattn.triton_kernels.features import Features
 
-MASKED = ("documents", "documents_sorted", "bool_full", "bool_matrix", "bool_keys", "bool_queries", "bool_bands")
+MASKED = tuple(name for name in MASKS if name.startswith(("documents", "bool")))
 SHAPE = Shape(heads=4, kv_heads=2, query_length=70, key_length=83)
 
 
@@ -55,7 +55,7 @@ def _check_spans(found: Spans, seen: Tensor) -> None:
                 assert found.ptr.flatten()[at : at + 4].tolist() == _span(block), (b, h, n)
 
 
-@pytest.mark.parametrize("names", [*[(name,) for name in MASKED], ("documents", "bool_bands")], ids="+".join)
+@pytest.mark.parametrize("names", [*[(name,) for name in MASKED], ("documents", "bool_blocks")], ids="+".join)
 @pytest.mark.parametrize("shape", [SHAPE, Shape(query_length=16, key_length=300), Shape(1, 1, 1, 33, 1)], ids=str)
 def test_spans_are_what_blocks_see(names: tuple[str, ...], shape: Shape) -> None:
     scene = Scene(shape, torch.float32, 0, torch.Generator().manual_seed(3))
@@ -79,7 +79,7 @@ def test_masks(name: str) -> None:
 @pytest.mark.parametrize(
     "other", ["causal", "window", "prefix_lm", "t5_decoder", "table", "alibi", "dense_heads", "shaw"]
 )
-@pytest.mark.parametrize("name", ["documents_sorted", "bool_bands"])
+@pytest.mark.parametrize("name", ["documents_sorted", "bool_blocks"])
 def test_with_what_has_loops_of_its_own(name: str, other: str) -> None:
     check(Call((name, other), SHAPE), "triton")
 
