@@ -22,6 +22,7 @@ from .attention_backward import attention_delta_kernel
 from .attention_gradients import dense_bias_grid, reduce_batch, table_interior
 from .features import Features, operand
 from .layout import dense, empty_like_layout
+from .spans import with_spans
 from .tiles import launch_options
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -31,7 +32,7 @@ class AdditiveCall(Features):
     """A problem in the form the kernels take."""
 
     def __init__(self, problem: AdditiveProblem, *, forget: bool) -> None:
-        """`forget`: a NaN of query or key counts as 0, as the backward wants it."""
+        """`forget`: for the backward, where a NaN of query or key counts as 0."""
         super().__init__(problem.attention)
         attention = problem.attention
         self.dim, self.value_dim = attention.query.shape[3], attention.value.shape[3]
@@ -43,7 +44,8 @@ class AdditiveCall(Features):
             _columns(attention.query, forget), _columns(attention.key, forget), weight,
             weight.stride(0) if weight.shape[0] > 1 else 0,
         )  # fmt: skip
-        self.features = (self.mask, self.bias, self.extra, self.interval, self.numbers)
+        mask = with_spans(self.mask, attention, of_keys=forget)
+        self.features = (mask, self.bias, self.extra, self.interval, self.numbers)
         group = attention.num_heads // attention.num_kv_heads if attention.num_kv_heads else 1
         self.counts = {"HEADS": attention.num_heads, "GROUP": group}
         self.constants = {

@@ -16,6 +16,7 @@ from .additive_scores import additive_products, columns_of, tanh_tile
 from .attention_backward import weights_and_gradient
 from .bias_gradient import any_visible, store_bias_tile
 from .scores import NEAR, finite_or_zero, keep_tile, keys_of_queries, queries_of_keys, query_offset
+from .spans import narrowed
 
 
 @triton.jit
@@ -77,10 +78,12 @@ def additive_backward_kv_kernel(
     b_dk = tl.zeros([BN, BD], dtype=tl.float32)
     b_dv = tl.zeros([BN, BDV], dtype=tl.float32)
     offset = query_offset(interval, numbers, b)
-    lo, hi, _full_lo, _full_hi = queries_of_keys(n0, n0 + BN - 1, offset, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    rows = queries_of_keys(n0, n0 + BN - 1, offset, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
     for g in range(GROUP):
         h = h_kv * GROUP + g
         p_q, p_k, p_w = columns_of(columns, b, h, numbers, HEADS, GROUP, D)
+        lo, hi, full_lo, full_hi = rows
+        lo, hi, _, _ = narrowed(lo, hi, full_lo, full_hi, mask.query_spans, b, h, n0, numbers.key_length, BN)
         for m0 in range(tl.maximum(lo, 0) // BM * BM, hi, BM):
             dropped, ds, b_do = tile_gradient(
                 b, h, m0, n0, columns, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
@@ -122,7 +125,8 @@ def additive_backward_q_kernel(
     offset = query_offset(interval, numbers, b)
     p = i + offset
     last = tl.minimum(m0 + BM, numbers.query_length) - 1 + offset
-    lo, hi, _full_lo, _full_hi = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, full_lo, full_hi = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, _, _ = narrowed(lo, hi, full_lo, full_hi, mask.key_spans, b, h, m0, numbers.query_length, BM)
     p_q, p_k, p_w = columns_of(columns, b, h, numbers, HEADS, GROUP, D)
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
     b_dw = tl.zeros([BD], dtype=tl.float32)
@@ -179,7 +183,7 @@ def additive_bias_gradient_kernel(
         m0 = (i_m + (r // SUM_N) % SUM_M) * BM
         h = tl.cast(i_h + (r // (SUM_N * SUM_M)) % SUM_H, tl.int64)
         b = tl.cast(i_b + r // (SUM_N * SUM_M * SUM_H), tl.int64)
-        if any_visible(b, 0, m0, n0, None, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+        if any_visible(b, h, m0, n0, mask.key_spans, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
             _dropped, ds, _b_do = tile_gradient(
                 b, h, m0, n0, columns, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
                 HEADS, GROUP, D, DV, BM, BN, BDV, HAS_LEFT, HAS_RIGHT, HAS_DROPOUT, PRECISION,
@@ -208,7 +212,7 @@ def additive_table_gradient_kernel(
         for i_m in range(tl.maximum(0, -diagonal) + i_s, tl.minimum(TILES_M, TILES_N - diagonal), SPLITS):
             m0 = i_m * BM
             n0 = (i_m + diagonal) * BN
-            if any_visible(b, 0, m0, n0, None, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
+            if any_visible(b, h, m0, n0, mask.key_spans, interval, numbers, BM, BN, HAS_LEFT, HAS_RIGHT):
                 _dropped, ds, _b_do = tile_gradient(
                     b, h, m0, n0, columns, v, do, p_statistics, p_delta, mask, bias, extra, interval, numbers,
                     HEADS, GROUP, D, DV, BM, BN, BDV, HAS_LEFT, HAS_RIGHT, HAS_DROPOUT, PRECISION,

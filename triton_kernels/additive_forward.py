@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .additive_scores import additive_products, columns_of
 from .scores import LN2, NEAR, NEG_INF, keep_tile, keys_of_queries, query_offset, scores
+from .spans import narrowed
 
 
 @triton.jit
@@ -29,7 +30,8 @@ def additive_forward_kernel(
     offset = query_offset(interval, numbers, b)
     p = i + offset
     last = tl.minimum(m0 + BM, numbers.query_length) - 1 + offset
-    lo, hi, _full_lo, _full_hi = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, full_lo, full_hi = keys_of_queries(m0 + offset, last, interval, numbers, b, HAS_LEFT, HAS_RIGHT)
+    lo, hi, _, _ = narrowed(lo, hi, full_lo, full_hi, mask.key_spans, b, h, m0, numbers.query_length, BM)
     p_q, p_k, p_w = columns_of(columns, b, h, numbers, HEADS, GROUP, D)
     p_v = v.ptr + b * v.sb + (h // GROUP) * v.sh
     acc = tl.zeros([BM, BDV], dtype=tl.float32)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from additive_oracle import AdditiveCall
 from features import FEATURES, MASKS, Scene, Shape
 from oracle import Call, check
 from test_interpreted_attention import SMALL
@@ -14,11 +16,12 @@ from torch import Tensor
 import fastattn
 from fastattn.functional import lower
 from fastattn.problem import GRADIENT_FIELDS, Problem
-from fastattn.triton_kernels import spans, tiles
+from fastattn.triton_kernels import additive, attention, attention_gradients, spans, tiles
 from fastattn.triton_kernels.arguments import Mask, Spans
 from fastattn.triton_kernels.attention import attention_forward
 from fastattn.triton_kernels.attention_gradients import attention_backward
 from fastattn.triton_kernels.features import Features
+from fastattn.triton_kernels.tiles import Tile
 
 MASKED = tuple(name for name in MASKS if name.startswith(("documents", "bool")))
 SHAPE = Shape(heads=4, kv_heads=2, query_length=70, key_length=83)
@@ -113,8 +116,8 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[slice, list[int]], Non
                     kind.ptr[:, :, blocks] = torch.tensor(span, dtype=torch.int32)
             return mask
 
-        for function in (attention_forward, attention_backward):
-            monkeypatch.setattr(f"{function.__module__}.with_spans", with_spans)
+        for module in (attention, attention_gradients, additive):
+            monkeypatch.setattr(module, "with_spans", with_spans)
 
     return plant
 
@@ -136,6 +139,32 @@ def test_kernels_go_by_them(mask: fastattn.Mask, planted: Callable[[slice, list[
     for unmasked, whole, expected in zip(_run(problem), right, plain, strict=True):
         assert torch.equal(unmasked, expected)
         assert not torch.equal(whole, expected)
+
+
+SHORT = replace(SHAPE, query_length=35, key_length=50, head_dim=3, value_dim=5)
+
+
+@pytest.mark.parametrize("features", [("documents_sorted", "table"), ("bool_blocks", "dense_heads")], ids="+".join)
+def test_additive(features: tuple[str, ...]) -> None:
+    with tiles.override(additive=Tile(16, 16, 4, 1)):
+        check(AdditiveCall(features, SHORT), "triton")
+
+
+def test_additive_kernels_go_by_them(planted: Callable[[slice, list[int]], None]) -> None:
+    shape = Shape(1, 2, 1, 32, 32, 3, 5)
+    leaves = AdditiveCall((), shape).leaves
+    mask = fastattn.Documents(_ids(32, 16))
+
+    def run() -> list[Tensor]:
+        operands = [leaves[name].clone().requires_grad_() for name in ("query", "key", "value", "weight")]
+        out = fastattn.additive_attention(*operands, mask=mask, backend="triton")
+        return [out, *torch.autograd.grad(out.sum(), operands[:3])]
+
+    right = run()
+    planted(slice(1, None), [32, 0, 32, 0])
+    for less, whole in zip(run(), right, strict=True):
+        assert not less[:, :, 16:].any()
+        assert whole[:, :, 16:].any()
 
 
 def test_short_calls_have_none() -> None:
