@@ -17,10 +17,11 @@ pytestmark = pytest.mark.skipif(not native.load_cpu_library(), reason=str(native
 LEAKS = ("key", "value", "query", "grad_out", "dense_bias")
 
 
+@pytest.mark.parametrize("rotated", [False, True], ids=["", "rotary"])
 @pytest.mark.parametrize("size", [(70, 130, 40), (140, 200, 64)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", LEAKS)
-def test_masked_rows_never_leak(dtype: torch.dtype, where: str, size: tuple[int, int, int]) -> None:
+def test_masked_rows_never_leak(dtype: torch.dtype, where: str, size: tuple[int, int, int], rotated: bool) -> None:
     """NaN and infinity in rows nobody sees change no bit of anything that is seen."""
     sq, sk, d = size
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
@@ -29,6 +30,9 @@ def test_masked_rows_never_leak(dtype: torch.dtype, where: str, size: tuple[int,
     visible[:, :, 11] = visible[:, :, 64] = False  # rows that see nothing
     bias = random(1, 1, sq, sk, seed=30, dtype=parameter)
     problem = plain(dtype, sq, sk, d=d, dense_mask=visible, dense_bias=bias)
+    if rotated:
+        cos, sin = (random(1, sk, d // 2, seed=seed, dtype=parameter) for seed in (32, 33))
+        problem = dataclasses.replace(problem, query_cos=cos, query_sin=sin, key_cos=cos, key_sin=sin)
     grad_out = random(2, 4, sq, d, seed=31, dtype=dtype)
     clean = native_run(problem, grad_out, None)
     poisoned = {name: getattr(problem, name).clone() for name in ("query", "key", "value", "dense_bias")}

@@ -166,23 +166,35 @@ inline bool split_rows(const T* row, i64 row_stride, i64 rows, i64 n, bf16* out)
 }
 #endif
 
-// A rotated row as an operand; whether it is finite.
+// Rotated rows as operands; whether all are finite.
 template <class Mode, class Number>
-inline bool rotate_operand(const RowSource<typename Mode::Acc>& source, i64 row, [[maybe_unused]] i64 width,
+inline bool rotate_numbers(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 width,
                            typename Mode::A* out) {
   using Acc = typename Mode::Acc;
   FiniteCheck<Acc, 1> check;
-  source.template rotate_vectors<Number>(row, [&](i64 k, Vec<Acc> x) __attribute__((always_inline)) {
-    check.add(x);
-    if constexpr (Mode::kPair == 1) {
-      store(out + k, x);
-    } else {
+  for (i64 r = 0; r < rows; ++r, out += Mode::kPieces * width)
+    source.template rotate_vectors<Number>(first + r, [&](i64 k, Vec<Acc> x) __attribute__((always_inline)) {
+      check.add(x);
+      if constexpr (Mode::kPair == 1) {
+        store(out + k, x);
+      } else {
 #if defined(FASTATTN_BF16_OPERANDS)
-      store_pieces<Mode::kPieces>(x, out + k, width);
+        store_pieces<Mode::kPieces>(x, out + k, width);
 #endif
-    }
-  });
+      }
+    });
   return check.finite();
+}
+
+// The same of rows that rotates_vectors() says can be taken.
+template <class Mode>
+inline bool rotate_rows(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 width,
+                        typename Mode::A* out) {
+  if constexpr (sizeof(typename Mode::Acc) == 4) {
+    if (source.dtype == DType::kBFloat16) return rotate_numbers<Mode, BFloat16>(source, first, rows, width, out);
+    if (source.dtype == DType::kFloat16) return rotate_numbers<Mode, Half>(source, first, rows, width, out);
+  }
+  return rotate_numbers<Mode, typename Mode::Acc>(source, first, rows, width, out);
 }
 
 // A row as an operand, its pieces `width` apart: zeros if it is not finite (and then the answer is false).  Columns
@@ -200,13 +212,7 @@ inline bool load_operand(const RowSource<typename Mode::Acc>& source, i64 row, i
     return finite;
   }
   if (source.columns == width && source.rotates_vectors()) {
-    const bool finite = [&] {
-      if constexpr (sizeof(typename Mode::Acc) == 4) {
-        if (source.dtype == DType::kBFloat16) return rotate_operand<Mode, BFloat16>(source, row, width, out);
-        if (source.dtype == DType::kFloat16) return rotate_operand<Mode, Half>(source, row, width, out);
-      }
-      return rotate_operand<Mode, typename Mode::Acc>(source, row, width, out);
-    }();
+    const bool finite = rotate_rows<Mode>(source, row, 1, width, out);
     if (!finite) std::memset(out, 0, Mode::kPieces * width * sizeof(A));
     return finite;
   }
@@ -241,14 +247,15 @@ inline Straight straight(const RowSource<typename Mode::Acc>& source) {
   return Straight::kNo;
 }
 
-// Dense rows that fill whole vectors, as operands: copied or split, and checked together.  False, with nothing promised
-// of `out`, where they are of another kind or one is not finite.
+// Dense rows that fill whole vectors, as operands: copied, split or rotated, and checked together.  False, with nothing
+// promised of `out`, where they are of another kind or one is not finite.
 template <class Mode>
 inline bool copy_rows(const RowSource<typename Mode::Acc>& source, i64 first, i64 rows, i64 width,
                       typename Mode::A* out) {
   using A = typename Mode::A;
   using B = typename Mode::B;
   constexpr i64 n = kLanes<A>;
+  if (source.columns == width && source.rotates_vectors()) return rotate_rows<Mode>(source, first, rows, width, out);
   const Straight kind = straight<Mode>(source);
   if (kind == Straight::kNo || source.columns != width) return false;
   const char* const start = source.data + first * source.row_stride * element_size(source.dtype);
@@ -378,7 +385,10 @@ inline bool pack_transposed(const RowSource<typename Mode::Acc>& source, i64 fir
       std::memset(bad + r, 0, lanes);
       continue;
     }
-    for (i64 i = 0; i < lanes; ++i) {
+    const bool copied = r + lanes <= rows &&
+                        copy_rows<Mode>(source, first + r, lanes, width, reinterpret_cast<typename Mode::A*>(block));
+    if (copied) std::memset(bad + r, 0, lanes);
+    for (i64 i = copied ? lanes : 0; i < lanes; ++i) {
       if (r + i < rows) {
         bad[r + i] = !load_operand<Mode>(source, first + r + i, width, row,
                                          reinterpret_cast<typename Mode::A*>(block + i * pieces * stride));
