@@ -1,0 +1,1 @@
+"""fastattn inside the models of other libraries: `fastattn.integrations.huggingface`."""
