@@ -19,6 +19,7 @@ from fastattn.bench.results import Row
 COLOURS = {
     "fastattn": "#e0522d",
     "fastattn-mha": "#e0522d",
+    "fastattn-hf": "#e0522d",
     "fastattn-cuda": "#b8321a",
     "fastattn-hopper": "#7a1200",
     "fastattn-hopper-unpinned": "#9c5a4e",
@@ -29,6 +30,8 @@ COLOURS = {
     "fastattn-1-thread": "#f0a24b",
     "sdpa": "#3f88c5",
     "nn-mha": "#3f88c5",
+    "hf-sdpa": "#3f88c5",
+    "hf-eager": "#9a7fd1",
     "sdpa-built": "#7fb2e5",
     "sdpa-flash": "#3fb5c0",
     "sdpa-efficient": "#58a66a",
@@ -128,7 +131,7 @@ def _curves(axes: Axes, rows: Sequence[Row], value: Value) -> None:
         points = sorted((row.key_length, v) for row in rows if row.variant == variant and (v := value(row)) is not None)
         if not points:
             continue
-        ours = variant in ("fastattn", "fastattn-mha")
+        ours = variant in ("fastattn", "fastattn-mha", "fastattn-hf")
         axes.plot(
             *zip(*points, strict=True),
             color=colour(variant),
@@ -193,7 +196,7 @@ def dots(rows: Sequence[Row]) -> str:
             axes.set_title(title)
             for row in sorted(members, key=lambda row: rank(row.variant), reverse=True):
                 place = cases.index(_line(row, dtypes))
-                ours = row.variant in ("fastattn", "fastattn-mha")
+                ours = row.variant in ("fastattn", "fastattn-mha", "fastattn-hf")
                 axes.plot(
                     row.median_s, place, "D" if ours else "o", color=colour(row.variant), markersize=6 if ours else 5,
                     alpha=1.0 if ours else 0.85, zorder=3 if ours else 2,

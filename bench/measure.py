@@ -13,6 +13,7 @@ import fastattn
 from fastattn.bench.additive import ADDITIVE_SCENARIOS, make_additive_inputs
 from fastattn.bench.gate import WrongResultError, expect, gate
 from fastattn.bench.memory import peak_bytes
+from fastattn.bench.models import ModelInputs, make_model_inputs, model_flops
 from fastattn.bench.modules import MODULE_SCENARIOS, ModuleInputs, make_module_inputs, module_flops
 from fastattn.bench.peers import PEERS, AnyInputs, CannotError, Prepared, prepare
 from fastattn.bench.results import Environment, Row, make_row
@@ -53,6 +54,8 @@ def make_case_inputs(case: Case, device: str) -> AnyInputs:
         return make_row_inputs(case, device)
     if case.scenario in ADDITIVE_SCENARIOS:
         return make_additive_inputs(case, device)
+    if case.suite == "huggingface":
+        return make_model_inputs(case, device)
     if case.scenario in MODULE_SCENARIOS:
         return make_module_inputs(case, device)
     return make_inputs(case, device)
@@ -201,9 +204,11 @@ def _weigh_case(suite: Suite, case: Case, options: Options, where: Environment) 
 
 def work(inputs: AnyInputs, direction: str) -> tuple[float | None, float | None]:
     """FLOPs and bytes of a case by the field's formulas, None where it has none: see `forward_flops`,
-    `attention_bytes`, `module_flops` and `moved_bytes`."""
+    `attention_bytes`, `module_flops`, `model_flops` and `moved_bytes`."""
     if isinstance(inputs, Inputs):
         return forward_flops(inputs) * FLOP_FACTOR[direction], attention_bytes(inputs, direction)
+    if isinstance(inputs, ModelInputs):
+        return model_flops(inputs, direction), None
     if isinstance(inputs, ModuleInputs):
         return module_flops(inputs, direction), None
     if isinstance(inputs, RowInputs):

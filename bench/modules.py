@@ -36,6 +36,10 @@ class ModuleInputs:
         need_weights = self.case.scenario.endswith("weights")
         return module(x, x, x, key_padding_mask=self.padding, need_weights=need_weights)[0]
 
+    def leaves(self, module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        """What is differentiated by."""
+        return {"x": x, **dict(module.named_parameters())}
+
     @property
     def is_encoder(self) -> bool:
         return self.case.scenario in ENCODER_SCENARIOS
@@ -91,7 +95,7 @@ def prepare_module(peer: str, inputs: ModuleInputs) -> tuple[Callable[[], Tensor
         module.train(torch.is_grad_enabled())
         return inputs.call(module, inputs.x)
 
-    return forward, {"x": inputs.x, **dict(module.named_parameters())}
+    return forward, inputs.leaves(module, inputs.x)
 
 
 def module_flops(inputs: ModuleInputs, direction: str) -> float:
@@ -117,6 +121,6 @@ def module_oracle(inputs: ModuleInputs, dtype: torch.dtype) -> tuple[Tensor, dic
         out = inputs.call(module, x)
     else:
         out = module(x, x, x, key_padding_mask=inputs.padding, need_weights=True)[0]
-    leaves = {"x": x, **dict(module.named_parameters())}
+    leaves = inputs.leaves(module, x)
     gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out.to(dtype))
     return inputs.real(out.detach()), dict(zip(leaves, gradients, strict=True))

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn.bench.additive import AdditiveInputs, prepare_additive
+from fastattn.bench.models import ModelInputs, prepare_model
 from fastattn.bench.modules import ModuleInputs, prepare_module
 from fastattn.bench.rows import RowInputs, prepare_rows
 from fastattn.bench.scenario import ALL_HEADS
@@ -384,6 +385,9 @@ PEERS: dict[str, Peer] = {
         Peer("xformers", "xformers", _xformers),
         Peer("fastattn-mha", "fastattn's module in its place", _module_only),
         Peer("nn-mha", "torch.nn's module", _module_only),
+        Peer("fastattn-hf", "fastattn as an attention function of transformers", _module_only),
+        Peer("hf-sdpa", "transformers' function for SDPA", _module_only),
+        Peer("hf-eager", "transformers' own formula", _module_only),
         Peer("liger", "Liger's rotary embedding, on copies: it turns its operands in place", _rotary_only),
     )
 }
@@ -392,7 +396,8 @@ PEERS: dict[str, Peer] = {
 def prepare(peer: str, inputs: AnyInputs) -> Prepared:
     """The peer's closure for the case.  Raises whatever the peer raises for a case it cannot do."""
     if isinstance(inputs, ModuleInputs):
-        forward, leaves = prepare_module(peer, inputs)
+        prepare_it = prepare_model if isinstance(inputs, ModelInputs) else prepare_module
+        forward, leaves = prepare_it(peer, inputs)  # type: ignore[arg-type]
         return Prepared(forward, leaves, inputs.grad_out)
     if isinstance(inputs, AdditiveInputs):
         return Prepared(prepare_additive(peer, inputs), inputs.leaves, inputs.grad_out)

@@ -16,12 +16,13 @@ OPENING = "<!-- performance: written by `python -m fastattn.bench.readme`, do no
 CLOSING = "<!-- /performance -->"
 ROOT = Path(fastattn.__file__).resolve().parents[1]
 REPORT = "bench/results/report.html"
-OURS = ("fastattn", "fastattn-mha")
+OURS = ("fastattn", "fastattn-mha", "fastattn-hf")
 # What a reader asks first, as suite and case; each dtype at its longest length.
 SELECTED = (
     ("attention", "plain"), ("attention", "causal"), ("mask", "window"), ("mask", "documents"),
     ("bias", "alibi-learned"), ("bias", "t5"), ("bias", "rotary"), ("bias", "dense-bias"), ("module", "self"),
-    ("module", "weights"), ("additive", "additive"), ("overhead", "causal"),
+    ("module", "weights"), ("huggingface", "bert"), ("huggingface", "llama"), ("huggingface", "mistral-window"),
+    ("huggingface", "t5"), ("additive", "additive"), ("overhead", "causal"),
 )  # fmt: skip
 
 
@@ -36,8 +37,8 @@ def section(rows: list[Row]) -> str:
         "",
         "Medians of runs in which all variants take turns, each held against the float64 formula first. A ratio is the",
         "baseline's time over fastattn's: above 1, fastattn is faster. The baseline is SDPA, `nn.MultiheadAttention`",
-        f"for modules, the formula for additive attention. Plots, memory and all peers: [the report]({REPORT}), one",
-        "file for a browser; every row: `bench/results/*.csv`.",
+        "for modules, SDPA inside models of transformers, the formula for additive attention. Plots, memory and all",
+        f"peers: [the report]({REPORT}), one file for a browser; every row: `bench/results/*.csv`.",
     ]
     for device, isa in devices:
         mine = [row for row in rows if (row.device, row.isa) == (device, isa)]
@@ -87,7 +88,7 @@ def lines(rows: list[Row]) -> list[str]:
             longest = max((row for row in members if row.dtype == dtype), key=lambda row: row.key_length)
             same = [row for row in members if row.dtype == dtype and case_key(row) == case_key(longest)]
             by_direction = {row.direction: row for row in same}
-            name = f"{suite}: {case}" if suite in ("module", "overhead") else case
+            name = f"{suite}: {case}" if suite in ("module", "huggingface", "overhead") else case
             cells = [name, size(longest), dtype]
             for direction in ("forward", "both"):
                 cells += _time(by_direction.get(direction))

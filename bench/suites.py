@@ -13,6 +13,7 @@ import torch
 
 from fastattn.bench.additive import ADDITIVE_SCENARIOS
 from fastattn.bench.cpu_suites import CPU_SUITES
+from fastattn.bench.models import FUNCTIONS, MODEL_SCENARIOS
 from fastattn.bench.modules import ATTENTION_SCENARIOS, ENCODER_SCENARIOS
 from fastattn.bench.rows import ROTARY_SCENARIOS, SOFTMAX_SCENARIOS
 from fastattn.bench.scenarios import Case, Shape
@@ -193,6 +194,15 @@ def module(device: str, quick: bool) -> Suite:
     return Suite("module", "multi-head attention modules", tuple(cases), ("fastattn-mha", "nn-mha"), baseline="nn-mha")
 
 
+def huggingface(device: str, quick: bool) -> Suite:
+    """Two layers of models of transformers: padded, grouped heads, windows, softcap, a T5 bias and its gradient."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    lengths = (256,) if quick else (512, 2048)
+    tokens = 4096 if device == "cpu" else 16384
+    cases = _sweep("huggingface", MODEL_SCENARIOS, (dtype,), lengths, tokens=tokens, heads=8, dim=64)
+    return Suite("huggingface", "models of transformers", tuple(cases), tuple(FUNCTIONS), baseline="hf-sdpa")
+
+
 def decode(device: str, quick: bool) -> Suite:
     """One new query against a long cache, with and without GQA."""
     lengths = (1024,) if quick else (1024, 4096, 16384)
@@ -282,6 +292,7 @@ SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "bias": bias,
     "positional": positional,
     "module": module,
+    "huggingface": huggingface,
     "decode": decode,
     "overhead": overhead,
     "compiled": compiled,

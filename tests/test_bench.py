@@ -22,6 +22,7 @@ from fastattn.bench import launches, measure, peers, readme, results, runner, su
 from fastattn.bench.additive import ADDITIVE_SCENARIOS, make_additive_inputs
 from fastattn.bench.gate import WrongResultError, expect, gate
 from fastattn.bench.memory import peak_bytes
+from fastattn.bench.models import FUNCTIONS, LAYERS, MODEL_SCENARIOS, make_model_inputs, model_flops
 from fastattn.bench.modules import MODULE_SCENARIOS, make_module_inputs, module_flops
 from fastattn.bench.peers import Prepared, prepare
 from fastattn.bench.report import print_report
@@ -53,6 +54,7 @@ def test_every_case_of_every_suite_can_be_built(device: str, quick: bool) -> Non
             known = {
                 "module": MODULE_SCENARIOS,
                 "cpu-module": MODULE_SCENARIOS,
+                "huggingface": MODEL_SCENARIOS,
                 "softmax": SOFTMAX_SCENARIOS,
                 "rotary": ROTARY_SCENARIOS,
                 "additive": ADDITIVE_SCENARIOS,
@@ -177,6 +179,18 @@ def test_module_gate(peer: str, scenario: str) -> None:
     gate(peer, inputs, prepare(peer, inputs), expect(inputs, gradients=True), gradients=True)
 
 
+@pytest.mark.parametrize("scenario", MODEL_SCENARIOS)
+@pytest.mark.parametrize("peer", FUNCTIONS)
+def test_model_gate(peer: str, scenario: str) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    inputs = make_model_inputs(small(scenario, shape=Shape(2, 4, 24, 24, 8)), "cpu")
+    if (peer, scenario) == ("hf-sdpa", "gemma2"):
+        with pytest.raises(ValueError, match="does not support"):  # in its own words
+            prepare(peer, inputs)
+    else:
+        gate(peer, inputs, prepare(peer, inputs), expect(inputs, gradients=True), gradients=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scenario", ROW_SCENARIOS)
 @pytest.mark.parametrize("peer", ["fastattn", "naive"])
@@ -298,6 +312,15 @@ def test_module_flops() -> None:
     assert module_flops(inputs, "both") == 3 * projections + 3.5 * attention
     encoder = make_module_inputs(dataclasses.replace(inputs.case, scenario="encoder"), "cpu")
     assert module_flops(encoder, "forward") == 6 * projections + 2 * attention
+
+
+def test_model_flops() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    inputs = make_model_inputs(small("llama", shape=Shape(2, 4, 24, 24, 8)), "cpu")
+    weights = 2 * 32 * 32 + 2 * 32 * 8 + 3 * 32 * 128  # of a layer: queries and outputs, keys and values, a gated MLP
+    products, scores = 2 * 2 * 24 * weights, 4 * 2 * 24 * 24 * 32
+    assert model_flops(inputs, "forward") == LAYERS * (products + scores)
+    assert model_flops(inputs, "both") == LAYERS * (3 * products + 3.5 * scores)
 
 
 def test_spread() -> None:
