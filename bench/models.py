@@ -33,10 +33,11 @@ def _decoder(shape: Shape) -> dict[str, Any]:
 
 
 def _t5(shape: Shape) -> dict[str, Any]:
+    """T5 1.1: with the first T5's ReLU, gradients in two precisions differ by whole terms where a sign does."""
     width = shape.heads * shape.head_dim
     return {
-        "d_model": width, "d_kv": shape.head_dim, "d_ff": 4 * width, "num_layers": LAYERS, "num_heads": shape.heads,
-        "vocab_size": 32, "dropout_rate": 0.0, "use_cache": False,
+        "d_model": width, "d_kv": shape.head_dim, "d_ff": 2 * width, "num_layers": LAYERS, "num_heads": shape.heads,
+        "vocab_size": 32, "dropout_rate": 0.0, "use_cache": False, "feed_forward_proj": "gated-gelu",
     }  # fmt: skip
 
 
