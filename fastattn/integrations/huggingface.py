@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["NAME", "Report", "attention_forward", "make_mask", "register", "use"]
 
 NAME = "fastattn"
+_NOT_TAKEN = "its attention does not go through transformers' AttentionInterface, so it would not call fastattn"
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ def register() -> None:
     """Make ``attn_implementation="fastattn"`` known to transformers; once is enough, more does no harm.
 
     Raises:
-        ImportError: transformers is not installed, or is older than 5.0, which has no mask functions.
+        ImportError: transformers is not installed, or is so old that it takes no functions for attention and masks.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
-        raise ImportError(f"fastattn.integrations.huggingface needs transformers >= 5: {error}") from error
+        raise ImportError(
+            f"fastattn.integrations.huggingface needs transformers; it is tested with 5.24: {error}"
+        ) from error
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
 
@@ -92,7 +95,7 @@ def use(model: PreTrainedModel) -> Report:
         raise UnsupportedError(f"{type(model).__name__}: {_NOT_TAKEN}")
     model.set_attn_implementation(NAME)
     using, left = [], {}
-    for inner in dict.fromkeys(m for m in model.modules() if isinstance(m, PreTrainedModel)):
+    for inner in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
         name = type(inner).__name__
         if not inner._can_set_attn_implementation():
             left[name] = _NOT_TAKEN
@@ -101,9 +104,6 @@ def use(model: PreTrainedModel) -> Report:
         else:
             left[name] = f"transformers left it at {inner.config._attn_implementation!r}"
     return Report(tuple(dict.fromkeys(using)), left)
-
-
-_NOT_TAKEN = "its attention does not go through transformers' AttentionInterface, so it would not call fastattn"
 
 
 def attention_forward(

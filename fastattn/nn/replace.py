@@ -43,7 +43,10 @@ class ReplacementReport:
 
     def __str__(self) -> str:
         if not self.replaced and not self.left:
-            return "nothing to replace: the model has no torch.nn.MultiheadAttention"
+            return (
+                "nothing to replace: the model has no torch.nn.MultiheadAttention "
+                "(models of transformers: fastattn.integrations.huggingface.use)"
+            )
         lines = [f"replaced {len(self.replaced) - len(self.aliases)} attention modules, left {len(self.left)}"]
         for path in self.replaced:
             same = f" (the same module as {self.aliases[path]})" if path in self.aliases else ""
