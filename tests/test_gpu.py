@@ -292,7 +292,21 @@ def test_attention_head_dims(dims: tuple[int, int], dtype: torch.dtype, backend:
     oracle.check(oracle.Call(("causal", "alibi"), shape, dtype), backend, DEVICE)
 
 
-@pytest.mark.parametrize("names", [(), ("causal",), ("causal", "t5_decoder", "alibi", "sink")], ids="+".join)
+SPANS = [("documents_sorted", "causal"), ("bool_blocks",), ("bool_bands", "table"), ("documents", "dense_heads")]
+
+
+@pytest.mark.parametrize("backend", FUSED_ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+@pytest.mark.parametrize("names", SPANS, ids="+".join)
+def test_masks_that_are_read_before(names: tuple[str, ...], dtype: torch.dtype, backend: str) -> None:
+    """Enough queries and keys for a look at what blocks of them see, and for tiles that nobody sees, or everybody."""
+    _skip_float32(backend, dtype)
+    oracle.check(oracle.Call(names, features.Shape(2, 4, 2, 530, 600, 64, 64), dtype), backend, DEVICE)
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("causal",), ("causal", "t5_decoder", "alibi", "sink"), *SPANS[:2]], ids="+".join
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=_name)
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 def test_sm_90a(dim: int, dtype: torch.dtype, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
