@@ -280,7 +280,8 @@ for dtype in t.DTYPES:
     t.check(t.plain(dtype, 1, 600, d=80, hq=6))
 t.test_exponential_over_its_range()
 for case in n.LEAKS:
-    n.test_masked_rows_never_leak(torch.bfloat16, case, (70, 130, 40))
+    n.test_masked_rows_never_leak(torch.bfloat16, case, (70, 130, 40), False)
+    n.test_masked_rows_never_leak(torch.bfloat16, case, (140, 200, 64), True)
 for name in ("query", "key", "value"):
     n.test_bad_numbers_among_keys_that_everyone_sees(name, torch.float32)
 for lengths in ((128, 32768), (32768, 128)):
