@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.bench.modules import ModuleInputs
+from fastattn.bench.modules import ModuleInputs, draw_padding
 from fastattn.bench.scenario import Case, Shape
 from fastattn.integrations import huggingface
 
@@ -82,11 +82,7 @@ def make_model_inputs(case: Case, device: torch.device | str, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     size = (shape.batch, shape.query_length, shape.heads * shape.head_dim)
     x, grad_out = (torch.randn(size, generator=generator).to(device, case.dtype) for _ in range(2))
-    padding = None
-    if padded:
-        lengths = torch.randint(shape.query_length // 4, shape.query_length + 1, (shape.batch,), generator=generator)
-        lengths[0] = shape.query_length
-        padding = (torch.arange(shape.query_length) >= lengths[:, None]).to(device)
+    padding = draw_padding(shape, generator).to(device) if padded else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls._from_config(cls.config_class(**configuration(shape)), attn_implementation="eager")

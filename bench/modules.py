@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastattn
 import fastattn.nn
-from fastattn.bench.scenarios import Case
+from fastattn.bench.scenario import Case, Shape
 
 ATTENTION_SCENARIOS = ("self", "padding", "weights", "padding-weights")
 # with `skip`, training leaves padding out too
@@ -51,6 +51,13 @@ class ModuleInputs:
         return out.masked_fill(self.padding[..., None], 0)
 
 
+def draw_padding(shape: Shape, generator: torch.Generator) -> Tensor:
+    """(B, S) bool, True = padding: sequences of a quarter of the length up to all of it, the first of all of it."""
+    lengths = torch.randint(shape.query_length // 4, shape.query_length + 1, (shape.batch,), generator=generator)
+    lengths[0] = shape.query_length
+    return torch.arange(shape.query_length) >= lengths[:, None]
+
+
 def make_module_inputs(case: Case, device: torch.device | str, seed: int = 0) -> ModuleInputs:
     """Random inputs and one stock module; E = heads * head_dim, the first row of the batch is never padded."""
     shape = case.shape
@@ -58,11 +65,7 @@ def make_module_inputs(case: Case, device: torch.device | str, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape.batch, shape.query_length, width, generator=generator).to(device, case.dtype)
     grad_out = torch.randn(shape.batch, shape.query_length, width, generator=generator).to(device, case.dtype)
-    padding = None
-    if "padding" in case.scenario:
-        lengths = torch.randint(shape.query_length // 4, shape.query_length + 1, (shape.batch,), generator=generator)
-        lengths[0] = shape.query_length
-        padding = (torch.arange(shape.query_length) >= lengths[:, None]).to(device)
+    padding = draw_padding(shape, generator).to(device) if "padding" in case.scenario else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if case.scenario in ENCODER_SCENARIOS:

@@ -6,6 +6,7 @@ length shows the quadratic part alone.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -283,6 +284,8 @@ def additive(device: str, quick: bool) -> Suite:
     return Suite("additive", "additive attention", tuple(cases), _row_peers(device, quick), baseline="naive")
 
 
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+
 SUITES: dict[str, Callable[[str, bool], Suite]] = {
     "attention": attention,
     "hopper": hopper,
@@ -303,7 +306,7 @@ SUITES: dict[str, Callable[[str, bool], Suite]] = {
 }
 # groups: names that stand for several suites
 GROUPS: dict[str, tuple[str, ...]] = {
-    "all": tuple(name for name in SUITES if name not in CPU_SUITES),
+    "all": tuple(name for name in SUITES if name not in CPU_SUITES and (name != "huggingface" or HAS_TRANSFORMERS)),
     "cpu": tuple(CPU_SUITES),  # what has goals
     "gpu": (
         "attention",

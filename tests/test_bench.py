@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import math
 import os
 import re
+import runpy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +63,17 @@ def test_every_case_of_every_suite_can_be_built(device: str, quick: bool) -> Non
             }.get(name, SCENARIOS)
             assert case.scenario in known
             assert case.suite == name
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_all_is_what_can_be_measured_here(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bench does not need transformers, whose models one suite is about."""
+    there = importlib.util.find_spec
+    missing = None if not installed else object()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: missing if name == "transformers" else there(name))
+    own = runpy.run_path(suites.__file__)
+    assert ("huggingface" in own["GROUPS"]["all"]) == installed
+    assert "huggingface" in own["SUITES"]
 
 
 def test_gpu_script_calls_the_bench_as_it_is() -> None:

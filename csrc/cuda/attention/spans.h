@@ -11,6 +11,7 @@ namespace fastattn::cuda {
 
 FASTATTN_DEVICE void attention_spans(const SpansParams& p) {
   constexpr int kRows = SpansTiles::kRows, kSteps = SpansTiles::kSteps;
+  static_assert(kRows * SpansTiles::kWarps == kSpanRows);
   const int block = block_index() % p.blocks;
   const int h = block_index() / p.blocks % p.heads, b = block_index() / p.blocks / p.heads;
   const i64* const row_ids = p.row_ids.data + b * p.row_ids.batch;
